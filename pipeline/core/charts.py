@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/core/07_charts.ipynb #457f83f6
 from __future__ import annotations
 
-import functools
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +64,9 @@ class Chart:
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,sans-serif"
 
 
-def _chart(title: str, alt: str, height: float | Callable[[int], float], draw: Callable[[Any, Any, int], None]) -> Chart:
+def _chart(
+    title: str, alt: str, height: float | Callable[[int], float], draw: Callable[[Any, Any, int], None],
+) -> Chart:
     pictures = [_render(draw, width, height(width) if callable(height) else height) for width in (WIDE, NARROW)]
     return Chart(clean(title), clean(f"{title}. {alt}", 600), *pictures)
 
@@ -106,35 +107,43 @@ def _variable(index: int) -> str:
 def _titled(svg: str, title: str, alt: str) -> str:
     lines = textwrap.wrap(title, 74) or [""]
     top = 22 * len(lines) + 10
-    x, y, width, height = map(float, re.search(r'viewBox="([-\d.]+) ([-\d.]+) ([\d.]+) ([\d.]+)"', svg).groups())  # type: ignore[union-attr]
-    svg = re.sub(r'width="[\d.]+" height="[\d.]+"', f'width="{width:g}" height="{height + top:g}" role="img"', svg, count=1)
-    svg = re.sub(r'viewBox="[^"]+"', f'viewBox="{x:g} {y - top:g} {width:g} {height + top:g}"', svg, count=1)
+    x, y, width, height = map(float, svg.split('viewBox="', 1)[1].split('"', 1)[0].split())
+    size = f'width="{width:g}" height="{height + top:g}" role="img"'
+    box = f"{x:g} {y - top:g} {width:g} {height + top:g}"
+    svg = re.sub(r'width="[\d.]+" height="[\d.]+"', size, svg, count=1)
+    svg = re.sub(r'viewBox="[^"]+"', f'viewBox="{box}"', svg, count=1)
     text = "".join(
         f'<text x="6" y="{20 + 22 * i - top}" style="font:600 16px {FONT};fill:{_variable(0)}">{esc(line)}</text>'
         for i, line in enumerate(lines)
     )
-    paper = f'<rect x="{x:g}" y="{y - top:g}" width="{width:g}" height="{height + top:g}" style="fill:{_variable(list(INK).index("paper"))}"/>'
+    fill = _variable(list(INK).index("paper"))
+    paper = f'<rect x="{x:g}" y="{y - top:g}" width="{width:g}" height="{height + top:g}" style="fill:{fill}"/>'
     start = svg.index("</style>") + len("</style>")
     return f"{svg[:start]}<title>{esc(title)}</title><desc>{esc(alt, 600)}</desc>{paper}{text}{svg[start:]}"
 
 # %% ../../nbs/lib/core/07_charts.ipynb #16390b10
-def _values(frame: pl.DataFrame, name: str, title: str) -> np.ndarray:
+def _named(frame: pl.DataFrame, name: str, title: str) -> pl.Series:
     if name not in frame.columns:
-        raise InputError(f"chart {title!r} asks for the column {name!r}, which is not there{suggest(name, frame.columns)}")
-    series = frame[name]
+        near = suggest(name, frame.columns)
+        raise InputError(f"chart {title!r} asks for the column {name!r}, which is not there{near}")
+    return frame[name]
+
+
+def _values(frame: pl.DataFrame, name: str, title: str) -> np.ndarray:
+    series = _named(frame, name, title)
     if series.dtype == pl.Boolean:
         series = series.cast(pl.Int8)
     return series.cast(pl.Float64, strict=False).to_numpy()
 
 
 def _places(frame: pl.DataFrame, name: str, title: str) -> tuple[Any, list[str] | None]:
-    if name not in frame.columns:
-        raise InputError(f"chart {title!r} asks for the column {name!r}, which is not there{suggest(name, frame.columns)}")
-    series = frame[name]
+    series = _named(frame, name, title)
     if series.dtype.is_numeric():
         return series.cast(pl.Float64).to_numpy(), None
-    if series.dtype == pl.Date or isinstance(series.dtype, pl.Datetime):
-        return np.array(series.dt.replace_time_zone(None).to_list() if isinstance(series.dtype, pl.Datetime) else series.to_list()), None
+    if series.dtype == pl.Datetime:
+        series = series.dt.replace_time_zone(None)
+    if series.dtype in (pl.Date, pl.Datetime):
+        return np.array(series.to_list()), None
     return np.arange(len(series), dtype=float), [clean(text_of(v), 60) for v in series.to_list()]
 
 
@@ -158,6 +167,17 @@ def _ticks(axes: Any, labels: list[str], width: int) -> None:
     step = max(1, -(-len(labels) * min(longest, 14) * 8 // (width - 90)))
     kept = range(0, len(labels), step)
     axes.set_xticks(list(kept), [textwrap.shorten(labels[i], 16, placeholder="…") or labels[i][:16] for i in kept])
+
+
+def _say(
+    axes: Any, text: str, at: tuple[float, float], shift: tuple[float, float], ha: str, va: str,
+    coords: Any = "data", boxed: bool = False,
+) -> None:
+    box = {"boxstyle": "square,pad=0.12", "fc": STANDIN["paper"], "ec": "none"} if boxed else None
+    axes.annotate(
+        text, at, xycoords=coords, xytext=shift, textcoords="offset points", ha=ha, va=va, fontsize=11,
+        annotation_clip=False, bbox=box,
+    )
 
 
 def _quiet(axes: Any) -> None:
@@ -197,7 +217,8 @@ def lines(
     frame, names = _frame(frame), [y] if isinstance(y, str) else list(y)
     places, texts = _places(frame, x, title)
     data = [_values(frame, name, title) for name in names]
-    lows, highs = ([None if n is None else _values(frame, n, title) for n in _each(side, len(names))] for side in (low, high))
+    lows, highs = ([None if n is None else _values(frame, n, title) for n in _each(side, len(names))]
+                   for side in (low, high))
     called = [(labels or {}).get(name, name.replace("_", " ")) for name in names]
 
     def draw(figure: Any, axes: Any, width: int) -> None:
@@ -225,7 +246,10 @@ def lines(
             bottom, top = axes.get_ylim()
             at = _apart([e[0] for e in ends], (top - bottom) * 0.075)
             for position, (_, text, colour) in zip(at, ends):
-                axes.annotate(clean(text, 22 if width < 500 else 34), (1.01, position), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False)
+                axes.annotate(
+                    clean(text, 22 if width < 500 else 34), (1.01, position), xycoords=("axes fraction", "data"),
+                    color=colour, va="center", annotation_clip=False,
+                )
         _labels(axes, xlabel, ylabel)
 
     return _chart(title, _tell_lines(frame, x, called, data, limit), lambda width: 300 if width > 500 else 250, draw)
@@ -237,11 +261,12 @@ def _tell_lines(frame: pl.DataFrame, x: str, called: list[str], data: list[np.nd
         seen = np.flatnonzero(np.isfinite(values))
         if len(seen):
             spec = spec_for(values[seen].tolist())
-            told.append(
-                f"{name} from {number(values[seen[0]], spec)} at {_said(frame[x][int(seen[0])])} to {number(values[seen[-1]], spec)} "
-                f"at {_said(frame[x][int(seen[-1])])}, lowest {number(values[seen].min(), spec)}, highest {number(values[seen].max(), spec)}"
-            )
-    return "Line chart: " + ("; ".join(told) or "no values") + (f"; limit {number(limit)}" if limit is not None else "") + "."
+            told_of = (values[seen[0]], values[seen[-1]], values[seen].min(), values[seen].max())
+            first, last, least, most = (number(float(v), spec) for v in told_of)
+            began, ended = (_said(frame[x][int(i)]) for i in (seen[0], seen[-1]))
+            told.append(f"{name} from {first} at {began} to {last} at {ended}, lowest {least}, highest {most}")
+    level = f"; limit {number(limit)}" if limit is not None else ""
+    return f"Line chart: {'; '.join(told) or 'no values'}{level}."
 
 # %% ../../nbs/lib/core/07_charts.ipynb #167ad54a
 def bars(
@@ -261,7 +286,7 @@ def bars(
     "Bars with whiskers, labelled with their values."
     whole = _frame(frame)
     values, frame = _values(whole, y, title), whole.head(most)
-    texts = [clean(text_of(v), 60) for v in frame[x].to_list()] if x in frame.columns else _places(frame, x, title)[1] or []
+    texts = [clean(text_of(v), 60) for v in _named(frame, x, title).to_list()]
     lengths = values[:most]
     spec = spec or spec_for(values.tolist())
     lows, highs = (None if side is None else _values(frame, side, title) for side in (low, high))
@@ -271,25 +296,28 @@ def bars(
             return _quiet(axes)
         at = np.arange(len(lengths))
         place = axes.barh if horizontal else axes.bar
-        place(at, np.nan_to_num(lengths), 0.62, color=STANDIN["s1"], alpha=0.85, linewidth=0)
         ends = np.nan_to_num(lengths)
+        place(at, ends, 0.62, color=STANDIN["s1"], alpha=0.85, linewidth=0)
         if lows is not None and highs is not None:
             ends = np.fmax(ends, np.nan_to_num(highs))
-            for i in np.flatnonzero(np.isfinite(lows) & np.isfinite(highs)):
-                span, spot = [lows[i], highs[i]], [i, i]
-                axes.plot(*((span, spot) if horizontal else (spot, span)), color=STANDIN["ink"], linewidth=1.4)
+            whiskers = axes.hlines if horizontal else axes.vlines
+            whiskers(at, lows, highs, color=STANDIN["ink"], linewidth=1.4)
         if limit is not None:
-            (axes.axvline if horizontal else axes.axhline)(limit, color=STANDIN["ink"], linestyle=(0, (4, 3)), linewidth=1.2)
-            spot = {"xy": (limit, 1.0), "xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"} if horizontal else {
-                "xy": (1.01, limit), "xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
-            axes.annotate(f"limit {number(limit, spec)}", xytext=(0, 3 if horizontal else 0), textcoords="offset points", annotation_clip=False, **spot)
+            rule, text = (axes.axvline if horizontal else axes.axhline), f"limit {number(limit, spec)}"
+            rule(limit, color=STANDIN["ink"], linestyle=(0, (4, 3)), linewidth=1.2)
+            if horizontal:
+                _say(axes, text, (limit, 1.0), (0, 3), "center", "bottom", ("data", "axes fraction"))
+            else:
+                _say(axes, text, (1.01, limit), (0, 0), "left", "center", ("axes fraction", "data"))
         for i in np.flatnonzero(np.isfinite(lengths)):
             end = max(ends[i], 0)
-            axes.annotate(number(float(lengths[i]), spec), (end, i) if horizontal else (i, end), xytext=(5, 0) if horizontal else (0, 3),
-                          textcoords="offset points", ha="left" if horizontal else "center", va="center" if horizontal else "bottom", fontsize=11, annotation_clip=False)
+            if horizontal:
+                _say(axes, number(float(lengths[i]), spec), (end, i), (5, 0), "left", "center", boxed=True)
+            else:
+                _say(axes, number(float(lengths[i]), spec), (i, end), (0, 3), "center", "bottom", boxed=True)
         if horizontal:
             room = 18 if width < 500 else 30
-            axes.set_yticks(at, [t if len(t) <= room else t[: room - 1] + "…" for t in texts], color=STANDIN["ink"])
+            axes.set_yticks(at, [clean(t, room) for t in texts], color=STANDIN["ink"])
             axes.invert_yaxis()
             axes.set_xticks([])
             axes.spines["bottom"].set_visible(False)
@@ -297,14 +325,17 @@ def bars(
         else:
             _ticks(axes, texts, width)
             axes.grid(axis="y")
+            axes.yaxis.set_major_formatter(lambda v, _: number(float(v), spec) if v else "0")
         if limit is None:
             axes.margins(**({"x": 0.1} if horizontal else {"y": 0.1}))
         _labels(axes, xlabel, ylabel)
 
     rest = f" and {whole.height - most} more" if whole.height > most else ""
     told = ", ".join(f"{t} {number(float(v), spec)}" for t, v in list(zip(texts, lengths))[:12])
-    height = 46 + 27 * max(1, len(lengths)) + (22 if limit is not None else 0) + (20 if xlabel else 0) + (20 if ylabel else 0) if horizontal else 280
-    return _chart(title, f"Bar chart: {told or 'no values'}{rest}" + (f"; limit {number(limit, spec)}" if limit is not None else "") + ".", height, draw)
+    said = f"; limit {number(limit, spec)}" if limit is not None else ""
+    extras = 22 * (limit is not None) + 20 * bool(xlabel) + 20 * bool(ylabel)
+    height = 20 + 27 * max(1, len(lengths)) + extras if horizontal else 280
+    return _chart(title, f"Bar chart: {told or 'no values'}{rest}{said}.", height, draw)
 
 # %% ../../nbs/lib/core/07_charts.ipynb #7338c5c2
 def points(
@@ -326,7 +357,7 @@ def points(
     across, up = _values(frame, x, title), _values(frame, y, title)
     lows, highs = (None if side is None else _values(frame, side, title) for side in (low, high))
     seen = np.isfinite(across) & np.isfinite(up)
-    texts = [] if label is None else [clean(text_of(v), 40) for v in (frame[label] if label in frame.columns else frame[_places(frame, label, title)[0]])]
+    texts = [] if label is None else [clean(text_of(v), 40) for v in _named(frame, label, title).to_list()]
 
     def draw(figure: Any, axes: Any, width: int) -> None:
         if not seen.any():
@@ -338,22 +369,25 @@ def points(
         if lows is not None and highs is not None:
             axes.vlines(across[seen], lows[seen], highs[seen], color=STANDIN["s1"], linewidth=1.6, alpha=0.6)
         many = seen.sum() > 60
-        axes.plot(across[seen], up[seen], "o", color=STANDIN["s1"], markersize=3 if many else 6, alpha=0.5 if many else 1, markeredgewidth=0)
+        size, ink = (3, 0.5) if many else (6, 1.0)
+        axes.plot(across[seen], up[seen], "o", color=STANDIN["s1"], markersize=size, alpha=ink, markeredgewidth=0)
         if texts and not many:
             for i in np.flatnonzero(seen):
-                axes.annotate(texts[i], (across[i], up[i]), xytext=(6, 5), textcoords="offset points", fontsize=11, annotation_clip=False)
+                _say(axes, texts[i], (across[i], up[i]), (6, 5), "left", "bottom")
             axes.margins(x=0.12)
         _labels(axes, xlabel or x.replace("_", " "), ylabel or y.replace("_", " "))
 
-    return _chart(title, _tell_points(across[seen], up[seen], x, y, whole.height), lambda width: 340 if width > 500 else 280, draw)
+    told = _tell_points(across[seen], up[seen], x, y, whole.height)
+    return _chart(title, told, lambda width: 340 if width > 500 else 280, draw)
 
 # %% ../../nbs/lib/core/07_charts.ipynb #2b25827e
 def _tell_points(across: np.ndarray, up: np.ndarray, x: str, y: str, rows: int) -> str:
     if not len(across):
         return "Scatter chart: no values."
     some = f" ({len(across)} of {rows} drawn)" if len(across) < rows else ""
-    return (f"Scatter chart of {len(across)} points{some}: {x.replace('_', ' ')} from {number(float(across.min()))} to {number(float(across.max()))}, "
-            f"{y.replace('_', ' ')} from {number(float(up.min()))} to {number(float(up.max()))}.")
+    left, right, bottom, top = (number(float(v)) for v in (across.min(), across.max(), up.min(), up.max()))
+    spans = f"{x.replace('_', ' ')} from {left} to {right}, {y.replace('_', ' ')} from {bottom} to {top}"
+    return f"Scatter chart of {len(across)} points{some}: {spans}."
 
 # %% ../../nbs/lib/core/07_charts.ipynb #ef3b65bb
 def histogram(
@@ -365,20 +399,29 @@ def histogram(
     "How often which values occur, with named places marked."
     numbers = np.asarray(pl.Series(values).cast(pl.Float64, strict=False).to_numpy(), dtype=float)
     numbers = numbers[np.isfinite(numbers)]
-    counts, edges = np.histogram(numbers, bins=int(min(40, max(8, np.sqrt(len(numbers)))))) if len(numbers) else (np.zeros(0), np.zeros(1))
-    marked = sorted(((clean(name, 24), float(at)) for name, at in (marks or {}).items() if at is not None and np.isfinite(at)), key=lambda m: m[1])
+    counts, edges = np.histogram(numbers, bins=int(np.clip(np.sqrt(len(numbers)), 8, 40)))
+    known = [(clean(name, 24), float(at)) for name, at in (marks or {}).items() if at is not None and np.isfinite(at)]
+    marked = sorted(known, key=lambda mark: mark[1])
 
     def draw(figure: Any, axes: Any, width: int) -> None:
         if not len(numbers):
             return _quiet(axes)
         axes.stairs(counts, edges, fill=True, color=STANDIN["s1"], alpha=0.75, linewidth=0)
         axes.grid(axis="y")
-        for i, (name, at) in enumerate(marked):
+        left, right = axes.get_xlim()
+        free = [-np.inf] * len(marked)    # where the text of each level above the chart ends
+        for name, at in marked:
             axes.axvline(at, color=STANDIN["ink"], linestyle=(0, (4, 3)), linewidth=1.2)
-            axes.annotate(f"{name} {number(at)}", (at, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 3 + 15 * (len(marked) - 1 - i)),
-                          textcoords="offset points", fontsize=11, annotation_clip=False, va="bottom")
+            text = f"{name} {number(at)}"
+            start = (at - left) / (right - left) * (width - 60)
+            level = next(k for k, end in enumerate(free) if start >= end)
+            free[level] = start + 7.5 * len(text)
+            _say(axes, text, (at, 1.0), (3, 3 + 15 * level), "left", "bottom", ("data", "axes fraction"))
         _labels(axes, xlabel, "")
         axes.set_ylabel("rows")
 
-    told = f"Histogram of {len(numbers):,} values from {number(float(numbers.min()))} to {number(float(numbers.max()))}, median {number(float(np.median(numbers)))}" if len(numbers) else "Histogram: no values"
+    told = "Histogram: no values"
+    if len(numbers):
+        least, middle, most = (number(float(f(numbers))) for f in (np.min, np.median, np.max))
+        told = f"Histogram of {len(numbers):,} values from {least} to {most}, median {middle}"
     return _chart(title, told + "".join(f"; {name} {number(at)}" for name, at in marked) + ".", 260, draw)

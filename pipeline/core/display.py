@@ -20,8 +20,8 @@ from .errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'Html', 'svg_style',
-           'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'facts', 'note', 'stack', 'part', 'headline',
-           'estimates', 'verdict']
+           'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'region', 'facts', 'note', 'stack', 'part',
+           'headline', 'estimates', 'verdict']
 
 # %% ../../nbs/lib/core/06_display.ipynb #05af3c84
 def clean(
@@ -39,10 +39,13 @@ def esc(value: Any, longest: int = 300) -> str:
     return html.escape(clean(value, longest), quote=True)
 
 # %% ../../nbs/lib/core/06_display.ipynb #16f1a333
+OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff"
+
+
 def _shown(character: str) -> str:
     if character in "\n\t\r" or character == "\u2028":
         return " "
-    if unicodedata.category(character) in ("Cc", "Cs") or character in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff":
+    if unicodedata.category(character) in ("Cc", "Cs") or character in OVERRIDES:
         return f"\\u{ord(character):04x}"
     return character
 
@@ -86,34 +89,46 @@ def _is_number(value: Any) -> bool:
 
 # %% ../../nbs/lib/core/06_display.ipynb #af75abf5
 STYLE = """
-.ph{font-family:var(--ph-font,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif);color:var(--ph-ink,var(--jp-content-font-color1,#1b2430));line-height:1.45;margin:.6em 0 1.2em}
+.ph{--ink:var(--ph-ink,var(--jp-content-font-color1,#1b2430));--muted:var(--ph-muted,var(--jp-content-font-color2,#5a6572));
+--line:var(--ph-line,var(--jp-border-color2,#d5dbe1));--accent:var(--ph-accent,#1f4e8c);
+font-family:var(--ph-font,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif);
+color:var(--ink);line-height:1.45;margin:.6em 0 1.6em}
+.ph-go{--state:var(--ph-go,#17693f)}
+.ph-no-go{--state:var(--ph-nogo,#b3261e)}
+.ph-inconclusive,.ph-warn{--state:var(--ph-open,#7d5200)}
+.ph-info{--state:var(--ph-accent,#1f4e8c)}
 .ph-scroll{overflow-x:auto;max-width:100%}
-.ph-scroll:focus-visible{outline:2px solid var(--ph-accent,#1f4e8c);outline-offset:2px}
+.ph-scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 .ph table{border-collapse:collapse;font-size:.875rem;margin:0;border:0;font-variant-numeric:tabular-nums}
-.ph caption,.ph figcaption{caption-side:top;text-align:left;font-weight:600;font-size:.9375rem;padding:0 0 .5em;color:inherit;max-width:44em}
-.ph th,.ph td{padding:.4em 1.1em .4em 0;text-align:left;vertical-align:top;border:0;border-bottom:1px solid var(--ph-line,var(--jp-border-color2,#d5dbe1));background:none;max-width:32em;white-space:normal;overflow-wrap:break-word}
-.ph th{font-weight:600}.ph tbody th{font-weight:400}
-.ph thead th{border-bottom:1px solid var(--ph-muted,var(--jp-content-font-color2,#5a6572));vertical-align:bottom;font-size:.8125rem;color:var(--ph-muted,var(--jp-content-font-color2,#5a6572))}
+.ph caption,.ph figcaption{caption-side:top;text-align:left;font-weight:600;font-size:.9375rem;
+padding:0 0 .5em;color:inherit;max-width:44em}
+.ph th,.ph td{padding:.4em 1.1em .4em 0;text-align:left;vertical-align:top;border:0;background:none;
+border-bottom:1px solid var(--line);max-width:32em;white-space:normal;overflow-wrap:break-word}
+.ph thead th{border-bottom-color:var(--muted);vertical-align:bottom;font-size:.8125rem;font-weight:600;color:var(--muted)}
+.ph tbody th{font-weight:400;min-width:7.5em}
 .ph tbody tr{background:none}
 .ph td.ph-num,.ph th.ph-num{text-align:right;white-space:nowrap}
-.ph-more,.ph-unit,.ph-sub{color:var(--ph-muted,var(--jp-content-font-color2,#5a6572));font-weight:400;font-size:.8125rem}
+.ph tbody .ph-short{white-space:nowrap;min-width:0}
+.ph-more,.ph-unit,.ph-sub{color:var(--muted);font-weight:400;font-size:.8125rem}
 .ph-more{margin:.5em 0 0}
 .ph-word{white-space:nowrap;font-weight:600}
-.ph-go{--ph-state:var(--ph-go,#17693f)}.ph-no-go{--ph-state:var(--ph-nogo,#b3261e)}.ph-inconclusive,.ph-warn{--ph-state:var(--ph-open,#7d5200)}.ph-info{--ph-state:var(--ph-accent,#1f4e8c)}
-.ph-word,.ph-icon{color:var(--ph-state,inherit)}
+.ph-word,.ph-icon{color:var(--state,inherit)}
 .ph-icon{display:inline-block;width:1.35em;font-weight:600}
-.ph-note{border-left:3px solid var(--ph-state,#5a6572);padding:.15em 0 .15em .9em;max-width:44em}
+.ph-note{border-left:3px solid var(--state,#5a6572);padding:.15em 0 .15em .9em;max-width:44em}
 .ph-note p{margin:0}
-.ph-verdict{border:1px solid var(--ph-state);border-left-width:6px;border-radius:4px;padding:.9em 1.1em;max-width:52em}
+.ph-verdict{border:1px solid var(--state);border-left-width:6px;border-radius:4px;padding:.9em 1.1em;max-width:52em}
 .ph-verdict>p{margin:0;font-weight:600;font-size:1.0625rem}
 .ph-verdict .ph-sub{display:block;margin-top:.35em}
-.ph-verdict ul{margin:.6em 0 0;padding-left:1.2em}.ph-verdict li{margin:.2em 0}
+.ph-verdict ul{margin:.6em 0 0;padding:0;list-style:none}
+.ph-verdict li{margin:.2em 0}
 .ph-headline{display:flex;flex-wrap:wrap;gap:1.2em 2.6em}
 .ph-headline>div{min-width:11em;max-width:17em;flex:1 1 11em}
-.ph-headline dt{font-size:.875rem;color:var(--ph-muted,var(--jp-content-font-color2,#5a6572));margin:0}
-.ph-headline dd{margin:0}.ph-big{font-size:1.875rem;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
-.ph img{max-width:100%;height:auto;display:block}.ph-chart{margin-left:0;margin-right:0}
+.ph-headline dt{font-size:.875rem;color:var(--muted);margin:0}
+.ph-headline dd{margin:0}
+.ph-big{font-size:1.875rem;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
+.ph img{max-width:100%;height:auto;display:block}
 .ph td img,.ph dd img{max-width:none}
+.ph-chart{margin-left:0;margin-right:0}
 """
 
 
@@ -155,31 +170,34 @@ def data_uri(
 
 # %% ../../nbs/lib/core/06_display.ipynb #863eaca7
 def interval_bar(
-    value: float | None,           # the dot
-    low: float | None = None,      # the band's ends
-    high: float | None = None,
-    limit: float | None = None,    # the upright line
-    width: int = 150,              # pixels
-) -> str:                          # an <img>, or nothing to draw
+    value: Any,           # the dot; nothing is drawn without it
+    low: Any = None,      # the band's ends
+    high: Any = None,
+    limit: Any = None,    # the upright line
+    width: int = 150,     # pixels
+) -> str:                 # an <img>, or nothing
     "A value, its interval and its limit on a line of their own scale."
-    shown = [v for v in (value, low, high, limit) if _is_number(v) and math.isfinite(v)]  # type: ignore[arg-type]
-    if len(shown) < 2 or not (_is_number(value) and math.isfinite(value)):  # type: ignore[arg-type]
+    dot, left, right, line = (float(v) if _is_number(v) and math.isfinite(v) else None
+                              for v in (value, low, high, limit))
+    shown = [v for v in (dot, left, right, line) if v is not None]
+    if dot is None or len(shown) < 2:
         return ""
-    least, most = min(shown), max(shown)
-    margin = (most - least) * 0.12 or abs(most) * 0.1 or 1.0
-    least, most = least - margin, most + margin
+    margin = (max(shown) - min(shown)) * 0.12 or abs(max(shown)) * 0.1 or 1.0
+    least, most = min(shown) - margin, max(shown) + margin
 
     def x(v: float) -> str:
         return f"{4 + (width - 8) * (v - least) / (most - least):.1f}"
 
     parts = [f'<path d="M2 10H{width - 2}" stroke="var(--line)"/>']
-    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-        parts.append(f'<path d="M{x(low)} 10H{x(high)}" stroke="var(--accent)" stroke-width="5" stroke-opacity=".45"/>')
-    if limit is not None and math.isfinite(limit):
-        parts.append(f'<path d="M{x(limit)} 1V19" stroke="var(--ink)" stroke-width="2"/>')
-    parts.append(f'<circle cx="{x(value)}" cy="10" r="4" fill="var(--accent)"/>')  # type: ignore[arg-type]
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" viewBox="0 0 {width} 20" fill="none">{svg_style()}{"".join(parts)}</svg>'
-    return f'<img src="{data_uri(svg)}" width="{width}" height="20" alt="{esc(interval_text(value, low, high, limit))}">'
+    if left is not None and right is not None:
+        parts.append(f'<path d="M{x(left)} 10H{x(right)}" stroke="var(--accent)" stroke-width="5" stroke-opacity=".45"/>')
+    if line is not None:
+        parts.append(f'<path d="M{x(line)} 1V19" stroke="var(--ink)" stroke-width="2"/>')
+    parts.append(f'<circle cx="{x(dot)}" cy="10" r="4" fill="var(--accent)"/>')
+    size = f'width="{width}" height="20"'
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} 20" fill="none">'
+           f'{svg_style()}{"".join(parts)}</svg>')
+    return f'<img src="{data_uri(svg)}" {size} alt="{esc(interval_text(value, low, high, limit))}">'
 
 
 def interval_text(value: Any, low: Any = None, high: Any = None, limit: Any = None, unit: str = "") -> str:
@@ -191,16 +209,17 @@ def interval_text(value: Any, low: Any = None, high: Any = None, limit: Any = No
     return text + (f", limit {number(limit, spec, unit)}" if _is_number(limit) else "")
 
 # %% ../../nbs/lib/core/06_display.ipynb #be788e01
-VERDICTS = {"go": "✓", "no-go": "✕", "inconclusive": "?"}
+VERDICTS = {"go": "✓", "no-go": "✕", "inconclusive": "?", "not applicable": "–"}
 
 
 def badge(
-    state: str,   # go, no-go or inconclusive; anything else is plain text
+    state: str,   # go, no-go, inconclusive or not applicable; anything else is plain text
 ) -> str:
     "A verdict as icon and word, in its colour."
     if state not in VERDICTS:
         return esc(state)
-    return f'<span class="ph-word ph-{state}"><span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>{state}</span>'
+    icon = f'<span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>'
+    return f'<span class="ph-word ph-{state.replace(" ", "-")}">{icon}{state}</span>'
 
 
 def table(
@@ -209,26 +228,37 @@ def table(
     formats: Mapping[str, str] | None = None,            # column -> format spec such as ".1%"
     units: Mapping[str, str] | None = None,              # column -> unit, shown in its header
     rows: int = 25,                                      # most rows shown
-    small: tuple[str, int] | None = None,                # (count column, k): numbers of rows counting under k are hidden
+    small: tuple[str, int] | None = None,                # (count column, k): hide numbers of rows counting under k
 ) -> Html:
     "A table for people. Says how many rows it leaves out; hides the numbers of cells too small to publish."
-    frame = frame if isinstance(frame, pl.DataFrame) else pl.DataFrame(_same_keys(frame), infer_schema_length=None, strict=False)
+    frame = frame if isinstance(frame, pl.DataFrame) else _frame_of(frame)
     if small and small[0] not in frame.columns:
-        raise InputError(f"table {caption!r}: small counts the column {small[0]!r}, which is not there{suggest(small[0], frame.columns)}")
+        near = suggest(small[0], frame.columns)
+        raise InputError(f"table {caption!r}: small counts the column {small[0]!r}, which is not there{near}")
     shown = frame.head(rows)
     columns = [_column(shown[name], (formats or {}).get(name, "")) for name in frame.columns]
     if small:
         _hide_small(shown, columns, *small)
-    head = "".join(_header(name, column, (units or {}).get(name, "")) for name, column in zip(frame.columns, columns))
-    body = "".join("<tr>" + "".join(_cell(column, i, k == 0) for k, column in enumerate(columns)) + "</tr>" for i in range(shown.height))
-    more = [f"first {rows:,} of {frame.height:,} rows"] if frame.height > rows else ["no rows"] if not frame.height else []
-    more += [f"numbers from fewer than {small[1]} rows are not shown"] if small and any(c.hidden for c in columns) else []
+    head = "".join(_header(n, c, (units or {}).get(n, "")) for n, c in zip(frame.columns, columns))
+    body = "".join(f"<tr>{_row(columns, i)}</tr>" for i in range(shown.height))
+    more = [f"first {rows:,} of {frame.height:,} rows"] if frame.height > rows else [] if frame.height else ["no rows"]
+    if small and any(c.hidden for c in columns):
+        more.append(f"numbers from fewer than {small[1]} rows are not shown")
     return Html(
-        f'<div class="ph"><div class="ph-scroll" tabindex="0" role="region" aria-label="{esc(caption)}"><table>'
-        f"<caption>{esc(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="ph">{region(caption, f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>")}'
         + (f'<p class="ph-more">{"; ".join(more)}</p>' if more else "") + "</div>",
         f"table: {clean(caption)} ({frame.height} rows)",
     )
+
+
+def region(
+    caption: str,   # plain text
+    rows: str,      # thead and tbody, escaped
+) -> str:
+    "A table that scrolls by itself, reached by the keyboard and named by its caption."
+    name = esc(caption)
+    return (f'<div class="ph-scroll" tabindex="0" role="region" aria-label="{name}">'
+            f"<table><caption>{name}</caption>{rows}</table></div>")
 
 # %% ../../nbs/lib/core/06_display.ipynb #d64b6c9c
 @dataclass
@@ -237,17 +267,29 @@ class _Column:
     numeric: bool
     rowhead: bool
     hidden: bool = False
+    short: bool = False
 
 
-def _same_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    keys = list(dict.fromkeys(str(k) for row in rows for k in row))
-    return [{k: _plain({str(a): b for a, b in row.items()}.get(k)) for k in keys} for row in rows]
+def _frame_of(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    named = [{str(k): v for k, v in row.items()} for row in rows]
+    keys = dict.fromkeys(k for row in named for k in row)
+    return pl.DataFrame([_series(k, [_plain(row.get(k)) for row in named]) for k in keys])
+
+
+def _series(name: str, values: list[Any]) -> pl.Series:
+    present = [v for v in values if v is not None]
+    if present and all(_is_number(v) for v in present):
+        return pl.Series(name, values, pl.Float64 if any(isinstance(v, float) for v in present) else None, strict=False)
+    if len({type(v) for v in present}) > 1:
+        values = [None if v is None else text_of(v) for v in values]
+    return pl.Series(name, values, strict=False)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str | int | float | bool | dt.date | dt.datetime | dt.timedelta) or value is None:
-        return value.item() if hasattr(value, "item") else value
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else clean(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    kept = isinstance(value, str | int | float | bool | dt.date | dt.datetime) or value is None
+    return value if kept else text_of(value)
 
 
 def _column(series: pl.Series, spec: str) -> _Column:
@@ -259,7 +301,8 @@ def _column(series: pl.Series, spec: str) -> _Column:
     words = [v for v in values if v is not None]
     if words and all(isinstance(v, str) and v in VERDICTS for v in words):
         return _Column([badge(v) if v else MISSING for v in values], False, False)
-    return _Column([esc(text_of(v)) for v in values], False, bool(words))
+    texts = [text_of(v) for v in values]
+    return _Column([esc(t) for t in texts], False, bool(words), short=max(map(len, texts), default=0) <= 16)
 
 
 def text_of(value: Any) -> str:
@@ -292,13 +335,17 @@ def _hide_small(frame: pl.DataFrame, columns: list[_Column], count: str, least: 
 def _header(name: str, column: _Column, unit: str) -> str:
     label = name.strip("_").replace("_", " ").strip() or "(no name)"
     unit = f' <span class="ph-unit">{esc(unit)}</span>' if unit else ""
-    return f'<th scope="col"{" class=ph-num" if column.numeric else ""}>{esc(label)}{unit}</th>'
+    kind = " class=ph-num" if column.numeric else ""
+    return f'<th scope="col"{kind}>{esc(label)}{unit}</th>'
 
 
-def _cell(column: _Column, row: int, first: bool) -> str:
-    if column.numeric:
-        return f'<td class="ph-num">{column.cells[row]}</td>'
-    return f'<th scope="row">{column.cells[row]}</th>' if first and column.rowhead else f"<td>{column.cells[row]}</td>"
+def _row(columns: list[_Column], i: int) -> str:
+    cells = []
+    for k, column in enumerate(columns):
+        tag, scope = ("th", ' scope="row"') if k == 0 and column.rowhead else ("td", "")
+        kind = " class=ph-num" if column.numeric else " class=ph-short" if column.short else ""
+        cells.append(f"<{tag}{scope}{kind}>{column.cells[i]}</{tag}>")
+    return "".join(cells)
 
 # %% ../../nbs/lib/core/06_display.ipynb #353fc49c
 def facts(
@@ -306,15 +353,14 @@ def facts(
     caption: str,
 ) -> Html:
     "A few facts as a table with a row each."
-    body = "".join(f'<tr><th scope="row">{esc(k)}</th><td>{esc(text_of(v))}</td></tr>' for k, v in pairs.items())
-    return Html(
-        f'<div class="ph"><div class="ph-scroll" tabindex="0" role="region" aria-label="{esc(caption)}">'
-        f'<table class="ph-facts"><caption>{esc(caption)}</caption><tbody>{body}</tbody></table></div></div>',
-        f"facts: {clean(caption)}",
-    )
+    body = "".join(f'<tr><th scope="row">{esc(k)}</th><td>{esc(text_of(v), 600)}</td></tr>' for k, v in pairs.items())
+    return Html(f'<div class="ph ph-facts">{region(caption, f"<tbody>{body}</tbody>")}</div>', f"facts: {clean(caption)}")
 
 
-NOTES = {"info": ("i", "Note"), "warn": ("!", "Mind"), "go": ("✓", "Go"), "no-go": ("✕", "No-go"), "inconclusive": ("?", "Inconclusive")}
+NOTES = {
+    "info": ("i", "Note"), "warn": ("!", "Mind"), "go": ("✓", "Go"), "no-go": ("✕", "No-go"),
+    "inconclusive": ("?", "Inconclusive"),
+}
 
 
 def note(
@@ -359,7 +405,8 @@ def headline(
     numbers: Sequence[tuple[str, str, Any, float | None]],   # label, value as text, its estimate, its limit
 ) -> Html:
     "The numbers that carry a verdict, big, each with its interval against its limit. Three at most are read."
-    return Html(f'<dl class="ph ph-headline">{"".join(_big(*entry) for entry in numbers)}</dl>', "; ".join(f"{clean(n[0])}: {clean(n[1])}" for n in numbers))
+    said = "; ".join(f"{clean(label)}: {clean(text)}" for label, text, *_ in numbers)
+    return Html(f'<dl class="ph ph-headline">{"".join(_big(*entry) for entry in numbers)}</dl>', said)
 
 
 def estimates(
@@ -369,12 +416,10 @@ def estimates(
 ) -> Html:
     "Claims as a table, with their intervals drawn against their limits."
     body = "".join(_estimate_row(claim, (limits or {}).get(str(part(claim, "name", "")))) for claim in claims)
-    heads = [("claim", ""), ("value", " class=ph-num"), ("interval", " class=ph-num"), ("limit", " class=ph-num"), ("drawn", ""), ("rows", " class=ph-num"), ("on", "")]
-    head = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in heads)
-    return Html(
-        f'<div class="ph"><div class="ph-scroll" tabindex="0" role="region" aria-label="{esc(caption)}"><table><caption>{esc(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>", f"claims: {clean(caption)} ({len(claims)})",
-    )
+    heads = {"claim": "", "value": "num", "interval": "num", "limit": "num", "drawn": "", "rows": "num", "on": ""}
+    head = "".join(f'<th scope="col"{" class=ph-num" if kind else ""}>{name}</th>' for name, kind in heads.items())
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return Html(f'<div class="ph">{region(caption, rows)}</div>', f"claims: {clean(caption)} ({len(claims)})")
 
 # %% ../../nbs/lib/core/06_display.ipynb #ad802317
 def _big(label: str, text: str, estimate: Any = None, limit: float | None = None) -> str:
@@ -395,10 +440,10 @@ def _estimate_row(claim: Any, limit: float | None) -> str:
     spec = spec_for([value, low, high, limit])
     between = f"{number(low, spec)} to {number(high, spec)}" if _is_number(low) and _is_number(high) else MISSING
     title = part(claim, "title") or str(part(claim, "name", "")).replace("_", " ")
-    cells = [("num", esc(number(value, spec, unit))), ("num", esc(between)), ("num", esc(number(limit, spec))),
-             ("", interval_bar(value, low, high, limit) or MISSING), ("num", esc(number(n, ",.0f"))), ("", esc(part(claim, "on") or MISSING))]
-    row = "".join(f'<td{" class=ph-num" if kind else ""}>{text}</td>' for kind, text in cells)
-    return f'<tr><th scope="row">{esc(title)}</th>{row}</tr>'
+    numbers = [number(value, spec, unit), between, number(limit, spec)]
+    row = "".join(f'<td class="ph-num">{esc(text)}</td>' for text in numbers)
+    row += f'<td>{interval_bar(value, low, high, limit) or MISSING}</td><td class="ph-num">{esc(number(n, ",.0f"))}</td>'
+    return f'<tr><th scope="row">{esc(title)}</th>{row}<td class="ph-short">{esc(part(claim, "on") or MISSING)}</td></tr>'
 
 # %% ../../nbs/lib/core/06_display.ipynb #7989c76d
 def verdict(
@@ -409,23 +454,25 @@ def verdict(
     "The verdict as one sentence with colour, icon and word; criteria that are not met are listed below it."
     if state not in VERDICTS:
         raise InputError(f"a verdict {state!r} does not exist{suggest(state, VERDICTS)}")
-    failing = [check for check in checks if part(check, "verdict") != "go"]
-    met = f"{len(checks) - len(failing)} of {len(checks)} criteria met" if checks else ""
-    listed = "".join(_failing(check) for check in failing)
+    weighed = [check for check in checks if part(check, "verdict") != "not applicable"]
+    failing = [check for check in weighed if part(check, "verdict") != "go"]
+    met = f'<span class="ph-sub">{len(weighed) - len(failing)} of {len(weighed)} criteria met</span>' if weighed else ""
+    listed = f'<ul>{"".join(_failing(check) for check in failing)}</ul>' if failing else ""
+    icon = f'<span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>'
     return Html(
-        f'<div class="ph ph-verdict ph-{state}" role="note" aria-label="Verdict: {state}"><p><span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>'
-        f'<span class="ph-word">{state.capitalize()}.</span> {esc(sentence, 2000)}'
-        + (f'<span class="ph-sub">{met}</span>' if met else "") + "</p>" + (f"<ul>{listed}</ul>" if listed else "") + "</div>",
+        f'<div class="ph ph-verdict ph-{state.replace(" ", "-")}"><p>{icon}'
+        f'<span class="ph-word">{state.capitalize()}.</span> {esc(sentence, 2000)}{met}</p>{listed}</div>',
         f"{state}: {clean(sentence)}",
     )
 
 # %% ../../nbs/lib/core/06_display.ipynb #dfd2dd09
 def _failing(check: Any) -> str:
     found, limit, why = (part(check, name) for name in ("found", "limit", "why"))
-    words = [f"found {found if isinstance(found, str) else number(found)}"] if found not in (None, "") else ["no measurement"]
-    words += [f"limit {limit if isinstance(limit, str) else number(limit)}"] if limit not in (None, "") else []
-    tail = f"; {esc(why)}" if why else ""
-    return f'<li>{badge(part(check, "verdict") or "no-go")} {esc(part(check, "title"))}: {esc(", ".join(words))}{tail}</li>'
+    words = "no measurement" if found in (None, "") else f"found {found if isinstance(found, str) else number(found)}"
+    if limit not in (None, ""):
+        words += f", limit {limit if isinstance(limit, str) else number(limit)}"
+    state, title = badge(part(check, "verdict") or "no-go"), esc(part(check, "title"))
+    return f"<li>{state} {title}: {esc(words)}{f'; {esc(why)}' if why else ''}</li>"
 
 # %% ../../nbs/lib/core/06_display.ipynb #e4e3663e
 CHARTS = ("lines", "bars", "points", "histogram", "Chart")

@@ -16,8 +16,8 @@ from .errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['BETTER', 'LABELS', 'TASKS', 'BINS', 'RANKED', 'Context', 'main_metric', 'check_task', 'task_of', 'checked',
-           'row_parts', 'from_sums', 'cost_values', 'cost_threshold', 'Ranking', 'rankings', 'metric', 'metric_or_none',
-           'metrics_for', 'predictions_of']
+           'row_parts', 'from_sums', 'cost_values', 'Ranking', 'rankings', 'metric', 'metric_or_none', 'metrics_for',
+           'predictions_of']
 
 # %% ../../nbs/lib/core/08_metrics.ipynb #a3aaf6f8
 BETTER = {
@@ -210,16 +210,6 @@ def cost_values(
     read = costs.get if isinstance(costs, dict) else lambda key, default: getattr(costs, key, default)
     return float(read("false_alarm", 1.0)), float(read("miss", 1.0)), float(read("hit", 0.0))
 
-
-def cost_threshold(
-    costs: Any,          # as `cost_values` takes them
-) -> float:              # in [0, 1]
-    "The probability from which acting pays: false_alarm / (false_alarm + miss + hit); may raise `InputError`."
-    false_alarm, miss, hit = cost_values(costs)
-    if miss + hit <= 0:
-        raise InputError(f"costs miss {miss:g} and hit {hit:g} make acting worthless; state what a right alarm saves")
-    return false_alarm / (false_alarm + miss + hit)
-
 # %% ../../nbs/lib/core/08_metrics.ipynb #7e6a9391
 RANKED = ("roc_auc", "average_precision", "precision_at_recall")
 
@@ -240,11 +230,11 @@ class Ranking:
     def value(
         self,
         name: str,                             # one of RANKED
-        weights: np.ndarray | None = None,     # (n,) in the rows' own order
+        weights: np.ndarray | None = None,     # (n,) in the ranking's order
         recall: float = 0.8,                   # for precision_at_recall
     ) -> float:                                # NaN when undefined
         "The weighted metric."
-        mass = np.ones(len(self.order)) if weights is None else weights[self.order].astype(float)
+        mass = np.ones(len(self.order)) if weights is None else weights.astype(float)
         hits = mass * self.positive
         if self.starts is not None:
             hits, mass = np.add.reduceat(hits, self.starts), np.add.reduceat(mass, self.starts)
@@ -253,10 +243,10 @@ class Ranking:
         if positives <= 0 or (negatives <= 0 and name == "roc_auc"):
             return float("nan")
         if name == "roc_auc":  # each negative meets all positives above it and half of those beside it
-            return float((mass - hits) @ (found - hits / 2) / (positives * negatives))
+            return float(((mass - hits) * (found - hits / 2)).sum() / (positives * negatives))
         precision = found / np.where(seen > 0, seen, 1)
         if name == "average_precision":
-            return float(hits @ precision / positives)
+            return float((hits * precision).sum() / positives)
         reached = found / positives >= recall
         return float(precision[reached].max()) if reached.any() else float("nan")
 
@@ -348,6 +338,8 @@ def predictions_of(
         names = [f"{prefix}prediction", *(band if set(band) <= set(frame.columns) else [])]
         p = frame.select(names).to_numpy()
         return y, p[:, 0] if len(names) == 1 else p
+    if f"{prefix}p" in frame.columns:
+        return y, frame[f"{prefix}p"].to_numpy()
     start = f"{prefix}p_"
     names = [f"{start}{c}" for c in classes] if classes else [c for c in frame.columns if c.startswith(start)]
     missing = [n for n in names if n not in frame.columns]

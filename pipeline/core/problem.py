@@ -302,7 +302,9 @@ def read_yaml(
     file: str = "problem", # its name, for messages
 ) -> tuple[dict[str, Any], Place]:  # the mapping, and the line of each key
     "Parse a strict subset of YAML 1.2; raises `InputError` with file and line."
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+    if "\x00" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{file} is not plain UTF-8 text; save it as UTF-8")
+    if len(text.encode("utf-8")) > MAX_BYTES:
         raise InputError(f"{file} is larger than {MAX_BYTES:,} bytes; a problem file is a page of text")
     try:
         for token in yaml.scan(text, Loader=_Loader):

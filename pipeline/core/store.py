@@ -242,7 +242,7 @@ def read_frame(path: Path) -> pl.DataFrame:
 
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except OSError as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise IntegrityError(f"{path} is damaged: {str(error).splitlines()[0]}; restore it or run its phase again") from error
     return pl.from_arrow(table)  # type: ignore[return-value]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..core.errors import EnvironmentFault, InputError
+from ..core.errors import EnvironmentFault, InputError, suggest
 from ..core.problem import Source
 
 # %% auto #0
@@ -62,7 +62,7 @@ def _and(items: Iterable[object]) -> str:
 def count_cells(
     data: bytes,              # a CSV's content
     separator: str,           # one byte
-) -> tuple[np.ndarray, np.ndarray, bool]:   # cells of each record, its first line (from 1), quotes closed?
+) -> tuple[np.ndarray, np.ndarray, int]:   # cells of each record, its first line (from 1), the line of a quote left open or 0
     "Cells of every record, blank lines left out; quoted separators and line ends do not count."
     if not data.endswith(b"\n"):
         data += b"\n"
@@ -75,15 +75,15 @@ def count_cells(
     if len(quotes):
         inside = np.searchsorted(quotes, breaks) % 2 == 1
         marks = marks[np.searchsorted(quotes, marks) % 2 == 0]
-    closed = not len(inside) or not inside[-1]
     ends = breaks[~inside] if len(inside) else breaks
     line_ends = lines[~inside] if len(inside) else lines
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    first_lines = np.concatenate([[1], line_ends[:-1] + 1])
+    left_open = (int(line_ends[-1]) + 1 if len(line_ends) else 1) if len(inside) and inside[-1] else 0
+    starts = np.concatenate([[0], ends + 1])[: len(ends)]
+    first_lines = np.concatenate([[1], line_ends + 1])[: len(ends)]
     cells = np.searchsorted(marks, ends) - np.searchsorted(marks, starts) + 1
     length = ends - starts
     blank = (length == 0) | ((length == 1) & (bytes_[np.minimum(starts, len(bytes_) - 1)] == ord("\r")))
-    return cells[~blank], first_lines[~blank], closed
+    return cells[~blank], first_lines[~blank], left_open
 
 
 def guess_separator(
@@ -119,8 +119,8 @@ def read_table(
     "Read one file whole; raises `InputError` naming file and line."
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:5] if path.parent.is_dir() else []
-        raise InputError(f"no data file {path}{f'; in that folder: {_and(near)}' if near else '; check the path'}")
+        near = suggest(path.name, sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:8]) if path.parent.is_dir() else ""
+        raise InputError(f"no data file {path}{near or '; check the path'}")
     if path.suffix in (".parquet", ".pq"):
         return _checked(_read_parquet(path), path.name)
     data = _unzipped(path) if path.suffix == ".zip" else path.read_bytes()
@@ -180,11 +180,11 @@ def _read_csv(data: bytes, file: str) -> Table:
     if b"\r" in data and b"\n" not in data:
         data = data.replace(b"\r", b"\n")
     separator = guess_separator(data)
-    cells, lines, closed = count_cells(data, separator)
+    cells, lines, left_open = count_cells(data, separator)
     header = next(csv.reader(io.StringIO(data[:2_000_000].decode("utf-8", "ignore").lstrip("\r\n"), newline=""), delimiter=separator))
+    if left_open:
+        raise InputError(f"{file}:{left_open}: a quote opened here is never closed; the file may have been cut: get it again from its source")
     names = tidy_names(header, file)
-    if not closed:
-        raise InputError(f"{file}:{lines[-1]}: a quote opened here is never closed; the file may have been cut: get it again from its source")
     odd = np.flatnonzero(cells != len(names))
     if len(odd):
         cut = " (the last line: the file may have been cut)" if odd[0] == len(cells) - 1 else ""
@@ -195,19 +195,46 @@ def _read_csv(data: bytes, file: str) -> Table:
     if not data.endswith((b"\n", b"\r")):
         notes.append(f"{file} does not end with a line end; its last cell may have been cut")
     comma = separator == ";" and bool(re.search(rb'(^|[;\n"])-?\d+,\d+($|[;\r\n"])', data[:100_000]))
-    return Table(_parse_csv(data, file, separator, names, comma), (*notes, *([f"{file}: decimal commas"] if comma else [])))
+    frame, doubts = _parse_csv(data, file, separator, names, comma)
+    return Table(frame, (*notes, *([f"{file}: decimal commas"] if comma else []), *doubts))
 
 
-def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: bool) -> pl.DataFrame:
+def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: bool) -> tuple[pl.DataFrame, list[str]]:
+    def read(rows: int | None) -> pl.DataFrame:
+        return pl.read_csv(io.BytesIO(data), separator=separator, null_values=NULLS, infer_schema_length=rows, decimal_comma=comma)
+
     try:
-        frame = pl.read_csv(
-            io.BytesIO(data), separator=separator, null_values=NULLS, infer_schema_length=None, try_parse_dates=True,
-            decimal_comma=comma,
-        )
-    except Exception as error:   # polars raises several unrelated kinds for a broken file
-        raise InputError(f"{file} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error
+        frame = read(10_000)
+    except pl.exceptions.PolarsError:   # a later row is of another type
+        try:
+            frame = read(None)
+        except Exception as error:   # polars raises several unrelated kinds for a broken file
+            raise InputError(f"{file} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error
     frame.columns = names
-    return frame
+    found = {name: dates for name in names if frame.schema[name] == pl.String and (dates := _as_dates(frame[name]))}
+    notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
+             for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and _as_dates(frame[name], [_OTHER[format_]])]
+    return frame.with_columns(dates for dates, _ in found.values()), notes
+
+
+_DATES = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%b-%Y"]
+_OTHER = {"%d/%m/%Y": "%m/%d/%Y", "%m/%d/%Y": "%d/%m/%Y"}
+_TIMES = ["%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M",
+          "%d.%m.%Y %H:%M", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M"]
+
+
+def _as_dates(texts: pl.Series, formats: Sequence[str] = (*_DATES, *_TIMES)) -> tuple[pl.Series, str] | None:
+    "The column as dates when every value is one, and the format that read it."
+    some = texts.drop_nulls().head(50)
+    if some.is_empty() or not some.str.contains(r"^\d{1,4}[-/.]([A-Za-z]{3}|\d{1,2})[-/.]\d{1,4}").all():
+        return None
+    for format_ in formats:
+        kind = pl.Date if format_ in _DATES else pl.Datetime("us", "UTC") if format_.endswith("z") else pl.Datetime("us")
+        if some.str.strptime(kind, format_, strict=False).null_count() == 0:
+            dates = texts.str.strptime(kind, format_, strict=False)
+            if dates.null_count() == texts.null_count():
+                return (dates.dt.replace_time_zone(None) if format_.endswith("z") else dates), format_
+    return None
 
 # %% ../../nbs/lib/data/00_sources.ipynb #f253db9e
 def locate(

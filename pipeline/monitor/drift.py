@@ -14,9 +14,9 @@ import polars as pl
 from ..core.errors import InputError
 
 # %% auto #0
-__all__ = ['NUMBER_BINS', 'LEVELS', 'BLOCKS', 'RESAMPLES', 'JOINT', 'DRIFT_SCHEMA', 'Bins', 'learn_bins', 'bin_codes', 'psi',
-           'ks_distance', 'Sketch', 'Yardstick', 'sketch', 'joint_distance', 'calibrate', 'surprise', 'window_budget',
-           'measure_drift']
+__all__ = ['NUMBER_BINS', 'LEVELS', 'BLOCKS', 'RESAMPLES', 'JOINT', 'LEAST_SPREAD', 'DRIFT_SCHEMA', 'Bins', 'learn_bins',
+           'bin_codes', 'psi', 'ks_distance', 'Sketch', 'sketch', 'joint_distance', 'Yardstick', 'calibrate',
+           'standing_out', 'surprise', 'peak_chance', 'window_budget', 'measure_drift']
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #dba7d59e
 NUMBER_BINS = 10
@@ -110,19 +110,6 @@ class Sketch:
         return Sketch(self.windows[keep], self.n[keep], {c: v[keep] for c, v in self.counts.items()}, self.products[keep])
 
 
-@dataclass(frozen=True)
-class Yardstick:
-    "What is normal: bins, the reference's counts, and how far its own windows lie from the rest."
-
-    bins: list[Bins]
-    levels: dict[str, set[str]]
-    total: dict[str, np.ndarray]
-    products: np.ndarray
-    normal: dict[str, np.ndarray]       # column -> cube roots of scaled distances of reference windows
-    how: str                            # "windows" or "random splits"
-    n: int                              # reference rows
-
-
 def sketch(
     frame: pl.DataFrame,                # rows
     window: np.ndarray,                 # the window of each row; negative = left out
@@ -175,6 +162,21 @@ def _scaled(distance: np.ndarray, n_new: np.ndarray, n_reference: np.ndarray) ->
     return np.cbrt(np.maximum(distance, 0) / (1 / n_new + 1 / np.maximum(n_reference, 1)))
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #98673bfb
+@dataclass(frozen=True)
+class Yardstick:
+    "What is normal: bins, the reference's counts, and how far its own windows lie from the rest."
+
+    bins: list[Bins]
+    levels: dict[str, set[str]]
+    total: dict[str, np.ndarray]
+    products: np.ndarray
+    normal: dict[str, np.ndarray]       # column -> cube roots of scaled distances of reference windows
+    peaks: np.ndarray                   # the largest surprise of each reference window
+    few: dict[str, np.ndarray]          # the same distances of windows in time, where those are too few
+    how: str                            # "windows" or "random splits"
+    n: int                              # reference rows
+
+
 def calibrate(
     reference: pl.DataFrame,    # rows of a time that was in order
     window: np.ndarray,         # their windows
@@ -186,19 +188,44 @@ def calibrate(
         raise InputError("drift was asked for without reference rows; give rows from training")
     bins = [learn_bins(reference[c]) for c in columns]
     levels = {b.column: set(reference[b.column].cast(pl.String).unique().drop_nulls().to_list()) for b in bins if b.edges is None}
+    whole = sketch(reference, np.zeros(reference.height, dtype=np.int64), bins, levels)
     blocks = sketch(reference, window, bins, levels)
-    whole = blocks.take(blocks.n >= max(30, float(np.median(blocks.n)) / 2)) if len(blocks.n) else blocks
-    how = "windows"
-    if len(whole.n) < BLOCKS:
-        how, whole = "random splits", _random_splits(reference, bins, levels, int(np.median(whole.n)) if len(whole.n) else 0, seed)
-    total = {c: v.sum(0) for c, v in sketch(reference, np.zeros(reference.height, dtype=np.int64), bins, levels).counts.items()}
-    products = blocks.products.sum(0)
-    rest = reference.height - whole.n
-    normal = {c: _scaled(psi(total[c] - v, v), whole.n, rest) for c, v in whole.counts.items()}
-    normal[JOINT] = _scaled(joint_distance(products - whole.products, whole.products), whole.n, rest)
-    return Yardstick(bins, levels, total, products, normal, how, reference.height)
+    blocks = blocks.take(blocks.n >= max(30, float(np.median(blocks.n)) / 2)) if len(blocks.n) else blocks
+    enough, few = len(blocks.n) >= BLOCKS, {}
+    normal = _left_out(whole, blocks, NEIGHBOURS) if len(blocks.n) > 1 else {}
+    if not enough:
+        few = normal if len(blocks.n) >= 3 else {}
+        normal = _left_out(whole, _random_splits(reference, bins, levels, int(np.median(blocks.n)) if len(blocks.n) else 0, seed), 0)
+    return Yardstick(bins, levels, {c: v[0] for c, v in whole.counts.items()}, whole.products[0], normal, _peaks(normal), few,
+                     "windows" if enough else "random splits", reference.height)
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #0844e497
+NEIGHBOURS = 2   # windows on each side that resemble a window and are left out of the rest
+
+
+def _left_out(whole: Sketch, blocks: Sketch, neighbours: int) -> dict[str, np.ndarray]:
+    "The scaled distance of each window from the windows that are not its neighbours."
+    count = len(blocks.n)
+    width = neighbours if count > 4 * neighbours else 0
+    near = (np.abs(np.subtract.outer(np.arange(count), np.arange(count))) <= width).astype(float)
+    rest = whole.n[0] - near @ blocks.n
+    distances = {c: _scaled(psi(whole.counts[c][0] - near @ v, v), blocks.n, rest) for c, v in blocks.counts.items()}
+    others = whole.products[0] - np.einsum("ij,jkl->ikl", near, blocks.products)
+    return {**distances, JOINT: _scaled(joint_distance(others, blocks.products), blocks.n, rest)}
+
+
+def _peaks(normal: dict[str, np.ndarray]) -> np.ndarray:
+    "For each reference window the largest of its surprises, each measured by the spread of the other windows."
+    values = np.stack(list(normal.values()), 1)
+    k = len(values)
+    if k < 4:
+        return np.zeros(0)
+    mean = (values.sum(0) - values) / (k - 1)
+    square = ((values**2).sum(0) - values**2) / (k - 1) - mean**2
+    spread = np.sqrt(square.clip(0) * (k - 1) / (k - 2)).clip(LEAST_SPREAD) * math.sqrt(1 + 1 / (k - 1))
+    return ((values - mean) / spread).max(1)
+
+
 def _random_splits(reference: pl.DataFrame, bins: list[Bins], levels: dict[str, set[str]], size: int, seed: int) -> Sketch:
     rng, height = np.random.default_rng(seed), reference.height
     size = max(1, min(size or height, height // 3))
@@ -214,32 +241,58 @@ def _random_splits(reference: pl.DataFrame, bins: list[Bins], levels: dict[str, 
                   np.concatenate([p.products for p in parts]))
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #285a0d18
+LEAST_SPREAD = 0.05
+
+
+def standing_out(
+    normal: np.ndarray,       # what reference windows showed
+    seen: np.ndarray | float, # what new windows show
+    floor: float = 1e-9,      # least spread, so that a constant reference has one
+) -> np.ndarray:
+    "How many predictive spreads a new value lies above the mean of the normal ones; NaN where fewer than three are known."
+    normal = np.asarray(normal, dtype=float)
+    normal = normal[np.isfinite(normal)]
+    if normal.size < 3:
+        return np.full_like(np.asarray(seen, dtype=float), np.nan)
+    return (np.asarray(seen, dtype=float) - normal.mean()) / (max(float(normal.std(ddof=1)), floor) * math.sqrt(1 + 1 / normal.size))
+
+
 def surprise(
     normal: np.ndarray,       # what reference windows showed
     seen: np.ndarray | float, # what new windows show
     two_sided: bool = False,  # False: only larger than normal counts
-    floor: float = 1e-9,      # least spread, so that a constant reference has one
+    floor: float = 1e-9,
 ) -> np.ndarray:              # p-values
-    "Predictive p-value of a further observation under Student's t; 1 where fewer than three are known."
+    "Predictive p-value of a further observation under Student's t; 1 where fewer than three are known, 0 for NaN."
     from scipy import stats
 
     seen = np.asarray(seen, dtype=float)
-    normal = np.asarray(normal, dtype=float)
-    normal = normal[np.isfinite(normal)]
-    if normal.size < 3:
+    known = int(np.isfinite(np.asarray(normal, dtype=float)).sum())
+    if known < 3:
         return np.ones_like(seen)
-    spread = max(float(normal.std(ddof=1)), floor) * math.sqrt(1 + 1 / normal.size)
-    t = (seen - normal.mean()) / spread
-    p = 2 * stats.t.sf(np.abs(t), normal.size - 1) if two_sided else stats.t.sf(t, normal.size - 1)
-    return np.where(np.isfinite(seen), p, 0.0)   # what cannot be measured is an alarm
+    t = standing_out(normal, seen, floor)
+    p = 2 * stats.t.sf(np.abs(t), known - 1) if two_sided else stats.t.sf(t, known - 1)
+    return np.where(np.isfinite(seen), p, 0.0)
+
+
+def peak_chance(
+    peaks: np.ndarray,        # the largest surprise of each reference window
+    seen: np.ndarray,         # surprises of new windows
+) -> np.ndarray:              # chance that the largest of a normal window is at least as large
+    "The upper tail of a Gumbel distribution fitted by moments; 1 where there are fewer than three peaks."
+    if peaks.size < 3:
+        return np.ones_like(seen)
+    scale = max(float(peaks.std(ddof=1)), 0.25) * math.sqrt(6) / math.pi * (1 + 1 / math.sqrt(peaks.size))
+    middle = float(peaks.mean()) - 0.5772 * scale / (1 + 1 / math.sqrt(peaks.size))
+    return -np.expm1(-np.exp(-((seen - middle) / scale).clip(-30, 600)))
 
 
 def window_budget(
     per_month: float,        # tolerated chance of a false alarm in a month
     windows_a_month: float,  # how many windows a month holds
-    watched: int,            # how many numbers are watched in a window
-) -> float:                  # p below which one number of one window is an alarm
-    "Share a month's false alarms among its windows (Šidák) and the numbers in each (Bonferroni)."
+    watched: int = 1,        # how many families of numbers are watched in a window
+) -> float:                  # chance below which one family of one window is an alarm
+    "Share a month's false alarms among its windows (Šidák) and the families in each (Bonferroni)."
     return (1 - (1 - per_month) ** (1 / max(windows_a_month, 1.0))) / max(watched, 1)
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #bc9300c3
@@ -260,8 +313,11 @@ def measure_drift(
             distance, ks = joint_distance(yardstick.products, seen.products), np.full(len(seen.n), np.nan)
         else:
             distance, ks = psi(yardstick.total[column], seen.counts[column]), ks_distance(yardstick.total[column], seen.counts[column])
-        p = surprise(yardstick.normal[column], _scaled(distance, seen.n, np.full_like(seen.n, yardstick.n)), floor=0.05)
-        rows.append(pl.DataFrame({"window": seen.windows, "column": [column] * len(seen.n), "n": seen.n, "psi": distance, "ks": ks, "p": p},
-                                 schema=DRIFT_SCHEMA))
+        scaled = _scaled(distance, seen.n, np.full_like(seen.n, yardstick.n))
+        p = peak_chance(yardstick.peaks, standing_out(yardstick.normal[column], scaled, LEAST_SPREAD))
+        if column in yardstick.few:
+            p = np.maximum(p, surprise(yardstick.few[column], scaled, floor=LEAST_SPREAD) * len(yardstick.normal))
+        rows.append(pl.DataFrame({"window": seen.windows, "column": [column] * len(seen.n), "n": seen.n, "psi": distance, "ks": ks,
+                                  "p": p.clip(0, 1)}, schema=DRIFT_SCHEMA))
     table = pl.concat(rows) if rows else pl.DataFrame(schema=DRIFT_SCHEMA)
     return table.with_columns(pl.col("ks").fill_nan(None), drifted=pl.col("p") < p_limit).sort(["window", "p", "column"])

@@ -13,6 +13,7 @@ import polars as pl
 from numpy.typing import ArrayLike
 
 from ..core.errors import InputError
+from ..core.metrics import metric
 
 # %% auto #0
 __all__ = ['amounts', 'break_even', 'value_per_1000', 'expected_value_per_1000', 'value_curve', 'best_threshold',
@@ -54,10 +55,7 @@ def value_per_1000(
 ) -> float:                             # money per 1,000 decisions, compared with never acting
     "What 1,000 decisions at this threshold were worth."
     outcome, score = _checked(y, p)
-    money = amounts(costs)
-    acted = score >= threshold
-    right, wrong = float(outcome[acted].sum()), float((1 - outcome[acted]).sum())
-    return 1000 * (right * (money["miss"] + money["hit"]) - wrong * money["false_alarm"]) / len(outcome)
+    return metric("value_per_1000", outcome, score, threshold=threshold, costs=amounts(costs))
 
 # %% ../../nbs/lib/scope/01_value.ipynb #510c76ed
 def _checked(y: ArrayLike, p: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +110,8 @@ def best_threshold(
 ) -> float:                             # act where p >= this
     "The threshold of highest value on these rows; among equals the one nearest to break-even."
     curve = value_curve(y, p, costs)
-    best = curve.filter(pl.col("value_per_1000") >= curve["value_per_1000"].max() - 1e-9)["threshold"].to_numpy()
+    worth, threshold = curve["value_per_1000"].to_numpy(), curve["threshold"].to_numpy()
+    best = threshold[worth >= worth.max() - 1e-9]
     return float(best[np.argmin(np.abs(best - break_even(costs)))])
 
 # %% ../../nbs/lib/scope/01_value.ipynb #97df39cd

@@ -146,9 +146,12 @@ class Encoder:
         "Encode a frame; a missing column, a wrong type or an infinite number raises `InputError` with its name."
         absent = [name for name in self.columns if name not in frame.columns]
         if absent:
-            raise InputError(f"column {absent[0]!r} is not in the frame ({len(absent)} missing); the model needs all of {len(self.columns)} columns")
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise InputError(f"column {absent[0]!r}{more} is not in the frame; the model needs all its columns")
         matrix = np.empty((frame.height, len(self.features)))
-        position, plain, places = 0, [], []
+        position = 0
+        plain: list[Coding] = []
+        places: list[int] = []
         for coding in self.codings:
             width = len(coding.features)
             if coding.type == "text":
@@ -162,7 +165,8 @@ class Encoder:
             matrix[:, places] = self._numbers(frame, plain)
         infinite = np.isinf(matrix).any(axis=0)
         if infinite.any():
-            raise InputError(f"column {self.columns[self.owners[infinite.argmax()]]!r} holds an infinite number; make it missing or finite")
+            name = self.columns[self.owners[infinite.argmax()]]
+            raise InputError(f"column {name!r} holds an infinite number; make it missing or finite")
         return matrix
 
     def _numbers(self, frame: pl.DataFrame, codings: list[Coding]) -> np.ndarray:
@@ -179,7 +183,8 @@ class Encoder:
                     encode([coding])
                 except pl.exceptions.PolarsError as error:
                     found = frame.schema[coding.name]
-                    raise InputError(f"column {coding.name!r}: a {coding.type} was asked for, a {found} was found that cannot become one; mend its values") from error
+                    asked = f"column {coding.name!r}: a {coding.type} was asked for"
+                    raise InputError(f"{asked}, a {found} was found that cannot become one; mend its values") from error
             raise
 
     def encode_row(
@@ -195,16 +200,19 @@ class Encoder:
         except KeyError:
             raise InputError(f"column {name!r} is not in the row; send it, or null when it is missing") from None
         except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"column {name!r}: {row[name]!r} cannot be read as its type; send a plain value") from error
-        found = np.array(values)
-        if np.isinf(found).any():
-            name = self.columns[self.owners[np.isinf(found).argmax()]]
+            found = f"column {name!r}: {str(row[name])[:80]!r}"
+            raise InputError(f"{found} cannot be read as its type; send a plain value") from error
+        features = np.array(values)
+        if np.isinf(features).any():
+            name = self.columns[self.owners[np.isinf(features).argmax()]]
             raise InputError(f"column {name!r} holds an infinite number; send null or a finite one")
-        return found
+        return features
 
     def to_dict(self) -> list[dict[str, Any]]:
         "As JSON holds it."
-        return [{"name": c.name, "type": c.type, "levels": list(c.levels), "words": dict(c.words)} for c in self.codings]
+        return [
+            {"name": c.name, "type": c.type, "levels": list(c.levels), "words": dict(c.words)} for c in self.codings
+        ]
 
     @classmethod
     def from_dict(cls, codings: list[dict[str, Any]]) -> Encoder:

@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/train/04_trees.ipynb #74b39eea
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
