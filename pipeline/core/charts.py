@@ -96,7 +96,8 @@ def _tidy(svg: str) -> str:
     svg = re.sub(r'width="([\d.]+)pt" height="([\d.]+)pt"', r'width="\1" height="\2"', svg, count=1)
     svg = re.sub(r"(font: [^;\"]*?)'DejaVu Sans'[^;\"]*", rf"\1{FONT}", svg)
     svg = re.sub(r"#0100([0-9a-f]{2})", lambda m: _variable(int(m[1], 16)), svg)
-    return re.sub(r"\s*\n\s*", "\n", re.sub(r"(\d+\.\d{2})\d+", r"\1", svg))
+    svg = re.sub(r'="[^"]*"', lambda m: re.sub(r"(\d+\.\d{2})\d+", r"\1", m[0]), svg)    # places, never what is said
+    return re.sub(r"\s*\n\s*", "\n", svg)
 
 
 def _variable(index: int) -> str:

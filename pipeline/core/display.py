@@ -9,6 +9,7 @@ import base64
 import datetime as dt
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def number(
     spec = spec or spec_for([value])
     text = format(int(value) if spec.endswith("d") else value, spec)
     if value != 0 and not any(c in "123456789" for c in text):
-        text = f"{value:.1e}"
+        text = f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.1e}"
     return text.replace("-", "−", 1) + (f"\u202f{unit}" if unit and unit != "%" else unit)
 
 # %% ../../nbs/lib/core/06_display.ipynb #25163068
@@ -450,6 +451,7 @@ def verdict(
     state: str,                    # go, no-go or inconclusive
     sentence: str,                 # the answer, with numbers, units and dates
     checks: Sequence[Any] = (),    # each with title, verdict, found, limit, why
+    most: int = 8,                 # failing criteria listed
 ) -> Html:
     "The verdict as one sentence with colour, icon and word; criteria that are not met are listed below it."
     if state not in VERDICTS:
@@ -457,11 +459,15 @@ def verdict(
     weighed = [check for check in checks if part(check, "verdict") != "not applicable"]
     failing = [check for check in weighed if part(check, "verdict") != "go"]
     met = f'<span class="ph-sub">{len(weighed) - len(failing)} of {len(weighed)} criteria met</span>' if weighed else ""
-    listed = f'<ul>{"".join(_failing(check) for check in failing)}</ul>' if failing else ""
+    listed = "".join(_failing(check) for check in failing[:most])
+    listed += f"<li>and {len(failing) - most} more</li>" if len(failing) > most else ""
+    said = re.sub(rf"^{state}\s*[:;,.–—-]\s*", "", sentence, flags=re.IGNORECASE)    # the word stands there already
+    said = said[:1].upper() + said[1:]
     icon = f'<span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>'
     return Html(
         f'<div class="ph ph-verdict ph-{state.replace(" ", "-")}"><p>{icon}'
-        f'<span class="ph-word">{state.capitalize()}.</span> {esc(sentence, 2000)}{met}</p>{listed}</div>',
+        f'<span class="ph-word">{state.capitalize()}.</span> {esc(said, 2000)}{met}</p>'
+        + (f"<ul>{listed}</ul>" if listed else "") + "</div>",
         f"{state}: {clean(sentence)}",
     )
 

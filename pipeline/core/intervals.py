@@ -274,12 +274,15 @@ def score_difference(
     unit: str | None = None,
     draws: int = 500,
     seed: int = 0,
+    swap: bool = False,                 # the other minus this one
     **using: Any,
 ) -> Estimate | None:                   # this model minus the other
     "How much this model's metric differs from another's on the same rows, None where it is not defined."
     try:
         y, p = predictions_of(frame, classes)
         _, q = predictions_of(frame, classes, prefix)
+        if swap:
+            p, q = q, p
         return paired(name, y, p, q, unit=units_of(frame, unit), seed=seed, draws=draws, **using)
     except InputError:
         return None

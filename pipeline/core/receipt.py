@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import json
 import platform
@@ -68,8 +69,9 @@ HEAVY = ("polars", "pandas", "pyarrow", "numpy", "scipy", "sklearn", "lightgbm",
 
 
 def imported_libraries() -> list[str]:
-    "Heavy libraries that this process imported: what a spare kernel may import ahead."
-    return [name for name in HEAVY if name in sys.modules]
+    "Heavy libraries that this process imported, or, in a kernel that imported some ahead, those it asked for."
+    asked = getattr(builtins.__import__, "asked", sys.modules)
+    return [name for name in HEAVY if name in asked]
 
 
 def file_facts(path: Path) -> dict[str, Any]:

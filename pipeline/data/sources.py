@@ -24,8 +24,8 @@ from ..core.errors import EnvironmentFault, InputError, suggest
 from ..core.problem import Source
 
 # %% auto #0
-__all__ = ['RESERVED', 'NULLS', 'MAX_UNZIPPED', 'tidy_names', 'count_cells', 'guess_separator', 'Table', 'read_table', 'locate',
-           'gather', 'prepare']
+__all__ = ['RESERVED', 'NULLS', 'MAX_UNZIPPED', 'DATES', 'TIMES', 'tidy_names', 'count_cells', 'guess_separator', 'Table',
+           'read_table', 'parse_dates', 'locate', 'gather', 'prepare']
 
 # %% ../../nbs/lib/data/00_sources.ipynb #d3d48d2b
 RESERVED = "__"   # names that begin so are the pipeline's own
@@ -127,6 +127,9 @@ def read_table(
     return _checked(_read_csv(data, path.name), path.name)
 
 # %% ../../nbs/lib/data/00_sources.ipynb #7b9587a8
+OTHER_ORDER = {"%d/%m/%Y": "%m/%d/%Y", "%m/%d/%Y": "%d/%m/%Y"}
+
+
 def _checked(table: Table, file: str) -> Table:
     names = tidy_names(table.frame.columns, file)
     frame = table.frame.rename(dict(zip(table.frame.columns, names))) if names != table.frame.columns else table.frame
@@ -211,30 +214,39 @@ def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: 
         except Exception as error:   # polars raises several unrelated kinds for a broken file
             raise InputError(f"{file} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error
     frame.columns = names
-    found = {name: dates for name in names if frame.schema[name] == pl.String and (dates := _as_dates(frame[name]))}
+    found = {name: dates for name in names if frame.schema[name] == pl.String and (dates := parse_dates(frame[name]))}
     notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
-             for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and _as_dates(frame[name], [_OTHER[format_]])]
+             for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and parse_dates(frame[name], [OTHER_ORDER[format_]])]
     return frame.with_columns(dates for dates, _ in found.values()), notes
 
+# %% ../../nbs/lib/data/00_sources.ipynb #68ad86b4
+DATES = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%b-%Y"]
+TIMES = ["%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M",
+         "%d.%m.%Y %H:%M", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M"]
 
-_DATES = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%b-%Y"]
-_OTHER = {"%d/%m/%Y": "%m/%d/%Y", "%m/%d/%Y": "%d/%m/%Y"}
-_TIMES = ["%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M",
-          "%d.%m.%Y %H:%M", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M"]
 
-
-def _as_dates(texts: pl.Series, formats: Sequence[str] = (*_DATES, *_TIMES)) -> tuple[pl.Series, str] | None:
-    "The column as dates when every value is one, and the format that read it."
+def parse_dates(
+    texts: pl.Series,                                 # String
+    formats: Sequence[str] = (*DATES, *TIMES),
+    mostly: bool = False,                             # also where some values are no date: those become null
+) -> tuple[pl.Series, str] | None:                    # Date or Datetime (in UTC where an offset was given), and the format
+    "The column as dates, or None."
     some = texts.drop_nulls().head(50)
-    if some.is_empty() or not some.str.contains(r"^\d{1,4}[-/.]([A-Za-z]{3}|\d{1,2})[-/.]\d{1,4}").all():
+    looks = some.str.contains(r"^\d{1,4}[-/.]([A-Za-z]{3}|\d{1,2})[-/.]\d{1,4}")
+    if some.is_empty() or not (looks.any() if mostly else looks.all()):
         return None
+    best: tuple[pl.Series, str] | None = None
     for format_ in formats:
-        kind = pl.Date if format_ in _DATES else pl.Datetime("us", "UTC") if format_.endswith("z") else pl.Datetime("us")
-        if some.str.strptime(kind, format_, strict=False).null_count() == 0:
-            dates = texts.str.strptime(kind, format_, strict=False)
-            if dates.null_count() == texts.null_count():
-                return (dates.dt.replace_time_zone(None) if format_.endswith("z") else dates), format_
-    return None
+        kind = pl.Date if format_ in DATES else pl.Datetime("us", "UTC") if format_.endswith("z") else pl.Datetime("us")
+        if some.str.strptime(kind, format_, strict=False).null_count() > (some.null_count() + len(some) - 1 if mostly else 0):
+            continue
+        dates = texts.str.strptime(kind, format_, strict=False)
+        dates = dates.dt.replace_time_zone(None) if format_.endswith("z") else dates
+        if dates.null_count() == texts.null_count():
+            return dates, format_
+        if mostly and (best is None or dates.null_count() < best[0].null_count()):
+            best = dates, format_
+    return best
 
 # %% ../../nbs/lib/data/00_sources.ipynb #f253db9e
 def locate(

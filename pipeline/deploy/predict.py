@@ -65,7 +65,13 @@ class Predictor:
         lenient: bool = False,   # answer what training never saw, with a warning
     ) -> Answer:
         "Answers for a request, or every reason why there are none."
-        checked = check_rows(rows, self.schema, lenient)
+        return self.answer(check_rows(rows, self.schema, lenient))
+
+    def answer(
+        self,
+        checked: Checked,   # rows as the schema read them
+    ) -> Answer:
+        "Answers for rows that were checked."
         if checked.refused:
             return Answer(None, checked.refused, checked.warned)
         return Answer(self._answers(self._checked_scores(checked)), [], checked.warned)

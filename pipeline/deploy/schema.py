@@ -18,7 +18,7 @@ from ..core.errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['RARE', 'MAX_TEXT', 'SHOWN_LEVELS', 'TYPES', 'MAX_FINDINGS', 'NOTHING', 'Field', 'Finding', 'Schema', 'make_schema',
-           'Checked', 'check_rows', 'dtype_of', 'check_frame', 'summarise', 'json_schema']
+           'Checked', 'check_rows', 'check_columns', 'dtype_of', 'check_frame', 'summarise', 'json_schema']
 
 # %% ../../nbs/lib/deploy/01_schema.ipynb #064e5948
 RARE = 0.001             # what training makes rarer than this is refused
@@ -257,16 +257,30 @@ def check_rows(
     "Rows by name, every value checked, every fault found."
     refused: list[Finding] = []
     warned: list[Finding] = []
+    names = set(schema.names)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             refused.append(Finding(number, "", "is not an object of column: value", _short(row)))
-        elif not row.keys() <= set(schema.names):
-            _check_names(number, row, schema, refused if not lenient else warned, warned)
-    columns = {spec.name: _column(spec, rows, refused, warned, lenient) for spec in schema.fields}
+        elif not row.keys() <= names:
+            _check_names(number, row, schema, warned if lenient else refused, warned)
+    given = {spec.name: [row.get(spec.name, _MISSING) if isinstance(row, Mapping) else _NO_ROW for row in rows] for spec in schema.fields}
+    return check_columns(given, schema, lenient, refused, warned)
+
+
+def check_columns(
+    given: Mapping[str, Sequence[Any]],   # each of the model's columns, as JSON holds its values
+    schema: Schema,
+    lenient: bool = False,
+    refused: list[Finding] | None = None, # findings so far
+    warned: list[Finding] | None = None,
+) -> Checked:
+    "The same for rows that were turned into columns already."
+    refused, warned = [] if refused is None else refused, [] if warned is None else warned
+    columns = {spec.name: _column(spec, given[spec.name], refused, warned, lenient) for spec in schema.fields}
     return Checked(schema, columns, sorted(refused, key=lambda f: f.row), warned)
 
 
-_MISSING = object()
+_MISSING, _NO_ROW = object(), object()
 
 
 def _check_names(number: int, row: Mapping[Any, Any], schema: Schema, refused: list[Finding], warned: list[Finding]) -> None:
@@ -280,23 +294,22 @@ def _check_names(number: int, row: Mapping[Any, Any], schema: Schema, refused: l
             refused.append(Finding(number, _short(name), f"is no column of this model{suggest(str(name)[:200], schema.names)}"))
 
 
-def _column(spec: Field, rows: Sequence[Any], refused: list[Finding], warned: list[Finding], lenient: bool) -> list[Any]:
+def _column(spec: Field, given: Sequence[Any], refused: list[Finding], warned: list[Finding], lenient: bool) -> list[Any]:
     read, values = _READ[spec.type], []
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
+    for number, sent in enumerate(given):
+        if sent is _NO_ROW:
             continue
-        value = row.get(spec.name, _MISSING)
-        if value is _MISSING:
+        if sent is _MISSING:
             refused.append(Finding(number, spec.name, "is not in the row", None, "null" if spec.nullable else f"a {spec.type}"))
             continue
         try:
-            value = None if value is None else read(value, spec)
+            value = None if sent is None else read(sent, spec)
         except _Bad as bad:
-            refused.append(Finding(number, spec.name, bad.args[0], _short(row[spec.name]), bad.args[1]))
+            refused.append(Finding(number, spec.name, bad.args[0], _short(sent), bad.args[1]))
             continue
         surprise = _surprise(value, spec)
         if surprise is not None:
-            (refused if surprise[0] and not lenient else warned).append(Finding(number, spec.name, surprise[1], _short(row[spec.name]), surprise[2]))
+            (refused if surprise[0] and not lenient else warned).append(Finding(number, spec.name, surprise[1], _short(sent), surprise[2]))
         values.append(value)
     return values
 

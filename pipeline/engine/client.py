@@ -137,8 +137,10 @@ class Client:
         sent = self._session.send(self._shell, "execute_request", {
             "code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False, "stop_on_error": True,
         })
+        assert sent is not None
         outputs: list[dict[str, Any]] = []
-        waiting, reply, idle = [False], None, False
+        waiting, idle = [False], False
+        reply: dict[str, Any] | None = None
         for channel, message in self._messages(on_tick):
             if message["parent_header"].get("msg_id") != sent["header"]["msg_id"]:
                 continue
@@ -174,7 +176,8 @@ class Client:
 
     def _greet(self) -> dict[str, Any]:
         "Ask for kernel info until both channels have answered: from then on no output is lost."
-        info, listening = None, False
+        info: dict[str, Any] | None = None
+        listening = False
         while info is None or not listening:
             asked = time.monotonic()
             self._session.send(self._shell, "kernel_info_request")
@@ -184,13 +187,14 @@ class Client:
                     info = message["content"]["language_info"]
                 if info is not None and (listening or time.monotonic() - asked > 0.05):
                     break
+        assert info is not None
         return info
 
     def _messages(self, on_tick: Callable[[], None], wait: float = 0.5) -> Any:
         "Channel and message as they come; between them the limits are asked and the kernel's life is looked after."
         measured = time.monotonic()
         while True:
-            ready = dict(self._poller.poll(wait * 1000))
+            ready = dict(self._poller.poll(int(wait * 1000)))
             for place in (self._iopub, self._shell):
                 while place in ready and (parts := self._receive(place)) is not None:
                     yield place, parts

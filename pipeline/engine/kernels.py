@@ -174,6 +174,7 @@ class KernelPool:
             **({name: str(threads) for name in limits} if threads else {}), **(environment or {}),
         }
         self._ahead: dict[str, Kernel] = {}
+        self._taken: set[str] = set()
         self._lock, self._telling = threading.Lock(), threading.Lock()
         self._stopping: list[threading.Thread] = []
         self._watcher = subprocess.Popen(
@@ -190,13 +191,14 @@ class KernelPool:
             for phase, imports in coming:
                 if len(self._ahead) >= self.spares:
                     return
-                if phase not in self._ahead:
+                if phase not in self._ahead and phase not in self._taken:
                     self._ahead[phase] = self._start(imports)
 
     def take(self, phase: str, imports: Sequence[str] = ()) -> Kernel:
         "The spare of that phase, or a new kernel; ready to be spoken to."
         with self._lock:
             kernel = self._ahead.pop(phase, None)
+            self._taken.add(phase)
         if kernel is None or kernel.process.poll() is not None:
             kernel = self._start(imports)
         kernel.wait_ready()

@@ -5,14 +5,16 @@
 # %% ../../nbs/lib/engine/01_launch.ipynb #517afce9
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 # %% auto #0
-__all__ = ['import_ahead', 'serve']
+__all__ = ['import_ahead', 'note_imports', 'serve']
 
 # %% ../../nbs/lib/engine/01_launch.ipynb #ce9a140a
 def import_ahead(
@@ -25,6 +27,19 @@ def import_ahead(
             importlib.import_module(name)
             done.append(name)
     return done
+
+# %% ../../nbs/lib/engine/01_launch.ipynb #2a47a16f
+def note_imports() -> set[str]:
+    "Note the top-level name of every import from now on, where `core.receipt.imported_libraries` looks."
+    plain, asked = builtins.__import__, set()
+
+    def noting(name: str, *arguments: Any, **named: Any) -> Any:
+        asked.add(name.partition(".")[0])
+        return plain(name, *arguments, **named)
+
+    noting.asked = asked  # type: ignore[attr-defined]
+    builtins.__import__ = noting
+    return asked
 
 # %% ../../nbs/lib/engine/01_launch.ipynb #690faa79
 def serve(
@@ -43,6 +58,7 @@ def serve(
     HistoryManager.enabled = False
     app = IPKernelApp.instance(connection_file=connection)
     app.initialize([])
+    note_imports()
     os.write(ready, b"1")
     os.close(ready)
     app.start()

@@ -279,12 +279,16 @@ def peak_chance(
     peaks: np.ndarray,        # the largest surprise of each reference window
     seen: np.ndarray,         # surprises of new windows
 ) -> np.ndarray:              # chance that the largest of a normal window is at least as large
-    "The upper tail of a Gumbel distribution fitted by moments; 1 where there are fewer than three peaks."
-    if peaks.size < 3:
+    "The upper tail of a Gumbel distribution fitted by L-moments (Hosking, 1990); 1 where there are fewer than three peaks."
+    k = peaks.size
+    if k < 3:
         return np.ones_like(seen)
-    scale = max(float(peaks.std(ddof=1)), 0.25) * math.sqrt(6) / math.pi * (1 + 1 / math.sqrt(peaks.size))
-    middle = float(peaks.mean()) - 0.5772 * scale / (1 + 1 / math.sqrt(peaks.size))
-    return -np.expm1(-np.exp(-((seen - middle) / scale).clip(-30, 600)))
+    rank = np.arange(k)
+    second = float((2 * (np.sort(peaks) * rank).sum() / (k * (k - 1))) - peaks.mean())
+    scale = max(second / math.log(2), 0.2)
+    middle = float(peaks.mean()) - 0.5772 * scale
+    wider = 1 + 1 / math.sqrt(k)
+    return -np.expm1(-np.exp(-((seen - middle) / (scale * wider)).clip(-30, 600)))
 
 
 def window_budget(

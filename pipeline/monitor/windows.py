@@ -14,8 +14,8 @@ import polars as pl
 from ..core.errors import InputError
 
 # %% auto #0
-__all__ = ['COUNTED_WINDOWS', 'MINIMUM_ROWS', 'TIME', 'is_calendar', 'days_since', 'window_of', 'first_day', 'describe_windows',
-           'windows_per_month']
+__all__ = ['COUNTED_WINDOWS', 'MINIMUM_ROWS', 'TIME', 'is_calendar', 'days_since', 'window_of', 'first_day', 'fitting_days',
+           'describe_windows', 'windows_per_month']
 
 # %% ../../nbs/lib/monitor/00_windows.ipynb #766fde55
 COUNTED_WINDOWS = 12     # windows of a problem whose order has no calendar
@@ -80,6 +80,20 @@ def _calendar_windows(times: pl.Series, days: float, backwards: bool) -> np.ndar
     else:
         window[known] = np.floor(position[known] / days).astype(np.int64)
     return window
+
+# %% ../../nbs/lib/monitor/00_windows.ipynb #6c96e97f
+def fitting_days(
+    frame: pl.DataFrame,
+    days: float,           # the length asked for
+) -> float:                # the length used
+    "The length asked for, doubled until the median window has enough rows or one window is left."
+    if not frame.height or TIME not in frame.columns or not is_calendar(frame[TIME]):
+        return days
+    while True:
+        counts = np.bincount(window_of(frame, days).clip(0))
+        if len(counts) < 2 or np.median(counts[counts > 0]) >= MINIMUM_ROWS:
+            return days
+        days *= 2
 
 # %% ../../nbs/lib/monitor/00_windows.ipynb #5e44f565
 def describe_windows(

@@ -9,17 +9,14 @@ from typing import Any
 
 import polars as pl
 
-from ..core.display import Html, table
 from ..core.errors import InputError
 from ..core.metrics import BETTER, main_metric
-from ..core.run import Run
-from .criteria import acceptance_table, check_metrics, has_goal
-from .timeline import size_class
+from .criteria import check_metrics
 from .value import amounts, break_even
 
 # %% auto #0
 __all__ = ['RANKING', 'FLOOR_MS', 'READABLE', 'REASONS', 'choose_metric', 'choose_threshold', 'choose_families', 'derive_plan',
-           'compare_plans', 'check_promise', 'scope_answer']
+           'compare_plans']
 
 # %% ../../nbs/lib/scope/05_plan.ipynb #6052c31a
 RANKING = ("roc_auc", "average_precision", "log_loss", "brier", "accuracy", "balanced_accuracy", "f1", "mae", "rmse", "r2")
@@ -91,13 +88,12 @@ def derive_plan(
         "costs": amounts(problem.evaluate.costs), "currency": said.currency,
         "families": families, "ruled_out": ruled_out,
         "mode": said.mode, "serving": "HTTP service, one row at a time" if online else "batch job, many rows at once",
-        "latency_p99_ms": problem.deploy.latency_p99_ms if online else None,
         "human_review": said.human_review,
     }
 
 # %% ../../nbs/lib/scope/05_plan.ipynb #0b03ab33
 REASONS = {
-    "serving": "problem.mode", "mode": "problem.mode", "latency_p99_ms": "deploy.latency_p99_ms",
+    "serving": "problem.mode", "mode": "problem.mode",
     "families": "problem.mode, deploy.latency_p99_ms and train.interpretable rule families out", "ruled_out": "the limit that each family would miss",
     "metric": "evaluate.metric, else evaluate.acceptance, else the task", "threshold": "evaluate.costs", "costs": "evaluate.costs",
 }
@@ -111,37 +107,3 @@ def compare_plans(
     rows = [{"key": key, "before": str(before.get(key)), "after": str(after.get(key)), "because": REASONS.get(key, f"problem.{key}")}
             for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     return pl.DataFrame(rows, schema=dict.fromkeys(("key", "before", "after", "because"), pl.String))
-
-# %% ../../nbs/lib/scope/05_plan.ipynb #645852a8
-def check_promise(
-    run: Run,     # the scope phase
-) -> Html:        # the criteria as a table
-    "Record whether the statement, KPI, acceptance and accessibility make a promise that can be kept or broken."
-    problem = run.problem
-    said, lines = problem.problem, acceptance_table(problem)
-    checks = [
-        run.require("the promise is stated", bool(said.statement.strip()), said.statement),
-        run.require("the KPI asks for a change", has_goal(problem), f"{said.kpi.baseline:g} → {said.kpi.target:g} {said.kpi.unit}",
-                    "set problem.kpi.target to where the number should go", "baseline ≠ target"),
-        run.require("acceptance lines are declared", lines.height > 0, f"{lines.height} lines", "add evaluate.acceptance", "at least 1"),
-    ]
-    friendly = lines.filter(~pl.col("cautious"))["metric"].to_list()
-    checks.append(
-        run.not_applicable("limits are judged cautiously", f"warning: {', '.join(friendly)} is judged by the friendlier end of its interval")
-        if friendly else run.require("limits are judged cautiously", True, "no line is judged by the friendlier end"))
-    checks.append(
-        run.require("accessibility needs are stated", True, said.accessibility) if said.accessibility else
-        run.not_applicable("accessibility needs are stated", "warning: nothing is said in problem.accessibility; a retrofit costs more than a sentence now"))
-    return table([{"criterion": c.title, "verdict": c.verdict, "found": c.found, "asked": c.limit} for c in checks], "Is this a promise?")
-
-
-def scope_answer(
-    run: Run,                   # the scope phase
-    plan: dict[str, Any],       # from `derive_plan`
-    weeks: tuple[float, float, float],   # P10, P50, P90
-) -> str:
-    "The phase's one line."
-    kpi = run.problem.problem.kpi
-    act = f", acting from a probability of {plan['threshold']:.0%}" if plan["threshold"] is not None else ""
-    return (f"We promise {kpi.name} from {kpi.baseline:g} to {kpi.target:g} {kpi.unit}; models are ranked by {plan['metric']}{act}; "
-            f"live in {weeks[0]:.0f}–{weeks[2]:.0f} weeks, most likely {weeks[1]:.0f} ({size_class(weeks[1])}).")

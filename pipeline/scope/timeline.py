@@ -161,13 +161,13 @@ def role_warnings(
 ) -> list[str]:
     "A sentence for each role that nobody fills, and for each that is asked for more than it has."
     said = []
-    for (role,), rows in load.group_by("role", maintain_order=True):
-        needed, people = float(rows["load"].sum()), float(rows["people"][0])
-        over = rows.filter(pl.col("over"))
+    for (name,), rows in load.group_by("role", maintain_order=True):
+        role, needed, people = str(name), float(rows["load"].sum()), float(rows["people"][0])
+        over, weeks = rows.filter(pl.col("over"))["load"].to_numpy(), rows.height
         if needed > 0 and people == 0:
             said.append(f"nobody is planned for {role}, which needs {needed:.1f} person-weeks; name somebody or buy it")
-        elif over.height:
-            said.append(f"{role} needs {over['load'].max():.1f} people in {over.height} of {rows['week'].max()} weeks and has {people:g}")
+        elif len(over):
+            said.append(f"{role} needs {over.max():.1f} people in {len(over)} of {weeks} weeks and has {people:g}")
     return said
 
 # %% ../../nbs/lib/scope/03_timeline.ipynb #3fb47a5b

@@ -21,7 +21,7 @@ from .features import Encoder, learn_encoder
 from .protocol import Estimator, Fitting, Shape, check_rows, fit, from_files
 
 # %% auto #0
-__all__ = ['FORMAT', 'SUFFIXES', 'Model', 'shape_of', 'train_model', 'load_model', 'read_checked']
+__all__ = ['FORMAT', 'SUFFIXES', 'Model', 'shape_of', 'train_model', 'retrain', 'load_model', 'read_checked']
 
 # %% ../../nbs/lib/train/06_models.ipynb #2e47d1d0
 @dataclass(frozen=True)
@@ -153,6 +153,19 @@ def train_model(
     estimator = fit(family, shape, matrix, target, fitting)
     told = {"config": fitting.config, "seed": fitting.seed, "rows": len(target), "steps": estimator.steps}
     return Model(family, contract, encoder, estimator, told | (about or {}))
+
+
+def retrain(
+    model: Model,           # the model to follow
+    frame: pl.DataFrame,    # other rows of the same contract
+    target: np.ndarray,     # (rows,) class indices or numbers
+    seed: int | None = None,
+    threads: int = 1,
+) -> Model:
+    "The same family and configuration on other rows, with an encoder of their own."
+    told = {k: v for k, v in model.about.items() if k not in ("config", "seed", "rows", "steps")}
+    fitting = Fitting(model.about["config"], model.about["seed"] if seed is None else seed, threads)
+    return train_model(model.family, frame, target, model.contract, fitting, about=told)
 
 
 def _json(content: Any) -> bytes:

@@ -90,7 +90,7 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
     if given is None:
         names = [f"f{i}" for i in range(matrix.shape[1])]
         given = lightgbm.Dataset(matrix, target, feature_name=names, categorical_feature=shape.categories,
-                                 free_raw_data=False, params=told | {"min_data_in_leaf": 1})
+                                 params=told | {"min_data_in_leaf": 1})
         fitting.cache["train"] = given
     valid = []
     if fitting.valid is not None:
