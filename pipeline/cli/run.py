@@ -63,6 +63,7 @@ def run_problem(
     jobs: int = 0,
     engine: str = "",                # settings.ini decides by default
     refresh: bool = False,
+    frozen: bool = False,            # refuse code that is not the manifest's
     phases: str = "",                # another folder of phase notebooks
     as_json: bool = False,
 ) -> int:                            # the exit code
@@ -78,7 +79,7 @@ def run_problem(
         from pipeline.core.problem import parse_setting
 
         overrides = dict(parse_setting(text) for text in changes)
-    wish = Wish(problem_file(problem, settings), name, start or None, only or None, overrides, jobs, refresh, Path(phases) if phases else None)
+    wish = Wish(problem_file(problem, settings), name, start or None, only or None, overrides, jobs, refresh, frozen, Path(phases) if phases else None)
     shown = JsonLines() if as_json else Shown()
     try:
         outcome = run_pipeline(wish, settings, shown, drawn_pages)

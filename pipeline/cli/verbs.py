@@ -55,12 +55,13 @@ def run(
     jobs: Annotated[int, typer.Option("--jobs", min=0, help="Phases side by side; 0: one a core.")] = 0,
     engine: Annotated[str, typer.Option("--engine", help="local or ray; settings.ini decides by default.")] = "",
     refresh: Annotated[bool, typer.Option("--refresh", help="Run every phase, fresh or not.")] = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Refuse a notebook whose code is not the one in the manifest.")] = False,
     phases: Annotated[str, typer.Option("--phases", help="Another folder of phase notebooks.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     "Bring a run up to date: only what is stale runs, and the last verdict is the exit code."
-    return run_problem(problem, name, start, only, changes or (), jobs, engine, refresh, phases, as_json)
+    return run_problem(problem, name, start, only, changes or (), jobs, engine, refresh, frozen, phases, as_json)
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #806fe5e4
 @app.command(epilog="Example: pilothouse status flights/main")

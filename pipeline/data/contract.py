@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,12 +14,12 @@ import polars as pl
 
 from ..core.errors import InputError, suggest
 from ..core.problem import Column, Problem, Task
-from .targets import Target, class_names
+from .targets import Target, check_target, class_names
 from .types import Kind, clashing, typed
 
 # %% auto #0
-__all__ = ['Role', 'MOST_LEVELS', 'ID_WORDS', 'Rule', 'Contract', 'read_as_declared', 'looks_like_id', 'learn', 'enforce',
-           'target_values', 'hold']
+__all__ = ['Role', 'MOST_LEVELS', 'ID_WORDS', 'Rule', 'Contract', 'read_as_declared', 'target_of', 'target_in', 'looks_like_id',
+           'learn', 'enforce', 'target_values', 'hold']
 
 # %% ../../nbs/lib/data/05_contract.ipynb #b77d2617
 Role = Literal["feature", "target", "time", "group", "subject", "cohort"]
@@ -63,6 +63,11 @@ class Contract:
     def features(self) -> list[str]:
         "Names of the columns a model sees, in order."
         return [rule.name for rule in self.columns if rule.role == "feature"]
+
+    @property
+    def private(self) -> list[str]:
+        "Columns whose values no report shows."
+        return [rule.name for rule in self.columns if rule.pii]
 
     def rule(self, name: str) -> Rule:
         "One column's rule; raises `InputError` naming the nearest."
@@ -110,6 +115,23 @@ def read_as_declared(
     if time and found.get(time, ("", ""))[0] not in ("date", "number"):
         raise InputError(f"data.time names column '{time}', which holds neither dates nor numbers (e.g. {table[time].drop_nulls()[:1].to_list()}); name another or mend it")
     return frame.with_columns(table[target]).with_row_index("__row").with_columns(pl.col("__row").cast(pl.Int64)), found, unusable
+
+# %% ../../nbs/lib/data/05_contract.ipynb #e937b772
+def target_of(
+    rows: pl.DataFrame,     # of `read_as_declared`
+    problem: Problem,
+) -> Target:
+    "The problem's target, checked."
+    return check_target(rows[problem.problem.target], problem.problem.task, problem.problem.positive)
+
+
+def target_in(
+    part: pl.DataFrame,     # some of the rows
+    target: Target,         # of all
+) -> Target:
+    "The same target for a part of the rows."
+    values = part[target.values.name]
+    return replace(target, values=values, counts={c: int((values == c).sum()) for c in target.classes})
 
 # %% ../../nbs/lib/data/05_contract.ipynb #4abd164e
 ID_WORDS = ("id", "uuid", "guid", "key", "index", "idx", "row", "rownum", "rowid", "number", "no", "nr", "unnamed")

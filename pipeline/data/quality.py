@@ -69,6 +69,7 @@ def find_faults(
     frame: pl.DataFrame,                        # the same rows, converted
     kinds: Mapping[str, tuple[Kind, str]],
     private: Collection[str] = (),              # columns whose values are not quoted
+    roles: Mapping[str, str] | None = None,     # column -> role; declared outcomes and dropped columns are not searched
 ) -> pl.DataFrame:                              # column, finding, rows, share, evidence, todo
     "Faults of the columns and of the table as a whole."
     found: list[dict[str, Any]] = []
@@ -78,6 +79,7 @@ def find_faults(
         found.append({"column": column, "finding": finding, "rows": rows, "share": rows / height,
                       "evidence": "" if column in private else evidence, "todo": todo})
 
+    kinds = {name: kind for name, kind in kinds.items() if (roles or {}).get(name) not in ("outcome", "drop")}
     stats = profile(frame, kinds)
     outlying = _outlying(frame, stats)
     for row in stats.iter_rows(named=True):

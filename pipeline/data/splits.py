@@ -19,8 +19,8 @@ from .targets import Target
 
 # %% auto #0
 __all__ = ['TRAIN', 'HOLDOUT', 'PRODUCTION', 'ASIDE', 'Rule', 'split_by_time', 'folds_by_time', 'strata_of', 'split_at_random',
-           'folds_at_random', 'folds_by_group', 'split_by_group', 'choose_rule', 'Parts', 'take_apart', 'fold_rows',
-           'each_fold', 'prove_disjoint', 'count_copies', 'time_dependence']
+           'folds_at_random', 'folds_by_group', 'split_by_group', 'choose_rule', 'repeats', 'Parts', 'take_apart',
+           'fold_rows', 'each_fold', 'prove_disjoint', 'count_copies', 'time_dependence']
 
 # %% ../../nbs/lib/data/04_splits.ipynb #7e6310f6
 TRAIN, HOLDOUT, PRODUCTION, ASIDE = 0, 1, 2, -1
@@ -177,7 +177,20 @@ def choose_rule(
         raise InputError("data.split.kind is group, but data.group names no column; name one or set kind: random")
     if split.kind != "time" and (split.holdout_from or split.production_from):
         raise InputError(f"data.split has dates (holdout_from, production_from), but its kind is {split.kind}; set kind: time or drop the dates")
-    return split.kind, "the problem file says so"
+    return split.kind, "as the problem file asks"
+
+# %% ../../nbs/lib/data/04_splits.ipynb #f5cc9dc3
+def repeats(
+    frame: pl.DataFrame,
+    usual: float = 0.1,     # share of rows
+) -> bool:                  # True where copies are in the nature of the table: few columns, few levels
+    "Are more rows than usual exact copies of another?"
+    return frame.height - _keys(frame, frame.columns).n_unique() > usual * frame.height
+
+# %% ../../nbs/lib/data/04_splits.ipynb #2c69fcbf
+def _keys(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    "A number for each row that equals for exact copies."
+    return frame.select(c for c in columns if c not in ("__row", "__fold")).hash_rows(seed=7)
 
 # %% ../../nbs/lib/data/04_splits.ipynb #09288810
 @dataclass(frozen=True)
@@ -286,11 +299,9 @@ def _codes(rows: pl.DataFrame, target: Target, rule: Rule, split: Split, rng: np
 
 def _first_copies(rows: pl.DataFrame) -> np.ndarray:
     "For each row the position of its first exact copy, so that copies stand on one side. Where copies are the rule, itself."
-    columns = [c for c in rows.columns if c != "__row"]
-    keys = rows.select(columns).hash_rows(seed=7)
-    if not 0 < len(keys) - keys.n_unique() <= 0.1 * len(keys):
-        return np.arange(len(keys))
-    at = pl.DataFrame({"key": keys}).with_row_index("at")
+    if repeats(rows):
+        return np.arange(rows.height)
+    at = pl.DataFrame({"key": _keys(rows, rows.columns)}).with_row_index("at")
     return at.select(pl.col("at").first().over("key"))["at"].to_numpy()
 
 
@@ -386,9 +397,9 @@ def count_copies(
     later: pl.DataFrame,
 ) -> int:
     "Rows of the later part that are, but for their number, exact copies of an earlier row."
-    columns = [c for c in later.columns if c in earlier.columns and c not in ("__row", "__fold")]
-    known = earlier.select(columns).hash_rows(seed=7).unique()
-    return int(later.select(columns).hash_rows(seed=7).is_in(known.implode()).sum())
+    columns = [c for c in later.columns if c in earlier.columns]
+    known = _keys(earlier, columns).unique()
+    return int(_keys(later, columns).is_in(known.implode()).sum())
 
 # %% ../../nbs/lib/data/04_splits.ipynb #d10d8963
 def _shared(one: pl.DataFrame, other: pl.DataFrame, columns: Sequence[str]) -> int:

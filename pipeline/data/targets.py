@@ -14,7 +14,7 @@ from ..core.errors import InputError, suggest
 from ..core.problem import Task
 
 # %% auto #0
-__all__ = ['POSITIVE', 'class_name', 'class_names', 'Target', 'check_target']
+__all__ = ['OPPOSITES', 'class_name', 'class_names', 'Target', 'check_target']
 
 # %% ../../nbs/lib/data/02_targets.ipynb #e70b67c9
 def class_name(
@@ -52,7 +52,7 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
-POSITIVE = ("true", "1", "yes", "y", "t", "positive", "pos")
+OPPOSITES = {"true": "false", "1": "0", "yes": "no", "y": "n", "t": "f", "positive": "negative", "pos": "neg"}   # positive: negative
 
 
 def check_target(
@@ -105,7 +105,7 @@ def _refuse_unreal(values: pl.Series) -> None:
         return
     if wrong.any():
         rows = wrong.arg_true()
-        found = sorted({str(v) for v in values.gather(rows).unique().to_list()})
+        found = sorted({"NaN" if v != v else str(v) for v in values.gather(rows).to_list()})
         raise InputError(
             f"target '{values.name}' holds {_some(found)} in {len(rows):,} of {len(values):,} rows (first rows {_some([r + 1 for r in rows.to_list()])}); "
             "leave cells without an outcome empty, mend or delete the rest"
@@ -129,5 +129,6 @@ def _positive(name: str, classes: list[str], counted: dict[str, int], positive: 
         if wanted not in classes:
             raise InputError(f"problem.positive is '{wanted}', which target '{name}' never is{suggest(wanted, classes)}")
         return wanted
-    usual = [c for c in classes if c.lower() in POSITIVE]
-    return usual[0] if len(usual) == 1 else min(classes, key=lambda c: (counted[c], c))
+    lowered = [c.lower() for c in classes]
+    usual = [c for c in classes if OPPOSITES.get(c.lower()) in lowered]
+    return usual[0] if usual else min(classes, key=lambda c: (counted[c], c))

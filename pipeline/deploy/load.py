@@ -24,7 +24,8 @@ from ..core.run import Estimate
 from .staging import Staged
 
 # %% auto #0
-__all__ = ['CONNECTIONS', 'measure', 'arrivals', 'send', 'latency_quantile', 'throughput', 'failed_share', 'of_key', 'folder_mb']
+__all__ = ['CONNECTIONS', 'measure', 'arrivals', 'send', 'latency_quantile', 'throughput', 'failed_share', 'answered_share',
+           'of_key', 'folder_mb']
 
 # %% ../../nbs/lib/deploy/08_load.ipynb #7cbecfc9
 CONNECTIONS = 8
@@ -118,7 +119,8 @@ def latency_quantile(
     sample: pl.DataFrame,    # deploy/latencies
     q: float,                # in (0, 1)
 ) -> Estimate:               # milliseconds, with a 95 % interval
-    "A latency quantile; an unanswered or refused request counts as never answered."
+    "A latency quantile of the attempt that counts; an unanswered or refused request counts as never answered."
+    sample = _counted(sample)
     values = np.sort(np.where(sample["status"].to_numpy() == 200, sample["latency_ms"].to_numpy(), np.inf))
     n = len(values)
     if not n:
@@ -149,6 +151,18 @@ def failed_share(
 ) -> float:
     "Requests that got no answer, or another than 200."
     return float((sample["status"] != 200).mean() or 0.0) if len(sample) else math.nan   # type: ignore[arg-type]
+
+
+def answered_share(
+    sample: pl.DataFrame,    # deploy/latencies, all attempts
+) -> float:
+    "Requests that were answered with 200."
+    return 1 - failed_share(sample)
+
+
+def _counted(sample: pl.DataFrame) -> pl.DataFrame:
+    "Where several samples were taken, the rows of the one that counts."
+    return sample.filter(pl.col("counts")) if "counts" in sample.columns else sample
 
 
 def of_key(

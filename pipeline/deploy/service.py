@@ -503,7 +503,7 @@ def load_application(folder: str, key: bytes, host: str, token_ref: str | None, 
     from pipeline.deploy.package import load_package
 
     predictor = load_package(folder, Ed25519PublicKey.from_public_bytes(key))
-    hosts = ("127.0.0.1", "localhost", "::1", host.lower()) if is_loopback(host) else None
+    hosts = tuple(dict.fromkeys(("127.0.0.1", "localhost", "::1", host.lower()))) if is_loopback(host) else None
     return Application(Service(predictor, read_secret(token_ref), hosts, log=_print_record if log else None))
 
 

@@ -227,9 +227,14 @@ def _gap(one: pl.Series, other: pl.Series, tolerance: float) -> tuple[pl.Series,
 
 # %% ../../nbs/lib/deploy/07_staging.ipynb #081e59fc
 def largest_difference(
-    replayed: pl.DataFrame,   # deploy/replay: measured_<column> beside served_<column>
+    replayed: pl.DataFrame,        # deploy/replay: served answers, others beside them
+    prefix: str = "measured_",     # measured_ or batch_
 ) -> float:
-    "The largest difference between a measured and a served number."
-    names = [n[7:] for n in replayed.columns if n.startswith("served_") and replayed[n].dtype.is_numeric()]
-    pairs = [compare(replayed.select(pl.col(f"measured_{n}").alias(n)), replayed.select(pl.col(f"served_{n}").alias(n))) for n in names]
-    return max((pair.largest for pair in pairs), default=float("nan"))
+    "The largest difference between served numbers and those beside them; infinite where a class or a number is missing."
+    names = [n[len(prefix):] for n in replayed.columns if n.startswith(prefix)]
+    if not names:
+        return float("nan")
+    found = compare(replayed.select(pl.col(f"{prefix}{n}").alias(n) for n in names), replayed.select(names), 0)
+    words = [n for n in names if not replayed[n].dtype.is_numeric()]
+    differ = any(replayed[n].ne_missing(replayed[f"{prefix}{n}"]).any() for n in words)
+    return float("inf") if differ else found.largest

@@ -73,6 +73,8 @@ class PilothouseEngine(Engine):
         given = nb.metadata.get("papermill", {}).get("parameters", {})
         if given:
             check_parameters(given, declared_parameters(nb, str(kwargs.get("input_path", "notebook"))))
+        for key in ("input_path", "output_path"):   # no path of this machine in what is kept
+            nb.metadata.papermill[key] = _inside(nb.metadata.papermill.get(key))
         manager = SavedOnTimer(nb, output_path, log_output, progress_bar, autosave_cell_every)
         manager.notebook_start()
         try:
@@ -109,6 +111,14 @@ class Used:
 papermill_engines.register("pilothouse", PilothouseEngine)
 
 # %% ../../nbs/lib/engine/04_execute.ipynb #00900cd5
+def _inside(path: Any) -> Any:
+    "A path relative to the working folder where it lies inside, else its name."
+    if not isinstance(path, str):
+        return path
+    here = Path.cwd()
+    return Path(path).relative_to(here).as_posix() if Path(path).is_relative_to(here) else Path(path).name
+
+
 def _run_cells(manager: Any, kernel: Kernel, limits: Limits | None, on_cell: Progress | None, used: Used | None) -> None:
     used, began = used or Used(), time.monotonic()
     numbered = [(i, c) for i, c in enumerate(manager.nb.cells) if c.cell_type == "code" and c.source.strip()]

@@ -175,6 +175,7 @@ class KernelPool:
         }
         self._ahead: dict[str, Kernel] = {}
         self._taken: set[str] = set()
+        self._used: list[Kernel] = []
         self._lock, self._telling = threading.Lock(), threading.Lock()
         self._stopping: list[threading.Thread] = []
         self._watcher = subprocess.Popen(
@@ -201,19 +202,22 @@ class KernelPool:
             self._taken.add(phase)
         if kernel is None or kernel.process.poll() is not None:
             kernel = self._start(imports)
+        self._used.append(kernel)
         kernel.wait_ready()
         return kernel
 
     def release(self, kernel: Kernel) -> None:
         "Kill a used kernel behind the run's back."
+        with contextlib.suppress(ValueError):
+            self._used.remove(kernel)
         thread = threading.Thread(target=self._stop, args=(kernel,))
         thread.start()
         self._stopping.append(thread)
 
     def close(self) -> None:
-        "Kill every spare, wait for those that are being killed, and remove the sockets."
+        "Kill every kernel, used or spare, wait until they are gone, and remove the sockets."
         with self._lock:
-            left, self._ahead = list(self._ahead.values()), {}
+            left, self._ahead, self.spares = [*self._ahead.values(), *self._used], {}, 0
         for kernel in left:
             self.release(kernel)
         for thread in self._stopping:
@@ -247,7 +251,7 @@ class KernelPool:
                 process = subprocess.Popen(
                     [sys.executable, "-P", _launcher(), str(file), str(writing), *imports],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=[writing], cwd=self.cwd,
-                    env={**self.environment, MARK: mark}, start_new_session=True,
+                    env={**self.environment, MARK: mark}, start_new_session=True, umask=_umask() | 0o022,
                 )
         except OSError as error:
             os.close(reading)
@@ -270,6 +274,13 @@ class KernelPool:
             self._watcher.stdin.flush()
 
 # %% ../../nbs/lib/engine/02_kernels.ipynb #5fb0f0ba
+def _umask() -> int:
+    "This process's umask; asking the usual way would change it for a moment."
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("Umask:")).split()[1], 8)
+    return 0o077
+
+
 def _launcher() -> str:
     "The path of `engine.launch`: run as a file, so that no receipt lists it."
     found = importlib.util.find_spec("pipeline.engine.launch")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import difflib
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.errors import EnvironmentFault, InputError
+from ..core.errors import EnvironmentFault, InputError, IntegrityError
+from ..core.receipt import cells_digest
 from ..core.settings import Settings
 from ..core.store import disk_errors
 from .freshness import Facts, Memory, Resolved, resolve_problem, why_stale
 from .imports import libraries_of
 from .lock import holding
-from .manifest import final_verdict, git_state, phase_entry, write_manifest
+from .manifest import final_verdict, git_state, phase_entry, read_manifest, write_manifest
 from .phases import Phase, check_parameters, declared_parameters, find_phases, named_phase, read_notebook, waves
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from pipeline.engine.kernels import KernelPool
 
 # %% auto #0
-__all__ = ['Sink', 'Task', 'Executor', 'LocalExecutor', 'Teller', 'Pages', 'Wish', 'Outcome', 'run_pipeline']
+__all__ = ['Sink', 'Task', 'Executor', 'LocalExecutor', 'Teller', 'Pages', 'Wish', 'Outcome', 'run_pipeline', 'check_frozen',
+           'code_lines']
 
 # %% ../../nbs/lib/engine/09_runner.ipynb #891a7fb0
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class Wish:
     overrides: dict[str, Any] = field(default_factory=dict)
     jobs: int = 0                                          # 0: as many as there are cores
     refresh: bool = False                                  # run what is fresh, too
+    frozen: bool = False                                   # refuse notebooks whose code is not the manifest's
     phases: Path | None = None                             # the folder of phase notebooks; nbs/phases by default
 
 
@@ -175,7 +180,7 @@ def run_pipeline(
     resolved = resolve_problem(wish.problem.resolve(), wish.overrides, settings.outputs / ".cache")
     chosen = _chosen(wish, phases)
     run = settings.outputs / resolved.name / wish.run
-    _check_place(run, settings)
+    _check_place(wish.run, run, settings)
     tell = Teller(sink)
     with holding(run):
         work = _Work(wish, settings, resolved, phases, run, tell, pages, executor)
@@ -187,6 +192,28 @@ def run_pipeline(
             work.close()
 
 # %% ../../nbs/lib/engine/09_runner.ipynb #cce6dc30
+def check_frozen(
+    phase: Phase,
+    run: Path,   # outputs/problem/run
+) -> None:
+    "Refuse a notebook whose code cells are not those that the manifest names; raises `IntegrityError` with the first difference."
+    known = read_manifest(run)["phases"].get(phase.name)
+    now = read_notebook(phase.notebook)
+    if known is None:
+        raise IntegrityError(f"{phase.name} is not in the manifest of {run.parent.name}/{run.name}; run it once without --frozen and review it")
+    if cells_digest(now) != known["notebook"]:
+        kept = run / phase.name / "notebook.ipynb"
+        was = code_lines(read_notebook(kept)) if kept.exists() else []
+        changed = [line for line in difflib.unified_diff(was, code_lines(now), n=0, lineterm="") if line[:3] not in ("---", "+++", "@@ ")]
+        raise IntegrityError(f"{phase.name}: its code is not what the manifest names: {' | '.join(changed[:2])[:300] or 'cells differ'}; review it and run without --frozen")
+
+
+def code_lines(notebook: dict[str, Any]) -> list[str]:
+    "Lines of the code cells, injected parameters and papermill's error markers left out."
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code" and "injected-parameters" not in c.get("metadata", {}).get("tags", [])]
+    return [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+
+# %% ../../nbs/lib/engine/09_runner.ipynb #4af7755c
 def _chosen(wish: Wish, phases: list[Phase]) -> list[Phase]:
     if wish.only:
         return [named_phase(wish.only, phases)]
@@ -196,14 +223,12 @@ def _chosen(wish: Wish, phases: list[Phase]) -> list[Phase]:
     return phases
 
 
-def _check_place(run: Path, settings: Settings) -> None:
+def _check_place(name: str, run: Path, settings: Settings) -> None:
     "Names are checked and links resolved before anything is written."
-    import re
-
-    from pipeline.core.errors import IntegrityError
-
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run.name):
-        raise InputError(f"run {run.name[:80]!r} is not a name; use letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit")
+    if run.parent.name == "store":
+        raise InputError("a problem cannot be named 'store': outputs/store keeps tables and keys; change problem.name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InputError(f"run {name[:80]!r} is not a name; use letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit")
     if run.resolve() != settings.outputs.resolve() / run.parent.name / run.name:
         raise IntegrityError(f"run {run.parent.name}/{run.name} is a link out of {settings.outputs.name}/; remove the link")
 
@@ -255,7 +280,15 @@ class _Work:
             self._run_phase(*stale[0])
             return
         with ThreadPoolExecutor(min(jobs, len(stale))) as threads:
-            faults = [future.exception() for future in [threads.submit(self._run_phase, *one) for one in stale]]
+            running = [threads.submit(self._run_phase, *one) for one in stale]
+            try:
+                faults = [future.exception() for future in running]
+            except BaseException:   # a person stopped it: end what runs, start nothing more
+                for future in running:
+                    future.cancel()
+                assert self.executor
+                self.executor.close()
+                raise
         for fault in faults:
             if fault is not None:
                 raise fault
@@ -263,6 +296,8 @@ class _Work:
     def _begin(self, stale: list[tuple[Phase, list[str]]]) -> None:
         "What only a run that does something needs: kernels for this wave and the next, the commit, checked parameters."
         for phase, _ in stale:
+            if self.wish.frozen:
+                check_frozen(phase, self.run)
             check_parameters(self._parameters(), declared_parameters(read_notebook(phase.notebook), phase.name), phase.name)
         if self.executor is None:
             environment = {
@@ -271,11 +306,17 @@ class _Work:
             }
             self.executor = self._make_executor(self.settings, environment)
         self._prepare([phase for phase, _ in stale])
+        self._know_run()
+        if self._make_pages and self.pages is None:
+            self.pages = self._make_pages()
+
+    def _know_run(self) -> None:
+        "The commit, and what the manifest says about the phases in place."
         if self.git is None:
             self.git = git_state(self.settings.root)
             self.entries = {p.name: phase_entry(self.run / p.name, self._measured(p.name)) for p in self.phases if self.facts.receipt(p.name)}
-        if self._make_pages and self.pages is None:
-            self.pages = self._make_pages()
+            if not (self.run / "manifest.json").exists():   # so that `status` can tell of a run that never got further
+                self._write_manifest()
 
     def _prepare(self, stale: list[Phase]) -> None:
         assert self.executor
@@ -330,6 +371,7 @@ class _Work:
         work = self.run / ".work" / phase.name
         if not (work / "receipt.json").exists():
             raise InputError(f"{phase.name} ended without run.finish(); end the notebook with it")
+        os.chmod(kept, 0o644)
         os.replace(kept, work / "notebook.ipynb")
         folder = commit_phase(self.run, phase.name)
         with contextlib.suppress(OSError):
@@ -359,16 +401,36 @@ class _Work:
 
     def outcome(self) -> Outcome:
         "Wait for pages, write the last manifest, anchor it in the audit trail."
-        if self.ran:
-            self.notes += self.pages.finish(self.run) if self.pages else []
-            self._anchor()
-            self.notes += self.pages.close(self.run) if self.pages else []
+        undrawn = [p.name for p in self.phases if self.facts.receipt(p.name) and not (self.run / p.name / "report.html").exists()]
+        undrawn = [name for name in undrawn if name not in self.ran] if self._make_pages else []
+        if self.ran or undrawn or not self._is_ended():
+            self._end(undrawn)
         told = {p.name: self._told(p.name) for p in self.phases if self.facts.receipt(p.name)}
         verdict = final_verdict(told, self.phases[-1].name)
         answer = next((t["answer"] for t in reversed(told.values())), "")
         outcome = Outcome(self.run, tuple(self.ran), tuple(self.fresh), verdict, answer, len(told) == len(self.phases), tuple(self.notes))
         self.tell("run_finished", verdict=verdict, answer=answer, ran=list(outcome.ran), fresh=list(outcome.fresh), complete=outcome.complete, notes=self.notes)
         return outcome
+
+    def _is_ended(self) -> bool:
+        "True where the manifest is that of a run that came to its end with exactly these phases."
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads((self.run / "manifest.json").read_text(encoding="utf-8"))
+            kept = {name: entry["files"]["receipt.json"] for name, entry in manifest["phases"].items()}
+            now = {p.name: self.facts.memory.digest(self.run / p.name / "receipt.json") for p in self.phases if self.facts.receipt(p.name)}
+            return bool(manifest["ended"]) and kept == now
+        return False
+
+    def _end(self, undrawn: list[str]) -> None:
+        self._know_run()
+        if self.pages is None and self._make_pages:
+            self.pages = self._make_pages()
+        if self.pages:
+            for name in undrawn:   # a run that was killed before they were drawn
+                self.pages.phase(self.run / name)
+            self.notes += self.pages.finish(self.run)
+        self._anchor()
+        self.notes += self.pages.close(self.run) if self.pages else []
 
     def _told(self, name: str) -> dict[str, Any]:
         receipt = self.facts.receipt(name) or {}
@@ -380,7 +442,7 @@ class _Work:
         for name in self.entries:
             self.entries[name] = {**self.entries[name], "files": phase_entry(self.run / name)["files"]}
         head = audit.head(self.settings.store)
-        digest = self._write_manifest(audit_head=head)
+        digest = self._write_manifest(audit_head=head, ended=True)
         told = {"manifest": digest, "verdict": final_verdict(self.entries, self.phases[-1].name), "ran": list(self.ran)}
         audit.append(self.settings.store, "run.finished", told, run=f"{self.run.parent.name}/{self.run.name}")
 

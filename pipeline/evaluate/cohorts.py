@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from ..core.display import Html, note, stack, table
+from ..core.display import Html, note, number, stack, table
 from ..core.errors import InputError
 from ..core.intervals import RANGES, RARE, draws_of, interval, units_of
 from pipeline.core.metrics import (
     BETTER, LABELS, RANKED, Context, checked, from_sums, metric_or_none, predictions_of, rankings, row_parts,
 )
-from ..core.run import Claim, Estimate
+from ..core.run import Estimate
 from .calibration import wilson
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SMALL', 'SUPPRESSED', 'COMPARED', 'EACH_CLASS', 'LEVELS', 'cohort_of', 'cohorts_by', 'draw_by_cohort', 'cohort_table',
-           'cohort_gap', 'comparable', 'is_relative', 'check_cohorts']
+           'cohort_gap', 'comparable', 'is_relative', 'check_cohorts', 'compared_by']
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #6d8698d4
 SMALL = 30        # rows below which a group is flagged
@@ -131,7 +131,7 @@ def cohort_table(
         row: dict[str, Any] = {"by": by, "cohort": str(label), "n": n, "small": n < SMALL, "metric": name}
         row |= _measured(name, y[here], p[here], drawn[:, g], level, context) | _rates(y[here], p[here], threshold)
         rows.append(row if n >= SUPPRESSED else {k: v if k in KEPT else None for k, v in row.items()})
-    return pl.DataFrame(rows, infer_schema_length=None).sort("n", "cohort", descending=[True, False])
+    return pl.DataFrame(rows, infer_schema_length=None).sort("n", "cohort", descending=[True, False], nulls_last=True)
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #66de2984
 KEPT = ("by", "cohort", "small", "metric")
@@ -242,26 +242,34 @@ def check_cohorts(
     pairs = [f"{a} × {b}" for a, b in combinations(present, 2)][:6]
     tables = {by: cohort_table(holdout.predictions, by, holdout.main, **holdout.using) for by in [*present, *pairs]}
     run.save("evaluate/cohorts", pl.concat(tables.values(), how="diagonal_relaxed"))
-    relative = is_relative(holdout.main)
     for column in present:
-        claim = run.claim(
-            f"gap_{_word(column)}", of="evaluate/predictions", by=cohort_gap, on="holdout", better="lower",
-            using={"by": column, "name": holdout.main} | holdout.using, unit="of the overall value" if relative else "",
-            title=f"gap of {LABELS[holdout.main]} between {column} groups",
-        )
-        _check_gap(run, column, claim, limit, holdout)
+        _check_gap(run, column, limit, holdout)
     return stack(*[_shown(by, tables[by], holdout) for by in present], _worst_pairs(tables, pairs, holdout))
 
+
+def compared_by(
+    holdout: Holdout,
+    by: str,            # a column, or two joined by " × "
+) -> list[str]:
+    "Groups that are large enough to compare."
+    y, p = predictions_of(holdout.predictions, holdout.using["classes"])
+    return comparable(cohorts_by(holdout.predictions, by).to_numpy().astype(str), y, p, holdout.main)
+
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #d375aa9c
-def _check_gap(run: Run, column: str, claim: Claim, limit: float, holdout: Holdout) -> None:
+def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
     "Go up to the limit; above it no-go, or inconclusive while the interval still reaches down to it."
-    labels = cohorts_by(holdout.predictions, column).to_numpy().astype(str)
-    compared = comparable(labels, *predictions_of(holdout.predictions, holdout.using["classes"]), holdout.main)
-    said = f"{len(compared)} of {len(np.unique(labels))} groups are large enough to compare"
-    if np.isfinite(claim.value):
-        run.check(f"{column} groups are served alike", claim, at_most=limit, bound="value" if claim.value <= limit else "high", why=said)
-    else:
-        run.not_applicable(f"{column} groups are served alike", f"{said}; two are needed")
+    compared, title = compared_by(holdout, column), f"{column} groups are served alike"
+    groups = cohorts_by(holdout.predictions, column).n_unique()
+    said = f"{len(compared)} of {groups} groups are large enough to compare"
+    if len(compared) < 2:
+        run.not_applicable(title, f"{said}; two are needed")
+        return
+    claim = run.claim(
+        f"gap_{_word(column)}", of="evaluate/predictions", by=cohort_gap, on="holdout", better="lower",
+        using={"by": column, "name": holdout.main} | holdout.using, unit="of the overall value" if is_relative(holdout.main) else "",
+        title=f"gap of {LABELS[holdout.main]} between {column} groups",
+    )
+    run.check(title, claim, at_most=limit, bound="value" if claim.value <= limit else "high", why=said)
 
 
 def _word(text: str) -> str:
@@ -271,16 +279,15 @@ def _word(text: str) -> str:
 def _shown(by: str, rows: pl.DataFrame, holdout: Holdout) -> Any:
     from pipeline.core.charts import bars
 
-    known = rows.filter(pl.col("value").is_not_null() & ~pl.col("small").fill_null(True)).sort("value", descending=BETTER[holdout.main] == "higher")
     label = LABELS[holdout.main]
+    whole = table(_readable(rows, label), f"All groups by {by}", formats=_formats(label), rows=LEVELS, small=("n", SUPPRESSED))
+    known = rows.filter(pl.col("cohort").is_in(compared_by(holdout, by)) & pl.col("value").is_not_null())
+    known = known.sort("value", "cohort", descending=[BETTER[holdout.main] == "higher", False])
     if not known.height:
-        return note(f"No group of {by} has {SMALL} rows or more; nothing is shown.", "warn")
+        return stack(note(f"No group of {by} is large enough to compare.", "warn"), whole)
     best, worst = known.row(0, named=True), known.row(-1, named=True)
-    message = f"{label} by {by}: {best['value']:.3g} for {best['cohort']}, {worst['value']:.3g} for {worst['cohort']}"
-    return stack(
-        bars(known, "cohort", "value", message, low="low", high="high", xlabel=label),
-        table(_readable(rows, label), f"Groups by {by}", formats=_formats(label), rows=LEVELS, small=("n", SUPPRESSED)),
-    )
+    message = f"{label} by {by}: {number(best['value'])} for {best['cohort']}, {number(worst['value'])} for {worst['cohort']}"
+    return stack(bars(known, "cohort", "value", message, low="low", high="high", xlabel=label), whole)
 
 
 def _worst_pairs(tables: dict[str, pl.DataFrame], pairs: list[str], holdout: Holdout) -> Any:
@@ -293,11 +300,19 @@ def _worst_pairs(tables: dict[str, pl.DataFrame], pairs: list[str], holdout: Hol
 
 
 def _readable(rows: pl.DataFrame, label: str) -> pl.DataFrame:
-    shown = rows.drop("metric", "by").rename({"value": label})
-    return shown.select("cohort", "n", *[c for c in ("base_rate", "mean_outcome") if c in shown.columns], label, "low", "high",
-                        *[c for c in ("selection_rate", "tpr", "fpr", "ece", "accuracy", "mean_error") if c in shown.columns], "small")
+    few = pl.when(pl.col("n").is_null() | pl.col("small")).then(pl.lit("few rows")).otherwise(pl.lit(""))
+    shown = rows.rename({"value": label} | {k: v for k, v in WORDS.items() if k in rows.columns}).with_columns(remark=few)
+    after = [w for w in ("acts on", "positives found", "false alarms", "calibration error", "accuracy", "mean error") if w in shown.columns]
+    before = [w for w in ("positives", "mean outcome") if w in shown.columns]
+    return shown.select("cohort", "n", *before, label, "low", "high", *after, "remark")
+
+
+WORDS = {"base_rate": "positives", "selection_rate": "acts on", "tpr": "positives found", "fpr": "false alarms",
+         "ece": "calibration error", "mean_outcome": "mean outcome", "mean_error": "mean error"}
 
 
 def _formats(label: str) -> dict[str, str]:
-    shares = ("base_rate", "selection_rate", "tpr", "fpr", "accuracy")
-    return {label: ".3f", "low": ".3f", "high": ".3f", "ece": ".3f"} | dict.fromkeys(shares, ".1%")
+    if is_relative(next(k for k, v in LABELS.items() if v == label)):
+        return {"accuracy": ".1%"}
+    shares = ("positives", "acts on", "positives found", "false alarms", "accuracy")
+    return {label: ".3f", "low": ".3f", "high": ".3f", "calibration error": ".3f"} | dict.fromkeys(shares, ".1%")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['constant_of', 'gain_over_constant', 'compare_simpler']
+__all__ = ['JUST', 'constant_of', 'gain_over_constant', 'compare_simpler']
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #c3ca1eb7
 def constant_of(
@@ -56,6 +56,9 @@ def gain_over_constant(
     return found if BETTER[name] == "higher" else Estimate(-found.value, -(found.high or 0.0), -(found.low or 0.0), found.n)
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #eade2ea2
+JUST = 1e-6     # a gain must be more than nothing
+
+
 def compare_simpler(
     run: Run,               # the evaluate phase
     holdout: Holdout,       # opened
@@ -66,7 +69,7 @@ def compare_simpler(
     label, better = LABELS[holdout.main], BETTER[holdout.main]
     gain = run.claim("gain_over_constant", of="evaluate/predictions", by=gain_over_constant, on="holdout", better="higher",
                      using={"name": holdout.main, "constant": constant} | holdout.using, title=f"{label} won over one answer for all rows")
-    run.check("better than one answer for all rows", gain, at_least=0, bound="low", why="a model that learnt nothing reaches zero")
+    run.check("better than one answer for all rows", gain, at_least=JUST, bound="low", why="a model that learnt nothing reaches zero")
     rows = [_row("one answer for all rows", holdout, constant, Estimate(gain.value, gain.low, gain.high))]
     if holdout.current:
         difference = run.claim("difference_to_default", of="evaluate/predictions", by=score_difference, on="holdout", better=better,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['ROWS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_model', 'important_columns',
+__all__ = ['ROWS', 'COLUMNS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_model', 'important_columns',
            'show_one_row']
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #25cec61f
@@ -35,6 +35,7 @@ def shuffle_importance(
     draws: int = 200,
     level: float = 0.95,
     context: Context = Context(),
+    columns: list[str] | None = None,   # which to shuffle; all by default
 ) -> pl.DataFrame:                 # column, loss, low, high, useful; largest loss first
     "How much the metric loses when a column is shuffled, with a paired interval."
     before = model.predict(frame)
@@ -43,7 +44,7 @@ def shuffle_importance(
     value = metric_or_none(name, y, before, **options)
     drawn = None if value is None else draw_metric(name, *checked(name, y, before), unit, seed, draws, context)
     units, rows = len(y) if unit is None else len(np.unique(unit)), []
-    for column in model.features:
+    for column in columns or model.features:
         after = model.predict(frame.with_columns(frame[column].gather(rng.permutation(frame.height)).alias(column)))
         row: dict[str, Any] = {"column": column, "loss": None, "low": None, "high": None, "useful": None}
         if drawn is not None and value is not None and (shuffled := metric_or_none(name, y, after, **options)) is not None:
@@ -107,7 +108,8 @@ def _answer(model: Model, answer: np.ndarray) -> str:
     return f"{model.classes[told]}: {answer[told]:.1%}"
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #51a3dc76
-ROWS = 4000     # most rows that are shuffled
+ROWS = 8000      # most rows that are shuffled
+COLUMNS = 40     # most columns that are shuffled: those that contribute most
 
 
 def explain_model(
@@ -118,9 +120,12 @@ def explain_model(
     rows = np.sort(run.rng("importance rows").permutation(holdout.frame.height)[:ROWS])
     frame, using = holdout.frame[rows], holdout.using
     unit = units_of(holdout.predictions[rows], holdout.unit)
-    worth = shuffle_importance(holdout.model, frame, holdout.predictions["y"].to_numpy()[rows], holdout.main, run.rng("importance"),
-                               unit, run.seed, 200, using["level"], Context(using["threshold"], using["recall"], using["costs"]))
     found = global_contributions(holdout.model, frame.head(2000))
+    columns = (found[0]["column"].to_list() if found else holdout.model.features)[:COLUMNS]
+    worth = shuffle_importance(
+        holdout.model, frame, holdout.predictions["y"].to_numpy()[rows], holdout.main, run.rng("importance"), unit, run.seed, 200,
+        using["level"], Context(using["threshold"], using["recall"], using["costs"]), columns,
+    )
     if found is None:
         run.not_applicable("contributions add up to the raw score", f"the {holdout.model.family} family gives none; shuffling still ranks its columns")
         saved = worth.with_columns(mean_size=pl.lit(None, pl.Float64), share=pl.lit(None, pl.Float64))
@@ -170,6 +175,7 @@ def _importance_displays(saved: pl.DataFrame, holdout: Holdout) -> Html:
                  xlabel=f"{label} lost when the column is shuffled")
     said = (f"No measurable use for {len(idle)} of {saved.height} columns: {', '.join(idle[:12])}{' …' if len(idle) > 12 else ''}. "
             "Try the model without them, one at a time.") if idle else f"All {saved.height} columns help measurably."
-    shown = saved.select("column", "loss", "low", "high", "share").rename({"share": "share of contributions"})
+    said += f" Of {len(holdout.model.features):,} columns the {COLUMNS} that contribute most were shuffled." if len(holdout.model.features) > COLUMNS else ""
+    shown = saved.select("column", "loss", "low", "high", pl.col("share").round(3).alias("share of contributions"))
     return stack(chart, note(said, "warn" if idle else "go"),
                  table(shown, "What each column is worth", rows=40, formats=dict.fromkeys(("loss", "low", "high"), ".4f") | {"share of contributions": ".1%"}))

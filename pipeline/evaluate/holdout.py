@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from ..core import audit
 from ..core.display import Html, facts, note, stack
-from ..core.errors import InputError
 from ..core.metrics import metrics_for
 from ..core.store import digest
 from ..data.contract import target_values
@@ -24,8 +22,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['LEVEL', 'level_for', 'look_of', 'reason_for', 'Holdout', 'unit_for', 'answers_of', 'open_holdout', 'predict_all',
-           'show_ledger']
+__all__ = ['LEVEL', 'level_for', 'look_of', 'reason_for', 'Holdout', 'unit_for', 'draws_for', 'answers_of', 'open_holdout',
+           'predict_all', 'show_ledger']
 
 # %% ../../nbs/lib/evaluate/01_holdout.ipynb #3a4e2d32
 LEVEL = 0.95
@@ -101,6 +99,14 @@ def unit_for(
     return None
 
 
+def draws_for(
+    asked: int,      # evaluate.bootstrap
+    rows: int,
+) -> int:
+    "Fewer draws beyond 100,000 rows, where intervals are narrow and draws are dear; never under 100."
+    return min(asked, max(100, asked * 100_000 // max(rows, 1)))
+
+
 def answers_of(
     model: Model,
     frame: pl.DataFrame,        # rows with the model's columns
@@ -136,7 +142,7 @@ def open_holdout(
     run.save("evaluate/predictions", predictions)
     unit = unit_for(frame)
     using = {
-        "classes": contract["classes"] or None, "unit": unit, "draws": evaluate.bootstrap, "seed": run.seed,
+        "classes": contract["classes"] or None, "unit": unit, "draws": draws_for(evaluate.bootstrap, frame.height), "seed": run.seed,
         "level": level_for(looks), "threshold": 0.5 if rule["threshold"] is None else rule["threshold"],
         "recall": evaluate.recall, "costs": rule.get("costs"),
     }

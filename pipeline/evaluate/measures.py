@@ -72,8 +72,11 @@ def measure(
             unit=currency if name == "value_per_1000" else "", title=title_of(name, evaluate.recall),
         ) for name in holdout.metrics
     }
-    limits = {line.metric: line.at_least if line.at_least is not None else line.at_most
-              for line in evaluate.acceptance if line.on == "holdout"}
+    limits: dict[str, float] = {}
+    for line in evaluate.acceptance:
+        limit = line.at_least if line.at_least is not None else line.at_most
+        if line.on == "holdout" and limit is not None:
+            limits[line.metric] = limit
     first = list(dict.fromkeys([*limits, *holdout.metrics]))[:3]
     big = [(claims[n].title, in_words(n, claims[n].value, currency), claims[n], limits.get(n)) for n in first if np.isfinite(claims[n].value)]
     undefined = [claims[n].title for n in claims if not np.isfinite(claims[n].value)]

@@ -234,7 +234,7 @@ def stress_model(
     worst = costs.drop_nulls("change").row(0, named=True) if costs["change"].null_count() < costs.height else None
     said = f"Worst: {worst['stress']}, {LABELS[holdout.main]} from {worst['undisturbed']:.3g} to {worst['disturbed']:.3g}." if worst else "Nothing could be measured."
     return stack(note(said), table(costs.drop("metric"), f"{LABELS[holdout.main]} of the same {len(rows):,} rows when inputs are disturbed",
-                                   formats=dict.fromkeys(("undisturbed", "disturbed"), ".3f") | dict.fromkeys(("change", "low", "high"), "+.3f")))
+                                   formats=dict.fromkeys(("undisturbed", "disturbed"), ".3f") | dict.fromkeys(("change", "low", "high"), "+.4f")))
 
 
 def show_over_time(

@@ -103,8 +103,9 @@ def choose_threshold(
     run.save("evaluate/threshold", found | {"currency": currency})
     gain = found["gain_of_tuning"]
     because = "one fold only: nothing to judge a tuned threshold on" if gain is None else (
-        f"tuning won {gain['value']:.0f} {currency} per 1,000 decisions on folds it had not seen ({gain['low']:.0f} to {gain['high']:.0f})"
-    )
+        f"on folds it had not seen, tuning changed the value by {gain['value']:+,.0f} {currency} per 1,000 decisions "
+        f"({gain['low']:+,.0f} to {gain['high']:+,.0f})"
+    ).replace("-", "−")
     run.decide("threshold", found["options"], found["rule"], because)
     said = f"Act from a probability of {found['threshold']:.3f} on ({found['rule']}): {because}."
     if found["review"]:
@@ -117,7 +118,7 @@ def choose_threshold(
 def draw_value(
     run: Run,        # the evaluate phase, predictions saved
 ) -> Any:
-    "Value at every threshold on the holdout, with the chosen one marked by its value; a box where there is none."
+    "Value at every threshold on the holdout, the chosen one in the title; a box where no costs apply."
     from pipeline.core.charts import lines
 
     rule, frame = run.load("evaluate/threshold"), run.load("evaluate/predictions")
@@ -129,7 +130,7 @@ def draw_value(
     here = metric("value_per_1000", y, p, threshold=rule["threshold"], costs=rule["costs"])
     message = f"Acting from {rule['threshold']:.2f} on is worth {here:,.0f} {rule['currency']} per 1,000 decisions; {best:,.0f} was possible"
     return lines(curve, "threshold", "value_per_1000", message, xlabel="act from this probability on",
-                 ylabel=f"{rule['currency']} per 1,000 decisions, against never acting", limit=here, labels={"value_per_1000": "value"})
+                 ylabel=f"{rule['currency']} per 1,000 decisions, against never acting", labels={"value_per_1000": "value"})
 
 
 def thinned(

@@ -111,8 +111,7 @@ def _test(rows: pl.DataFrame, column: str) -> tuple[Any, ...]:
     if len(n) < 2 or overall in (0.0, 1.0):
         return column, 0.0, 1.0, "", overall, int(n.sum())
     statistic = ((k - n * overall) ** 2 / (n * overall * (1 - overall))).sum()
-    solid = np.where(n >= 20, k / n, -1.0)
-    worst = int(solid.argmax() if solid.max() >= 0 else (k / n).argmax())
+    worst = int(np.argmax([wilson(hits, many)[0] for hits, many in zip(k, n)]))
     return column, math.sqrt(statistic / n.sum()), float(chi2.sf(statistic, len(n) - 1)), counts["level"][worst], float(k[worst] / n[worst]), int(n[worst])
 
 

@@ -105,7 +105,7 @@ def out_of_fold(
     frame: pl.DataFrame,            # labelled rows with `__row`, features and target
     contract: dict[str, Any],       # `data/contract`
     rng: np.random.Generator,
-    rows_max: int = 60_000,         # rows to learn from
+    rows_max: int = 45_000,         # rows to learn from
     folds: int = 3,
     trees: int = 60,
     threads: int = 1,
@@ -134,7 +134,7 @@ def score_rows(
     others: pl.DataFrame,           # rows without a label
     contract: dict[str, Any],       # `data/contract`
     rng: np.random.Generator,
-    rows_max: int = 60_000,
+    rows_max: int = 45_000,
     trees: int = 60,
     threads: int = 1,
 ) -> pl.DataFrame:                  # __row, and p_<class> … or expected

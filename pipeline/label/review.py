@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from ..core.display import Html, estimates, note, stack, table
+from ..core.display import Html, estimates, facts, note, stack, table
 from ..core.errors import EnvironmentFault
 from ..core.run import Claim, Run
 from .active import affordable, build_queue, share_queue
@@ -22,9 +22,9 @@ from .studio import build_tasks, labelling_config, validate_tasks
 from .versions import labels_of, load_version, save_version, version_facts
 
 # %% auto #0
-__all__ = ['Rows', 'load_rows', 'show_outcomes', 'find_reasons', 'show_reasons', 'score_labels', 'check_labels', 'show_suspects',
-           'keep_version', 'strata_of', 'plan_queue', 'queue_cost', 'check_queue', 'make_tasks', 'show_consensus',
-           'tell_labels']
+__all__ = ['KINDS', 'Rows', 'load_rows', 'show_outcomes', 'find_reasons', 'show_reasons', 'score_labels', 'check_labels',
+           'show_suspects', 'keep_version', 'strata_of', 'plan_queue', 'queue_cost', 'check_queue', 'make_tasks',
+           'show_question', 'show_consensus', 'tell_labels']
 
 # %% ../../nbs/lib/label/08_review.ipynb #105ee7df
 @dataclass(frozen=True)
@@ -156,6 +156,9 @@ def keep_version(
     return version_facts(record, labels)
 
 # %% ../../nbs/lib/label/08_review.ipynb #49ca1245
+KINDS = ("suspect", "unlabelled", "hard")
+
+
 def strata_of(
     rows: Rows,
     cohorts: list[str],     # the problem's cohorts
@@ -184,7 +187,7 @@ def plan_queue(
                {"option": "the whole budget at once", "rows": many, "cost": many * price}], chose="the next batch" if asked else "none",
                because="answers of one batch change which rows are worth asking about next" if asked else "the budget does not buy one label")
     shares = share_queue(asked, suspects.height, rows.unlabelled.height if rows.unlabelled is not None else 0, bool(reasons["tells"].any()))
-    run.decide("which rows to ask about", options=[{"kind": k, "rows": shares[k]} for k in ("suspect", "unlabelled", "hard")], chose=shares["rule"], because=shares["because"])
+    run.decide("which rows to ask about", options=[{"kind": k, "rows": shares[k]} for k in KINDS], chose=shares["rule"], because=shares["because"])
     new = None if rows.unlabelled is None or not shares["unlabelled"] else score_rows(
         rows.train, rows.unlabelled, rows.contract, run.rng("unlabelled"), threads=run.settings.threads)
     return build_queue(shares, suspects, scores, new, strata_of(rows, run.problem.evaluate.cohorts))
@@ -209,10 +212,11 @@ def check_queue(
     cost = run.claim("queue_cost", of="label/queue", by=queue_cost, using={"cost_per_label": label.cost_per_label, "annotators": label.annotators},
                      unit=run.problem.problem.currency, on="rows asked about next", title="cost of the next batch", n=queue.height)
     run.check("the next batch stays within the budget", cost, at_most=label.budget)
-    by_kind = queue.group_by("kind", "stratum").agg(rows=pl.len(), uncertainty=pl.col("uncertainty").mean()).sort(["kind", "rows", "stratum"], descending=[False, True, False])
-    return stack(estimates([cost], "What the next batch costs"),
-                 table(by_kind, "Rows to ask about, by kind and stratum", formats={"uncertainty": ".2f"}, rows=12),
-                 table(queue.select("rank", "why", "uncertainty", "stratum"), "The first questions", formats={"uncertainty": ".2f"}, rows=6))
+    counts = queue.group_by("stratum").agg(
+        *[(pl.col("kind") == k).sum().alias(k) for k in KINDS], rows=pl.len()).sort(["rows", "stratum"], descending=[True, False])
+    first = queue.group_by("kind", maintain_order=True).head(3).sort("rank").select("rank", "kind", "why", "uncertainty", "stratum")
+    return stack(estimates([cost], "What the next batch costs"), table(counts, "Rows to ask about, by stratum and kind", rows=20),
+                 table(first, "The first questions of each kind", formats={"uncertainty": ".2f"}))
 
 # %% ../../nbs/lib/label/08_review.ipynb #49958a86
 def make_tasks(
@@ -231,6 +235,15 @@ def make_tasks(
     except EnvironmentFault as fault:
         run.not_applicable("Label Studio can import the tasks", f"warning: {fault}")
     return config, tasks
+
+
+def show_question(
+    tasks: list[dict[str, Any]],     # `label/tasks`
+) -> Any:
+    "The first question as a person will see it."
+    if not tasks:
+        return note("No question is asked: the budget does not buy one label.")
+    return facts(tasks[0]["data"]["row"], f"The first of {len(tasks):,} questions, as a person sees it")
 
 
 def show_consensus(
@@ -256,7 +269,7 @@ def tell_labels(
     "The phase's one line."
     share = share_without_outcome(rows.train, rows.unlabelled, labelled=rows.labelled, ordered=rows.ordered).value
     rate, doubt = error_rate(scores).value, own_doubt(scores)
-    beyond = f"chance explains {doubt:.1%}" if rate <= doubt else f"{rate - doubt:.1%} more than chance explains"
+    odd = f"{rate:.1%} of labels look odd, " + (f"fewer than the {doubt:.1%} that chance explains" if rate <= doubt else f"{rate - doubt:.1%} more than chance explains")
     label, money = run.problem.label, run.problem.problem.currency
-    return (f"{version['labelled']:,} labels are kept as version {version['id']}; {share:.1%} of rows have no outcome; {rate:.1%} of labels look wrong ({beyond}); "
+    return (f"{version['labelled']:,} labels are kept as version {version['id']}; {share:.1%} of rows have no outcome; {odd}; "
             f"{queue.height:,} rows are worth asking about next, for {queue_cost(queue, cost_per_label=label.cost_per_label, annotators=label.annotators):,.0f} {money}.")

@@ -125,7 +125,7 @@ def _drifted(family: str) -> Callable[[Windows, pl.DataFrame, Rule], Found]:
 
 
 def _crossed(column: str, sign: int, what: str) -> Callable[[Windows, pl.DataFrame, Rule], Found]:
-    "Alarm where sign * value > sign * limit; a window without the number is not judged."
+    "Alarm where sign * value > sign * limit, strictly; a window without the number is not judged."
     def rule_for(rows: Windows, drift: pl.DataFrame, rule: Rule) -> Found:
         limit = rule.limit if rule.limit is not None else math.nan
         return [(r["window"], what, r[column]) for r in rows if r["judged"] and r[column] is not None and sign * r[column] > sign * limit]
@@ -147,7 +147,7 @@ RULES: dict[str, Callable[[Windows, pl.DataFrame, Rule], Found]] = {
     "scores drifted": _drifted("scores"),
     "outcomes drifted": _drifted("outcomes"),
     "loss unusual": _crossed("loss_chance", -1, "loss"),
-    "loss risen": _crossed("loss", 1, "loss"),
+    "loss risen": _crossed("loss_low", 1, "the loss, less its noise,"),
     "metric too low": _crossed("high", -1, "the metric's whole interval"),
     "metric too high": _crossed("low", 1, "the metric's whole interval"),
 }

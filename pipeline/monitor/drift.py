@@ -79,7 +79,7 @@ def psi(
     new: np.ndarray,         # counts by bin
 ) -> np.ndarray:
     "Population stability index of two histograms; 0 = equal shares."
-    p, q = _shares(reference), _shares(new)
+    p, q = _shares(reference, new)
     return ((q - p) * np.log(q / p)).sum(-1)
 
 
@@ -88,12 +88,16 @@ def ks_distance(
     new: np.ndarray,
 ) -> np.ndarray:
     "Largest difference of cumulative shares, on the bins."
-    return np.abs(np.cumsum(_shares(reference), -1) - np.cumsum(_shares(new), -1)).max(-1)
+    p, q = _shares(reference, new)
+    return np.abs(np.cumsum(p, -1) - np.cumsum(q, -1)).max(-1)
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #d780e20f
-def _shares(counts: np.ndarray) -> np.ndarray:
-    smooth = np.asarray(counts, dtype=float) + 0.5
-    return smooth / smooth.sum(-1, keepdims=True)
+def _shares(reference: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.broadcast_arrays(np.asarray(reference, dtype=float), np.asarray(new, dtype=float))
+    rows = 0.5 * a.shape[-1]
+    together = (a + b + 1e-9) / (a + b + 1e-9).sum(-1, keepdims=True)
+    p, q = ((x + rows * together) / (x.sum(-1, keepdims=True) + rows) for x in (a, b))
+    return p, q
 
 # %% ../../nbs/lib/monitor/01_drift.ipynb #0f88dc8d
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ def _timed(found: Look) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 # %% ../../nbs/lib/monitor/08_lifecycle.ipynb #8d298980
-SMALL: dict[str, Any] = {"rounds": 60, "num_leaves": 31, "learning_rate": 0.1}
-MOST_ROWS = 40_000   # rows that each of the small models learns from
+SMALL: dict[str, Any] = {"rounds": 40, "num_leaves": 31, "learning_rate": 0.15, "max_bin": 63}
+MOST_ROWS = 200_000   # rows that each of the small models learns from
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _triangle(run: Run, found: Look) -> Triangle:
     classes, scale = list(contract["classes"]), found.loss if not contract["classes"] and found.loss else 1.0
 
     def fit(rows: pl.DataFrame) -> Any:
-        model = train_model("trees", rows, target_values(rows, contract), contract, Fitting(config=SMALL, seed=run.seed, threads=run.settings.threads))
+        model = train_model("trees", rows, target_values(rows, contract), contract, Fitting(config=SMALL, seed=run.seed, threads=1))
         return lambda other: loss_of(prediction_frame(other, model.predict(other), target_values(other, contract), classes)) / scale
 
     return train_again(train.drop("__fold", strict=False), found.production, fit, found.days, run.problem.monitor.outcome_delay_days, MOST_ROWS, run.seed)

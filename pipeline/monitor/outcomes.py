@@ -122,7 +122,7 @@ def expected(
     return float(np.mean(defined)) if defined else None
 
 # %% ../../nbs/lib/monitor/02_outcomes.ipynb #b2fd789b
-ANSWER_COLUMNS = ("outcomes", "score", "score_spread", "outcome", "loss", "metric", "low", "high", "expected")
+ANSWER_COLUMNS = ("outcomes", "score", "score_spread", "outcome", "loss", "loss_low", "metric", "low", "high", "expected")
 
 
 def measure_windows(
@@ -146,7 +146,7 @@ def measure_windows(
         found = measure(y[known], p[known], name, using, seed)
         rows.append({
             "outcomes": len(known), "score": _mean(score[inside]), "score_spread": float(np.std(score[inside])), "outcome": _mean((y[known] == most) if most is not None else y[known]),
-            "loss": _mean(loss[known]), "metric": found.value if found else None, "low": found.low if found else None,
+            "loss": _mean(loss[known]), "loss_low": _low(loss[known]), "metric": found.value if found else None, "low": found.low if found else None,
             "high": found.high if found else None,
             "expected": expected(p[inside], name, using, rng) if with_expected and "prediction" not in predictions.columns else None,
         })
@@ -156,6 +156,11 @@ def measure_windows(
 def _mean(values: np.ndarray) -> float | None:
     "The mean, None of nothing. A NaN among scores stays NaN: it is an alarm."
     return float(np.mean(values)) if len(values) else None
+
+
+def _low(values: np.ndarray) -> float | None:
+    "The end below which the mean lies with 5 %."
+    return float(values.mean() - 1.645 * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def _usual(y: np.ndarray, predictions: pl.DataFrame) -> int | None:

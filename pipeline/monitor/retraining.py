@@ -61,7 +61,7 @@ def train_again(
     fit: Fit,
     days: float = 7.0,           # length of a window
     delay_days: float = 0.0,     # how long an outcome takes
-    most_rows: int = 60_000,     # rows a model learns from
+    most_rows: int = 200_000,     # rows a model learns from
     seed: int = 0,
 ) -> Triangle:
     "Fit a model at the start of each step and score it on that step and all later ones."

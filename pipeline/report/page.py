@@ -94,7 +94,7 @@ a:focus-visible,button:focus-visible,summary:focus-visible,input:focus-visible,s
 .top .wrap{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;align-items:baseline;padding-top:.8rem;padding-bottom:.8rem}
 .brand{font-weight:600;letter-spacing:.01em;color:var(--ph-ink)}
 .top ol{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem .9rem;margin:0;padding:0;font-size:.875rem}
-.top li+li::before{content:"/";color:var(--ph-muted);margin-right:.9rem}
+.top li+li::before{content:"/" / "";color:var(--ph-muted);margin-right:.9rem}
 .top li{color:var(--ph-muted)}
 main{padding-bottom:3rem}
 .eyebrow{margin:2.4rem 0 .3rem;color:var(--ph-muted);font-size:.875rem}
@@ -141,9 +141,9 @@ summary{cursor:pointer;font-weight:600;padding:.2rem 0}
 .tools label{display:block;font-size:.8125rem;color:var(--ph-muted)}
 input,select{font:inherit;height:2.5rem;color:inherit;background:var(--ph-paper);border:1px solid var(--ph-muted);border-radius:4px;padding:.4rem .6rem;min-width:12rem;max-width:100%}
 .ph thead button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-align:inherit;white-space:nowrap}
-.ph thead button::after{content:"\\2195";display:inline-block;width:1.2em;text-align:center;color:var(--ph-muted)}
-.ph thead [aria-sort=ascending] button::after{content:"\\2191"}
-.ph thead [aria-sort=descending] button::after{content:"\\2193"}
+.ph thead button::after{content:"\\2195" / "";display:inline-block;width:1.2em;text-align:center;color:var(--ph-muted)}
+.ph thead [aria-sort=ascending] button::after{content:"\\2191" / ""}
+.ph thead [aria-sort=descending] button::after{content:"\\2193" / ""}
 [hidden]{display:none!important}
 .portal td{max-width:26em}
 @media (max-width:720px){

@@ -40,7 +40,7 @@ RUBRIC = (
     Item("D5", "The pipeline guards privacy", ("comply/erasure",), ("comply:eras|person|pii|privacy|trace",)),
     Item("D6", "New features are quick to add", ("data/feature_time",), ("data:new feature",)),
     Item("D7", "The code of the features is tested", ("train/feature_tests",), ("train|data:feature code",)),
-    Item("M1", "What defines the model is reviewed and checked in", ("run:commit",), ("deploy|train:review|commit",)),
+    Item("M1", "What defines the model is reviewed and checked in", ("deploy/review",), ("deploy|train:reviewed|checked in",)),
     Item("M2", "Offline and online metrics go together", ("rollout/stages", "monitor/windows"), ("rollout:offline|online|quality|loss|outcome", "monitor:offline|online")),
     Item("M3", "Hyperparameters are tuned", ("train/trials",), ("train:trial|tun|search|tried",)),
     Item("M4", "What age does to the model is known", ("monitor/retraining", "monitor/ageing"), ("monitor:age|stale|retrain",)),
@@ -117,15 +117,12 @@ def _scored(item: Item, run: Evidence) -> dict[str, Any]:
         how = "tested, its artifact is gone" if passed else f"tested: {check['verdict']}"
         return {**row, "score": 0.5, "how": how, "phase": phase.name, "evidence": str(check["title"])}
     if shown:
-        phase = run.phase(shown.partition("/")[0])
-        return {**row, "score": 0.5, "how": "shown, not tested", "phase": phase.name if phase else "", "evidence": shown.replace("run:", "the run: ")}
+        keeper = run.phase(shown.partition("/")[0])
+        return {**row, "score": 0.5, "how": "shown, not tested", "phase": keeper.name if keeper else "", "evidence": shown.replace("run:", "the run: ")}
     return {**row, "score": 0.0, "how": "no evidence", "phase": "", "evidence": MISSING}
 
 
 def _exists(where: str, run: Evidence) -> bool:
-    if where == "run:commit":
-        git = run.manifest.get("git") or {}
-        return bool(git.get("commit")) and not git.get("dirty")
     if where == "run:complete":
         return not [name for name in run.missing if not name.startswith("10")]
     return run.has(where)

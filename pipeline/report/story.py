@@ -49,13 +49,15 @@ def story(
     question, lede, blocks = "", "", []
     for cell in notebook.get("cells", []):
         source = _text(cell.get("source")).strip()
+        if "papermill-error-cell-tag" in cell.get("metadata", {}).get("tags", []):
+            continue
         if cell.get("cell_type") == "markdown":
             if not question and source.startswith("# "):
                 question, lede, source = _opening(source)
             if source:
                 blocks.append(from_markdown(source))
         elif cell.get("cell_type") == "code":
-            failed = any(o.get("output_type") == "error" for o in cell.get("outputs", []))
+            failed = any(o.get("ename") not in (None, "GateFailed", "Inconclusive") for o in cell.get("outputs", []))
             if re.search(r"^run\.(conclude|finish)\(", source, re.MULTILINE) and not failed:
                 if blocks and _leads_in(blocks[-1]):
                     blocks.pop()

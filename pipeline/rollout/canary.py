@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError
-from .sequential import Bet, Errors, budget, confidence_sequence, count_errors, place
+from .sequential import Bet, Errors, as_unit, budget, confidence_sequence, count_errors, place
 
 # %% auto #0
 __all__ = ['TESTS', 'SLOW_SHARE', 'FEWEST', 'Rules', 'Requests', 'State', 'start', 'to_frame', 'from_frame', 'Decision', 'review',
@@ -50,7 +50,7 @@ class Rules:
 class Requests:
     "A stretch of traffic, in order of arrival; every array has a value for each request."
 
-    window: np.ndarray         # review in which it arrived, from 0
+    window: np.ndarray         # review in which it arrived, from 0, never falling
     place: np.ndarray          # the subject's point, percent
     difference: np.ndarray     # loss of the new minus loss of the old model, in [−1, 1]
     new_error: np.ndarray      # bool: the new model gave no answer
@@ -60,7 +60,12 @@ class Requests:
     @property
     def windows(self) -> int:
         "How many reviews there are."
-        return int(self.window.max()) + 1 if len(self.window) else 0
+        return int(self.window[-1]) + 1 if len(self.window) else 0
+
+    def within(self, window: int) -> slice:
+        "Where the requests of a window stand; nowhere before the first."
+        start, end = np.searchsorted(self.window, [window, window + 1]) if window >= 0 else (0, 0)
+        return slice(int(start), int(end))
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #1eb63d89
 @dataclass(frozen=True)
@@ -156,23 +161,24 @@ def review(
 # %% ../../nbs/lib/rollout/03_canary.ipynb #57659d6a
 def _learn(state: State, requests: Requests, rules: Rules, now: int) -> tuple[State, tuple[int, int, int, int]]:
     share = state.shares[now]
-    here = requests.window == now
-    new, old = here & (requests.place < share), here & (requests.place >= share)
-    new_errors, old_errors = int(requests.new_error[new].sum()), int(requests.old_error[old].sum())
+    here = requests.within(now)
+    new = requests.place[here] < share
+    served = int(new.sum())
+    new_errors, old_errors = int(requests.new_error[here][new].sum()), int(requests.old_error[here][~new].sum())
     then = now - rules.outcome_delay
-    known = (requests.window == then) & (requests.place < state.shares[then]) & ~requests.new_error if then >= 0 else np.zeros(len(here), dtype=bool)
-    differences = requests.difference[known]
-    differences = differences[np.isfinite(differences)]
-    units = (np.clip(differences, -1, 1) + 1) / 2
-    slow = requests.slow[new]
+    past = requests.within(then)
+    known = (requests.place[past] < state.shares[max(then, 0)]) & ~requests.new_error[past] & np.isfinite(requests.difference[past])
+    differences = requests.difference[past][known]
+    units = as_unit(differences)
+    slow = requests.slow[here][new]
     assert state.worse and state.errors and state.limit and state.latency
     state = replace(
-        state, served=state.served + int(new.sum()), outcomes=state.outcomes + len(units), total=state.total + float(differences.sum()),
+        state, served=state.served + served, outcomes=state.outcomes + len(units), total=state.total + float(differences.sum()),
         worse=place(state.worse, units), better=tuple(place(b, units) for b in state.better),
-        errors=count_errors(state.errors, new_errors, int(new.sum()), old_errors, int(old.sum())),
-        limit=place(state.limit, requests.new_error[new].astype(float)), latency=place(state.latency, slow[np.isfinite(slow)]),
+        errors=count_errors(state.errors, new_errors, served, old_errors, len(new) - served),
+        limit=place(state.limit, requests.new_error[here][new].astype(float)), latency=place(state.latency, slow[np.isfinite(slow)]),
     )
-    return state, (int(new.sum()), int(old.sum()), new_errors, old_errors)
+    return state, (served, len(new) - served, new_errors, old_errors)
 
 
 def _decide(state: State, rules: Rules, now: int) -> tuple[str, str]:
@@ -232,5 +238,5 @@ def interval(
     shares = course.state.shares
     share = np.array([shares[w] if w + rules.outcome_delay < len(shares) else -1.0 for w in range(requests.windows)])
     known = (requests.place < share[requests.window]) & ~requests.new_error & np.isfinite(requests.difference)
-    low, high = confidence_sequence((np.clip(requests.difference[known], -1, 1) + 1) / 2, rules.part)
+    low, high = confidence_sequence(as_unit(requests.difference[known]), rules.part)
     return 2 * low - 1, 2 * high - 1

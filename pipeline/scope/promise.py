@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.display import Html, note, stack, table
+from ..core.display import Html, facts, headline, note, stack, table
 from ..core.metrics import LABELS
 from ..core.run import Claim, Estimate, Run
 from .criteria import acceptance_table, has_goal
@@ -19,8 +19,9 @@ from .timeline import READY, role_load, role_table, role_warnings, simulate_week
 from .value import break_even, policies, sensitivity, value_of_acting
 
 # %% auto #0
-__all__ = ['check_promise', 'value_table', 'show_value', 'show_stakes', 'draw_timeline', 'show_weeks', 'show_phases',
-           'show_people', 'show_readiness', 'weeks_to_launch', 'break_even_of', 'claim_promise', 'tell_promise']
+__all__ = ['check_promise', 'value_table', 'show_value', 'show_stakes', 'show_plan', 'draw_timeline', 'show_weeks', 'show_phases',
+           'show_people', 'show_readiness', 'weeks_to_launch', 'break_even_of', 'claim_promise', 'show_numbers',
+           'tell_promise']
 
 # %% ../../nbs/lib/scope/06_promise.ipynb #1fa2f50e
 def check_promise(
@@ -81,6 +82,21 @@ def show_stakes(
               formats={"base_rate": ".0%"}),
         table(sensitivity(costs), "Where break-even moves when a cost is off by a third", formats={"break_even": ".1%"}),
     )
+
+# %% ../../nbs/lib/scope/06_promise.ipynb #ce9c3e8b
+def show_plan(
+    plan: dict[str, Any],     # `scope/plan`
+) -> Html:
+    "What follows from the promise, as a reader would say it."
+    act = f"from a probability of {plan['threshold']:.1%}" if plan["threshold"] is not None else plan["threshold_rule"]
+    return facts({
+        "models are ranked by": f"{LABELS[plan['metric']]} ({plan['better']} is better): {plan['metric_why']}",
+        "act": f"{act}: {plan['threshold_why']}",
+        "candidates": ", ".join(plan["families"]),
+        "ruled out": "; ".join(f"{family}: {why}" for family, why in plan["ruled_out"].items()) or "none",
+        "serving": plan["serving"],
+        "people review": f"{plan['human_review']:.0%} of decisions",
+    }, "The plan that follows from the promise")
 
 # %% ../../nbs/lib/scope/06_promise.ipynb #aa357f03
 def draw_timeline(
@@ -163,6 +179,15 @@ def claim_promise(
     if said.task == "binary":
         claims.append(run.claim("break_even", of="scope/plan", by=break_even_of, on="costs", title="probability from which acting pays"))
     return claims
+
+
+def show_numbers(
+    claims: list[Claim],     # from `claim_promise`
+) -> Html:
+    "The numbers that carry the promise, big."
+    words = {"weeks_to_launch": "{:.0f} weeks", "break_even": "{:.0%}"}
+    told = [(c.title, words.get(c.name, "under 1 {unit}" if c.value < 1 else "{:,.0f} {unit}").format(c.value, unit=c.unit), c, None) for c in claims]
+    return headline(told)
 
 
 def tell_promise(

@@ -5,6 +5,8 @@
 # %% ../../nbs/lib/scope/04_sizing.ipynb #8b168750
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 
 from ..core.errors import InputError
@@ -33,6 +35,7 @@ def size_training(
     seeds: int = 1,                    # refits with other seeds
     threads: int = 1,                  # cores
     core_hour: float = 0.04,           # money
+    currency: str = "USD",
     watts_per_core: float = 10.0,
     gram_co2e_per_kwh: float = 350.0,
 ) -> pl.DataFrame:                     # quantity, unit, low, high, because
@@ -46,11 +49,11 @@ def size_training(
     fit = [rows * columns * f["core-seconds a row, column and tree"][i] * f["trees a fit"][i] for i in (0, 1)]
     found = [
         ("memory", "GB", *gigabytes, "values × copies + libraries"),
-        ("wall time", "h", *hours, "the budget, and refits with other seeds"),
+        ("wall time", "min", *(h * 60 for h in hours), "the budget, and refits with other seeds"),
         ("one fit of trees", "core-s", *fit, "rows × columns × trees"),
         ("fits in the budget", "", budget_s * threads / fit[1], budget_s * threads / fit[0], "budget × cores ÷ one fit"),
         ("computing", "core-h", *core_hours, "wall time × busy cores"),
-        ("money", "currency", *(c * core_hour for c in core_hours), f"{core_hour:g} a core-hour"),
+        ("money", currency, *(c * core_hour for c in core_hours), f"{core_hour:g} a core-hour"),
         ("CO2e", "g", *(c * watts_per_core / 1000 * gram_co2e_per_kwh for c in core_hours), f"{watts_per_core:g} W a core, {gram_co2e_per_kwh:g} g a kWh"),
     ]
     return pl.DataFrame(found, schema=["quantity", "unit", "low", "high", "because"], orient="row")
@@ -68,14 +71,14 @@ def sized(
 def size_scenarios(
     rows_max: int,             # the most rows that training uses
     columns: int = 30,         # features, until they are counted
-    **spending: float,         # as in `size_training`
+    **spending: Any,           # as in `size_training`
 ) -> pl.DataFrame:             # rows, memory, one fit, fits in the budget: each as "low – high"
     "What tables of different sizes would take."
     spending = {"budget_s": 60.0} | spending
     rows = sorted({n for n in (1_000, 10_000, 100_000, 1_000_000) if n < rows_max} | {int(rows_max)})
     table = []
     for n in rows:
-        sizes = size_training(n, columns, **spending)  # type: ignore[arg-type]
+        sizes = size_training(n, columns, **spending)
         shown = {row["quantity"]: f"{row['low']:.2g} – {row['high']:.2g} {row['unit']}".strip() for row in sizes.iter_rows(named=True)}
         fits = sizes.filter(pl.col("quantity") == "fits in the budget").select("low", "high").row(0)
         table.append({"rows": n, "memory": shown["memory"], "one fit of trees": shown["one fit of trees"],

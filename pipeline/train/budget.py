@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/08_budget.ipynb #a90339a0
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,27 @@ from . import linear, nets, trees
 from .protocol import Shape
 
 # %% auto #0
-__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'price', 'Step', 'Plan', 'plan_fits']
+__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'Stopwatch', 'price', 'Step', 'Plan', 'plan_fits']
+
+# %% ../../nbs/lib/train/08_budget.ipynb #663fa57a
+class Stopwatch:
+    "Seconds since it was made, less those in which this process waited for the machine."
+
+    def __init__(
+        self,
+        threads: int = 1,   # cores that the work may use
+    ) -> None:
+        self.cores = 1 + 0.5 * (threads - 1)
+        self.begun = time.monotonic(), time.process_time()
+
+    def __call__(self) -> float:
+        wall, cpu = time.monotonic() - self.begun[0], time.process_time() - self.begun[1]
+        return min(wall, cpu / self.cores)
 
 # %% ../../nbs/lib/train/08_budget.ipynb #e4d3d430
 START = {"dummy": 0.0, "linear": 1.5, "trees": 1.0, "portfolio": 0.0, "nets": 7.0}
 ROUNDS = {"trees": 100, "portfolio": 150}   # what a fit usually takes
-HEADROOM = 0.8                              # of the budget is planned; the rest is for slower machines
+HEADROOM = 0.75                             # of the budget is planned; the rest is for slower machines
 
 
 def price(

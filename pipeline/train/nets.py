@@ -49,7 +49,7 @@ class Net:
         "(rows, scores) before they become probabilities."
         numbers, codes = inputs(self.shape, self.design, matrix)
         tables = [self.weights[f"embed.{i}"][codes[:, i]] for i in range(codes.shape[1])]
-        state = np.concatenate([numbers, *tables], axis=1)
+        state = np.concatenate([numbers, *tables], axis=1, dtype=np.float64)   # one row and many agree to 1e-12
         depth = sum(name.endswith(".bias") for name in self.weights)
         for i in range(depth):
             state = state @ self.weights[f"layer.{i}.weight"].T + self.weights[f"layer.{i}.bias"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from ..core.errors import InputError, suggest
 # %% auto #0
 __all__ = ['FAMILIES', 'Shape', 'OutOfTime', 'never', 'Fitting', 'Estimator', 'simplicity', 'fit', 'from_files', 'check_rows',
            'check_answer', 'probabilities', 'pick_rows']
+
+# %% ../../nbs/lib/train/01_protocol.ipynb #529eb6d3
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # %% ../../nbs/lib/train/01_protocol.ipynb #c8e5a12a
 @dataclass(frozen=True)

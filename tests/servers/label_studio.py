@@ -34,10 +34,11 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    "Where it listens, and the token of its only user."
+    "Where it listens, the token of its only user, and its process group."
 
     url: str
     token: str
+    group: int
 
 
 def executable() -> Path:
@@ -87,8 +88,8 @@ def serve() -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="label-studio-") as folder:
         shutil.copytree(template, folder, dirs_exist_ok=True)
         token = (template / "token").read_text()
-        with _running(program, Path(folder), token) as url:
-            yield Server(url, token)
+        with _running(program, Path(folder), token) as server:
+            yield server
 
 
 def _prepare(program: Path, template: Path) -> None:
@@ -105,7 +106,7 @@ def _prepare(program: Path, template: Path) -> None:
 
 
 @contextmanager
-def _running(program: Path, folder: Path, token: str) -> Iterator[str]:
+def _running(program: Path, folder: Path, token: str) -> Iterator[Server]:
     port = _free_port()
     log = folder / "server.log"
     with log.open("w") as sink:
@@ -117,7 +118,7 @@ def _running(program: Path, folder: Path, token: str) -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(process, url, log)
-        yield url
+        yield Server(url, token, process.pid)
     finally:
         _stop(process)
 

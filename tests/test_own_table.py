@@ -1,0 +1,138 @@
+"A person's own table: `start_problem` guesses, the data phase runs, and what cannot run is refused in one sentence."
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pipeline.core.errors import InputError
+from pipeline.core.problem import load_problem
+from pipeline.core.run import open_run
+from pipeline.data.contract import Contract, enforce, target_values
+from pipeline.data.splits import each_fold
+from pipeline.data.starter import start_problem
+from room_kit import execute, records
+from tables import REFUSED, RUNS, Refused, Runs
+
+NOTEBOOK = Path(__file__).parents[1] / "nbs/phases/02_data.ipynb"
+QUICK = [table for table in RUNS if not table.slow]
+
+
+def begin(folder: Path, table: Runs | Refused) -> Path:
+    "A workplace with the table in it and its problem file written."
+    (folder / "settings.ini").write_text("[engine]\nthreads = 1\n")
+    (folder / "params").mkdir()
+    return start_problem(table.name, table.write(folder), table.target, folder / "params")
+
+
+def run_data(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "The data phase on it, in this process; the run's folder."
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("JPY_SESSION_NAME", "a notebook shows a no-go and does not raise it")
+    execute(NOTEBOOK, f"params/{name}.yml", f"outputs/{name}/main")
+    return folder / "outputs" / name / "main"
+
+
+@pytest.mark.parametrize("table", QUICK, ids=lambda t: t.name)
+def test_an_own_table_runs(table: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = load_problem(begin(tmp_path, table))
+    assert problem.problem.task == table.task and problem.data.split.kind == table.split
+    run = run_data(tmp_path, table.name, monkeypatch)
+    contract = Contract.from_dict(json.loads((run / "02_data/contract.json").read_text()))
+    splits = json.loads((run / "02_data/splits.json").read_text())
+    train = pl.read_parquet(run / "02_data/train.parquet")
+    assert contract.features and set(contract.features) <= set(train.columns) and splits["train"]["n"] == train.height
+    assert train.columns[: len(contract.columns)] == [rule.name for rule in contract.columns]
+    assert len(target_values(train, contract)) == train.height
+    assert enforce(train, contract).equals(train)
+    folds = list(each_fold(train, splits))
+    assert len(folds) == splits["folds"] and all(len(a) and len(b) and not set(a) & set(b) for a, b in folds)
+    answer = records(run, "02_data", "answer")
+    assert answer["verdict"] == "go", records(run, "02_data", "checks")
+    assert "Traceback" not in json.dumps(records(run, "02_data", "claims"))
+
+
+@pytest.mark.parametrize("table", REFUSED, ids=lambda t: t.name)
+def test_what_cannot_run_is_refused_in_one_sentence(table: Refused, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refusal:
+        begin(tmp_path, table)
+    sentence = str(refusal.value)
+    assert all(word in sentence for word in table.words), sentence
+    assert "\n" not in sentence and len(sentence) < 400 and not list((tmp_path / "params").iterdir())
+
+
+def test_ten_thousand_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = next(t for t in RUNS if t.name == "wide")
+    file = begin(tmp_path, table)
+    assert file.stat().st_size < 20_000
+    run = run_data(tmp_path, "wide", monkeypatch)
+    assert len(json.loads((run / "02_data/contract.json").read_text())["features"]) == 10_000
+    assert records(run, "02_data", "answer")["verdict"] == "go"
+
+
+def test_guesses_are_explained(tmp_path: Path) -> None:
+    text = begin(tmp_path, next(t for t in RUNS if t.name == "dated")).read_text()
+    for word in ("task: binary   # guessed:", 'time: "ordered_at"   # guessed:', "kind: time   # guessed:", "production_from:", "# guessed: better than guessing"):
+        assert word in text, text
+    assert "born" not in [line.split("time:")[1] for line in text.splitlines() if line.startswith("  time:")][0]
+
+
+def test_classes_named_one_and_two_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, next(t for t in RUNS if t.name == "ones_and_twos"))
+    run = run_data(tmp_path, "ones_and_twos", monkeypatch)
+    contract = json.loads((run / "02_data/contract.json").read_text())
+    assert contract["classes"] == ["1", "2"] and contract["positive"] == "2"
+    train = pl.read_parquet(run / "02_data/train.parquet")
+    assert set(target_values(train, contract).tolist()) == {0, 1} and ((train["churned"] == "2").to_numpy() == (target_values(train, contract) == 1)).all()
+
+
+def test_copies_stay_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, next(t for t in RUNS if t.name == "doubled"))
+    run = run_data(tmp_path, "doubled", monkeypatch)
+    findings = pl.read_parquet(run / "02_data/findings.parquet")
+    assert json.loads((run / "02_data/splits.json").read_text())["copies"] == 0
+    assert findings.filter(pl.col("finding") == "exact copies")["rows"].item() > 10
+
+
+def test_the_holdout_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.core.errors import IntegrityError
+
+    begin(tmp_path, next(t for t in RUNS if t.name == "binary"))
+    run_data(tmp_path, "binary", monkeypatch)
+    run = open_run("04_train", "params/binary.yml", "outputs/binary/main")
+    with pytest.raises(IntegrityError, match="sealed"):
+        run.load("data/holdout")
+    assert run.load("data/unlabelled").height == 0 and not run.has("data/production") and run.looks("data/holdout") == 0
+
+
+def test_an_undeclared_leak_is_a_no_go_until_someone_answers_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tables import binary
+
+    leaky = Runs("leaky", "churned", "binary", lambda rng: binary(rng).with_columns(refund=pl.when(pl.col("churned") == "yes").then(1.0).otherwise(0.0) + pl.int_range(pl.len()) / 10_000))
+    file = begin(tmp_path, leaky)
+    run = run_data(tmp_path, "leaky", monkeypatch)
+    failed = [check for check in records(run, "02_data", "checks") if check["verdict"] != "go" and check["verdict"] != "not applicable"]
+    assert len(failed) == 1 and "refund" in failed[0]["why"] and records(run, "02_data", "answer")["verdict"] == "no-go"
+    file.write_text(file.read_text().replace("  split:", "  waive: [{check: leak, column: refund, reason: it is booked before the customer leaves}]\n  split:"))
+    run_data(tmp_path, "leaky", monkeypatch)
+    assert records(run, "02_data", "answer")["verdict"] == "go"
+
+
+def test_a_source_without_a_licence_is_a_no_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = begin(tmp_path, next(t for t in RUNS if t.name == "binary"))
+    file.write_text(file.read_text().replace('licence: "own data (assumed)"', "owner: me"))
+    run = run_data(tmp_path, "binary", monkeypatch)
+    assert [c["title"] for c in records(run, "02_data", "checks") if c["verdict"] == "no-go"] == ["Every source has a licence"]
+
+
+def test_a_second_run_of_the_same_table_writes_the_same_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PILOTHOUSE_NOW", "2026-01-01T00:00:00+00:00")
+    begin(tmp_path, next(t for t in RUNS if t.name == "binary"))
+    digests: list[dict[str, Any]] = []
+    for _ in range(2):
+        run = run_data(tmp_path, "binary", monkeypatch)
+        digests.append({name: out["sha256"] for name, out in records(run, "02_data", "receipt")["outputs"].items()})
+    assert digests[0] == digests[1]
