@@ -124,6 +124,7 @@ def test_charts_follow_the_colour_scheme(browser: Any, outputs: Path) -> None:
 
     def brightness(scheme: str) -> float:
         with Opened(browser, outputs / PAGES[0], 1440, scheme) as opened:
+            assert opened.page.evaluate("() => getComputedStyle(document.body).backgroundColor") == {"light": "rgb(255, 255, 255)", "dark": "rgb(23, 28, 34)"}[scheme]
             picture = Image.open(io.BytesIO(opened.page.locator(".ph-chart img").first.screenshot())).convert("L")
             return sum(value * count for value, count in enumerate(picture.histogram())) / (picture.width * picture.height)
 

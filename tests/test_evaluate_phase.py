@@ -116,7 +116,7 @@ class Place:
             if "problem" in names and isinstance(names.get("run"), str):
                 names |= {"problem": "tiny.yml", "run": f"outputs/tiny/{run}"}
             if isinstance(last, ast.Expr):
-                value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+                value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
                 if hasattr(value, "_repr_html_"):
                     self.shown.append(value._repr_html_())
         return commit_phase(names["run"].folder, "05_evaluate")

@@ -180,7 +180,7 @@ def test_a_regression_without_costs_or_accessibility_still_makes_a_promise(proje
     done = run_phase(project, houses())
     assert done.returncode == 0, done.stderr[-2000:]
     folder = project / "outputs/houses/main/01_scope"
-    assert {c.name for c in read_claims(folder)} == {"weeks_to_launch", "training_money"}
+    assert {c.name for c in read_claims(folder)} == {"weeks_to_launch", "training_memory", "training_money", "training_co2e"}
     warning = next(c for c in read_checks(folder) if c.title == "accessibility needs are stated")
     assert warning.verdict == "not applicable" and warning.found.startswith("warning")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from typing import Any
@@ -41,6 +42,7 @@ def main(
     "Run one verb; returns, and as a program exits with, its code."
     words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
+        os.umask(os.umask(0) | 0o022)   # nothing that is written is open to others' pens
         for stop in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(stop, _terminated)
     try:

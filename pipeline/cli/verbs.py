@@ -17,7 +17,7 @@ from .run import drawn_pages, run_named, run_problem
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'run', 'status', 'why', 'verify', 'reproduce', 'report',
+__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'run', 'status', 'why', 'verify', 'reproduce', 'report',
            'readiness', 'audit_verify', 'audit_log', 'predict', 'serve', 'lab', 'doctor']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
@@ -45,6 +45,26 @@ def say(
         print(text)
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #d69e0e3b
+@app.command(epilog="Example: pilothouse new churn --data churn.csv --target churned")
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the problem; becomes params/NAME.yml.")],
+    data: Annotated[str, typer.Option("--data", help="Your table, .csv or .parquet.")],
+    target: Annotated[str, typer.Option("--target", help="The column to predict.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Write a commented problem file from your own table; every guess says why."
+    from pipeline.core.settings import load_settings
+    from pipeline.data.starter import start_problem
+
+    root = load_settings().root
+    file = start_problem(name, data, target, root / "params", force)
+    shown = file.relative_to(root) if file.is_relative_to(root) else file
+    say({"problem": str(shown)}, f"{shown} is written; read its comments, then: pilothouse run {shown}", as_json)
+    return 0
+
+
 @app.command(epilog="Example: pilothouse run params/flights.yml --set train.budget_s=30")
 def run(
     problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="The problem file, such as params/flights.yml.")],

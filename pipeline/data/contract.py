@@ -93,6 +93,7 @@ def read_as_declared(
 ) -> tuple[pl.DataFrame, dict[str, tuple[Kind, str]], dict[str, str]]:   # converted, with __row; column -> kind, why; column -> why unusable
     "Number the rows and convert every column; raises `InputError` for a name that does not exist."
     names = table.columns
+    given = set(names)
     asked = {
         "problem.target": problem.problem.target, "data.time": problem.data.time, "data.group": problem.data.group,
         "comply.subject": problem.comply.subject, "rollout.subject": problem.rollout.subject,
@@ -101,7 +102,7 @@ def read_as_declared(
         **{f"comply.forbidden[{i}]": name for i, name in enumerate(problem.comply.forbidden)},
     }
     for key, name in asked.items():
-        if name is not None and name not in names:
+        if name is not None and name not in given:
             raise InputError(f"{key} names column '{name}', which the table does not have{suggest(name, names[:200])}")
     target = problem.problem.target
     kinds: dict[str, Kind] = {name: column.type for name, column in problem.data.columns.items() if column.type}
@@ -251,12 +252,14 @@ def enforce(
     if unknown and extra == "refuse":
         expected = {row["name"]: f"; it is left out: {row['why']}" for row in agreed.left_out}
         raise InputError(f"column '{unknown[0]}' is not in the contract{expected.get(unknown[0], '') or suggest(unknown[0], known)}; {len(unknown)} such: drop them")
-    columns = [_enforced(frame[rule.name], rule, agreed) for rule in agreed.columns if rule.name in frame.columns]
+    given = {values.name: values for values in frame.iter_columns()}
+    columns = [_enforced(given[rule.name], rule, agreed) for rule in agreed.columns if rule.name in given]
     return pl.DataFrame(columns).with_columns(frame.select(meta)) if meta else pl.DataFrame(columns)
 
 # %% ../../nbs/lib/data/05_contract.ipynb #cf02538a
 def _refuse_missing(names: Sequence[str], contract: Contract) -> None:
-    missing = [name for name in contract.features if name not in names]
+    given = set(names)
+    missing = [name for name in contract.features if name not in given]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"column '{missing[0]}' is missing{more}{suggest(missing[0], [n for n in names if not n.startswith('__')][:200])}; the contract asks for {len(contract.features)} features")

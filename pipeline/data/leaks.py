@@ -110,7 +110,7 @@ def find_leaks(
     some = rows.gather_every(step) if step > 1 else rows
     answers = target.values.gather_every(step) if step > 1 else target.values
     declared, decided, time = problem.data.columns, problem.data.decided_at, problem.data.time
-    scores = {name: _score(some[name], kind, answers, target) for name, (kind, _) in kinds.items() if name in some.columns}
+    scores = {values.name: _score(values, kinds[values.name][0], answers, target) for values in some.iter_columns() if values.name in kinds}
     gaps = _missing_gaps(rows, unlabelled, list(scores))
     singled = _stands_out(scores, roles)
     found = []

@@ -82,9 +82,9 @@ def croissant_card(
     licences = sorted({licence for licence in inventory["licence"].to_list() if licence})
     files = [_file(row["source"], row["file"], row["sha256"], f"source of {name}, {row['rows']:,} rows") for row in inventory.iter_rows(named=True)]
     fields = [{
-        "@type": "cr:Field", "@id": f"train/{rule.name}", "name": rule.name, "description": rule.why or rule.role, "dataType": CARD_TYPES[rule.type],
+        "@type": "cr:Field", "@id": f"train/{i}", "name": rule.name, "description": rule.why or rule.role, "dataType": CARD_TYPES[rule.type],
         "source": {"fileObject": {"@id": "training-rows"}, "extract": {"column": rule.name}},
-    } for rule in contract.columns]
+    } for i, rule in enumerate(contract.columns)]
     return {
         "@context": CONTEXT, "@type": "sc:Dataset", "conformsTo": "http://mlcommons.org/croissant/1.0", "name": name, "description": statement,
         "version": f"1.0.0+{version}", "license": ", ".join(licences) or "not stated", "url": f"{PRODUCER}#{name}",

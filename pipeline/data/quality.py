@@ -24,7 +24,8 @@ def profile(
     private: Collection[str] = (),             # columns whose values are not shown
 ) -> pl.DataFrame:                             # column, type, missing, distinct, low, middle, high, usual, usual_share
     "Missing share, distinct values, range and the most frequent value of each column."
-    names = [name for name in kinds if name in frame.columns]
+    given = set(frame.columns)
+    names = [name for name in kinds if name in given]
     numbers = [name for name in names if kinds[name][0] == "number"]
     columns = frame.select(names)
     missing = columns.null_count().row(0)
@@ -33,7 +34,8 @@ def profile(
     rows = []
     for name, nulls, different in zip(names, missing, distinct):
         hidden = name in private
-        usual, share = (None, None) if hidden or different > 1000 or kinds[name][0] in ("text",) else _most_frequent(columns[name])
+        many = different > (50 if kinds[name][0] == "number" else 1000)
+        usual, share = (None, None) if hidden or many or kinds[name][0] == "text" else _most_frequent(columns[name])
         rows.append({
             "column": name, "type": kinds[name][0], "missing": nulls / max(frame.height, 1), "distinct": different,
             **{stat: None if hidden else ends.get(stat, {}).get(name) for stat in ("low", "middle", "high")}, "usual": usual, "usual_share": share,

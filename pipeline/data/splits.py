@@ -62,6 +62,8 @@ def folds_by_time(
     "Rolling origins: fold k is tested on a block and trained on everything before it."
     ordered = order.sort()
     cuts = sorted({ordered[int(len(ordered) * (first + (1 - first) * k / folds))] for k in range(folds)} - {ordered[0]})
+    if not cuts and ordered[-1] > ordered[0]:
+        cuts = [ordered[-1]]
     if not cuts:
         raise InputError(f"time column '{order.name}' has too few different moments for folds; set data.split.kind: random")
     return sum(((order >= cut).to_numpy().astype(np.int8) for cut in cuts), np.full(len(order), -1, np.int8))
@@ -397,7 +399,8 @@ def count_copies(
     later: pl.DataFrame,
 ) -> int:
     "Rows of the later part that are, but for their number, exact copies of an earlier row."
-    columns = [c for c in later.columns if c in earlier.columns]
+    known_columns = set(earlier.columns)
+    columns = [c for c in later.columns if c in known_columns]
     known = _keys(earlier, columns).unique()
     return int(_keys(later, columns).is_in(known.implode()).sum())
 

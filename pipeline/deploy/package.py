@@ -122,9 +122,12 @@ def _signed_manifest(folder: Path, public_key: Any) -> dict[str, Any]:
     for name in (MANIFEST, SIGNATURE):
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise IntegrityError(f"package {folder.name} has no {name}; nothing was loaded, build the package again")
-    text = (folder / MANIFEST).read_bytes()
+    text, signature = (folder / MANIFEST).read_bytes(), (folder / SIGNATURE).read_bytes()
     try:
-        public_key.verify(base64.b64decode((folder / SIGNATURE).read_bytes().strip(), validate=True), text)
+        signed = base64.b64decode(signature.strip(), validate=True)
+        if base64.b64encode(signed) + b"\n" != signature:
+            raise ValueError("not as it was written")
+        public_key.verify(signed, text)
     except (InvalidSignature, ValueError):
         raise IntegrityError(f"package {folder.name}: {MANIFEST} is not signed by this store's key; nothing was loaded, build the package again") from None
     manifest = json.loads(text)

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/engine/10_status.ipynb #0bf53fcc
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ def facts_now(
     overrides: dict[str, Any] | None = None,    # None: those of the last time
 ) -> Facts:
     "What is the case now for a run that exists; raises `IntegrityError` without a manifest."
-    manifest = read_manifest(run)
+    manifest = _asked(run)
     overrides = manifest["overrides"] if overrides is None else overrides
     resolved = resolve_problem(settings.root / manifest["problem_file"], overrides, settings.outputs / ".cache")
     return Facts(settings.root, run, resolved.leaves, Memory(settings.outputs / ".cache" / f"digests-{resolved.name}-{run.name}.json"))
+
+
+def _asked(run: Path) -> dict[str, Any]:
+    "Problem file and overrides of a run: from its manifest, or from the newest receipt where only papermill ran its phases."
+    receipts = sorted(run.glob("[0-9]*_*/receipt.json"), key=lambda p: p.stat().st_mtime_ns)
+    if (run / "manifest.json").exists() or not receipts:
+        return read_manifest(run)
+    found = json.loads(receipts[-1].read_text(encoding="utf-8"))
+    return {"problem_file": found["problem_file"], "overrides": found["overrides"]}
 
 
 def why_phase(

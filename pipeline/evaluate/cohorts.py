@@ -198,9 +198,10 @@ def cohort_gap(
         return None
     drawn = draw_by_cohort(name, y, p, group, None if unit_all is None else unit_all[kept], seed, draws, context) / abs(scale)
     value = float(values.max() - values.min()) / abs(scale)
-    ranges = np.nanmax(drawn, axis=1) - np.nanmin(drawn, axis=1)
-    low, high = np.quantile(ranges[np.isfinite(ranges)], [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, max(0.0, min(value, float(2 * value - high))), max(value, float(2 * value - low)), int(kept.sum()))
+    noise = drawn - values / abs(scale)
+    by_chance = np.nanquantile(np.nanmax(noise, axis=1) - np.nanmin(noise, axis=1), (1 + level) / 2)
+    lowest = np.nanquantile(np.nanmax(drawn, axis=1) - np.nanmin(drawn, axis=1), (1 - level) / 2)
+    return Estimate(value, max(0.0, value - float(by_chance)), max(value, 2 * value - float(lowest)), int(kept.sum()))
 
 
 def comparable(

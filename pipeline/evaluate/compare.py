@@ -107,6 +107,9 @@ def _row(rival: str, holdout: Holdout, constant: list[float] | None, gain: Estim
 
 def _weigh(run: Run, rows: list[dict[str, Any]], ahead: Estimate, label: str) -> Any:
     options = [{"option": "this model", "gain": rows[-1]["gain"]}, {"option": "default model", "gain": 0.0}]
+    if ahead.value == ahead.low == ahead.high == 0:
+        run.decide("this model or the default one", options, "this model", "both give the same answers: training chose the default configuration")
+        return note("Training chose the default configuration, so the default model gives the same answers.")
     if ahead.low is None or ahead.high is None:
         run.decide("this model or the default one", options, "this model", "the difference could not be measured")
         return note("The difference to the default model could not be measured.", "warn")

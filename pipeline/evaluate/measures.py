@@ -102,7 +102,10 @@ def measure_over_seeds(
     known = [v for v in values if v is not None]
     if len(known) < 2 or not np.isfinite(claim.value):
         return note(f"{title_of(holdout.main)} is not defined on these rows for every seed.", "warn")
+    shown = estimates([claim], "The same family trained with other seeds: interval over rows and seeds")
+    if max(known) == min(known):
+        return stack(shown, note(f"All {len(known)} seeds give the same answers: nothing in this configuration is drawn at random."))
     return stack(
-        estimates([claim], "The same family trained with other seeds: interval over rows and seeds"),
+        shown,
         note(f"Seeds differ by a standard deviation of {number(float(np.std(known, ddof=1)))}: from {number(min(known))} to {number(max(known))}."),
     )

@@ -137,11 +137,11 @@ def own_doubt(
 
 def unexplained_errors(
     scores: pl.DataFrame,     # `label/scores`
-) -> Estimate:                # may be below 0: less than chance explains
+) -> Estimate:                # 0 where chance explains them all
     "Suspected label errors beyond the models' own doubt."
     rate, doubt = error_rate(scores), own_doubt(scores)
-    assert rate.low is not None and rate.high is not None
-    return Estimate(rate.value - doubt, rate.low - doubt, rate.high - doubt, rate.n)
+    low, high = (max(0.0, (end or 0.0) - doubt) for end in (rate.low, rate.high))
+    return Estimate(max(0.0, rate.value - doubt), low, high, rate.n)
 
 # %% ../../nbs/lib/label/04_errors.ipynb #39e9bc86
 def confused_pairs(

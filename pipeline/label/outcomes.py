@@ -15,8 +15,7 @@ import polars as pl
 from ..core.run import Estimate
 
 # %% auto #0
-__all__ = ['comparable', 'wilson', 'missing_share', 'missing_by_period', 'missing_by_column', 'share_without_outcome',
-           'rarest_class']
+__all__ = ['comparable', 'wilson', 'missing_share', 'missing_by_period', 'missing_by_column', 'share_without_outcome', 'percent']
 
 # %% ../../nbs/lib/label/02_outcomes.ipynb #b91d3e7c
 def comparable(
@@ -139,19 +138,14 @@ def share_without_outcome(
     *,
     labelled: int | None = None,             # rows with an outcome in all splits
     ordered: bool = False,
-) -> Estimate:
+) -> Estimate:                               # in %
     "The share of rows without an outcome, among rows that can be compared."
-    return missing_share(comparable(train, unlabelled, labelled, ordered))
+    return percent(missing_share(comparable(train, unlabelled, labelled, ordered)))
 
 
-def rarest_class(
-    train: pl.DataFrame,     # `data/train`
-    *,
-    target: str,
-    classes: Sequence[str],
-) -> float:
-    "How many labels the rarest class has."
-    from pipeline.data.targets import class_names
-
-    names = class_names(train[target])
-    return float(min(int((names == c).sum()) for c in classes))
+def percent(
+    share: Estimate,     # in [0, 1]
+) -> Estimate:
+    "A share as a percentage."
+    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
+    return Estimate(100 * share.value, low, high, share.n)

@@ -12,19 +12,19 @@ import polars as pl
 
 from ..core.display import Html, estimates, facts, note, stack, table
 from ..core.errors import EnvironmentFault
-from ..core.run import Claim, Run
+from ..core.run import Estimate, Run
 from .active import affordable, build_queue, share_queue
 from .consensus import majority_accuracy
 from .errors import confused_pairs, error_rate, own_doubt, unexplained_errors
-from .outcomes import comparable, missing_by_column, missing_by_period, rarest_class, share_without_outcome
+from .outcomes import comparable, missing_by_column, missing_by_period, percent, share_without_outcome
 from .quick import out_of_fold, score_rows
 from .studio import build_tasks, labelling_config, validate_tasks
 from .versions import labels_of, load_version, save_version, version_facts
 
 # %% auto #0
-__all__ = ['KINDS', 'Rows', 'load_rows', 'show_outcomes', 'find_reasons', 'show_reasons', 'score_labels', 'check_labels',
-           'show_suspects', 'keep_version', 'strata_of', 'plan_queue', 'queue_cost', 'check_queue', 'make_tasks',
-           'show_question', 'show_consensus', 'tell_labels']
+__all__ = ['KINDS', 'Rows', 'load_rows', 'show_outcomes', 'find_reasons', 'show_reasons', 'score_labels', 'suspected', 'doubted',
+           'unexplained', 'check_labels', 'show_suspects', 'keep_version', 'strata_of', 'plan_queue', 'queue_cost',
+           'check_queue', 'make_tasks', 'show_question', 'show_consensus', 'tell_labels']
 
 # %% ../../nbs/lib/label/08_review.ipynb #105ee7df
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def show_outcomes(
 
     of = ["data/train"] + (["data/unlabelled"] if rows.unlabelled is not None else [])
     claim = run.claim("share_without_outcome", of=of, by=share_without_outcome, using={"labelled": rows.labelled, "ordered": rows.ordered},
-                      on="rows from the training period" if rows.ordered else "all rows", title="share of rows without an outcome")
+                      on="rows from the training period" if rows.ordered else "all rows", unit="%", title="rows without an outcome")
     if rows.unlabelled is None:
         return note("Every row has an outcome.", "go")
     told = missing_by_period(comparable(rows.train, rows.unlabelled, rows.labelled, rows.ordered))
@@ -107,24 +107,32 @@ def score_labels(
     return out_of_fold(rows.train, rows.contract, run.rng("label errors"), threads=run.settings.threads)
 
 
+def suspected(scores: pl.DataFrame) -> Estimate:
+    "Labels that look wrong, in %."
+    return percent(error_rate(scores))
+
+
+def doubted(scores: pl.DataFrame) -> Estimate:
+    "Rows that the models expect to miss although the label is right, in %."
+    return percent(Estimate(own_doubt(scores), n=scores.height))
+
+
+def unexplained(scores: pl.DataFrame) -> Estimate:
+    "Labels that look wrong beyond that doubt, in %; 0 where chance explains them all."
+    return percent(unexplained_errors(scores))
+
+
 def check_labels(
     run: Run,      # the label phase, with `label/scores` saved
-    rows: Rows,
 ) -> Any:
-    "Claim the suspected error rate beside the models' own doubt; check what doubt does not explain, and the rarest class."
+    "Claim the suspected error rate beside the models' own doubt, and check what doubt does not explain."
     on = "training rows, out of fold"
-    rate = run.claim("suspected_label_errors", of="label/scores", by=error_rate, on=on, title="labels that look wrong", better="lower")
-    doubt = run.claim("own_doubt", of="label/scores", by=own_doubt, on=on, title="rows the models expect to miss though labels are right")
-    rest = run.claim("unexplained_label_errors", of="label/scores", by=unexplained_errors, on=on, title="labels that look wrong beyond that doubt")
-    run.check("label errors beyond what chance explains", rest, at_most=0.05, bound="low", why="have the suspects below read by people before training")
-    shown: list[Claim] = [rate, doubt, rest]
-    if rows.contract["task"] == "regression":
-        run.not_applicable("labels of the rarest class", "the target is a number")
-    else:
-        rarest = run.claim("rarest_class", of="data/train", by=rarest_class, using={"target": rows.contract["target"], "classes": rows.contract["classes"]},
-                           on="training rows", unit="rows", title="labels of the rarest class")
-        run.check("labels of the rarest class", rarest, at_least=2, why="a class with fewer than two labels can be neither learned nor tested")
-        shown.append(rarest)
+    shown = [
+        run.claim("suspected_label_errors", of="label/scores", by=suspected, on=on, unit="%", title="labels that look wrong", better="lower"),
+        run.claim("own_doubt", of="label/scores", by=doubted, on=on, unit="%", title="labels that would look wrong by chance"),
+        run.claim("unexplained_label_errors", of="label/scores", by=unexplained, on=on, unit="%", title="labels that look wrong beyond chance", better="lower"),
+    ]
+    run.check("labels that look wrong beyond chance", shown[-1], at_most=5, bound="low", why="have the suspects below read by people before training")
     return estimates(shown, "Labels under suspicion")
 
 
@@ -211,7 +219,7 @@ def check_queue(
     label = run.problem.label
     cost = run.claim("queue_cost", of="label/queue", by=queue_cost, using={"cost_per_label": label.cost_per_label, "annotators": label.annotators},
                      unit=run.problem.problem.currency, on="rows asked about next", title="cost of the next batch", n=queue.height)
-    run.check("the next batch stays within the budget", cost, at_most=label.budget)
+    run.require("the next batch stays within the budget", cost.value <= label.budget, f"{cost.value:,.0f} {cost.unit}", "lower label.queue", f"≤ {label.budget:,.0f}")
     counts = queue.group_by("stratum").agg(
         *[(pl.col("kind") == k).sum().alias(k) for k in KINDS], rows=pl.len()).sort(["rows", "stratum"], descending=[True, False])
     first = queue.group_by("kind", maintain_order=True).head(3).sort("rank").select("rank", "kind", "why", "uncertainty", "stratum")
@@ -267,9 +275,9 @@ def tell_labels(
     queue: pl.DataFrame,          # `label/queue`
 ) -> str:
     "The phase's one line."
-    share = share_without_outcome(rows.train, rows.unlabelled, labelled=rows.labelled, ordered=rows.ordered).value
+    share = share_without_outcome(rows.train, rows.unlabelled, labelled=rows.labelled, ordered=rows.ordered).value / 100
     rate, doubt = error_rate(scores).value, own_doubt(scores)
     odd = f"{rate:.1%} of labels look odd, " + (f"fewer than the {doubt:.1%} that chance explains" if rate <= doubt else f"{rate - doubt:.1%} more than chance explains")
     label, money = run.problem.label, run.problem.problem.currency
-    return (f"{version['labelled']:,} labels are kept as version {version['id']}; {share:.1%} of rows have no outcome; {odd}; "
+    return (f"{version['labelled']:,} labels are frozen as a version; {share:.1%} of rows have no outcome; {odd}; "
             f"{queue.height:,} rows are worth asking about next, for {queue_cost(queue, cost_per_label=label.cost_per_label, annotators=label.annotators):,.0f} {money}.")

@@ -174,7 +174,7 @@ def _learn(state: State, requests: Requests, rules: Rules, now: int) -> tuple[St
     assert state.worse and state.errors and state.limit and state.latency
     state = replace(
         state, served=state.served + served, outcomes=state.outcomes + len(units), total=state.total + float(differences.sum()),
-        worse=place(state.worse, units), better=tuple(place(b, units) for b in state.better),
+        worse=place(state.worse, units), better=tuple(place(b, units) if i >= state.stage else b for i, b in enumerate(state.better)),
         errors=count_errors(state.errors, new_errors, served, old_errors, len(new) - served),
         limit=place(state.limit, requests.new_error[here][new].astype(float)), latency=place(state.latency, slow[np.isfinite(slow)]),
     )

@@ -211,11 +211,11 @@ def quality_difference(
     rules: dict[str, Any],
     limit_ms: float,
 ) -> Estimate:
-    "Mean difference of losses on what the new model served, with its confidence sequence; below zero it is better."
+    "Mean difference of losses on what the new model served, with its confidence sequence; without an outcome anything is possible."
     traffic, found = requests_of(requests, latencies, limit_ms), rules_of(rules)
     course = follow(traffic, found)
     if course.state.mean is None:
-        return Estimate(math.nan, n=0)
+        return Estimate(0.0, -1.0, 1.0, 0)
     low, high = interval(traffic, course, found)
     return Estimate(course.state.mean, low, high, course.state.outcomes)
 

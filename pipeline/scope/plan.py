@@ -15,8 +15,8 @@ from .criteria import check_metrics
 from .value import amounts, break_even
 
 # %% auto #0
-__all__ = ['RANKING', 'FLOOR_MS', 'READABLE', 'REASONS', 'choose_metric', 'choose_threshold', 'choose_families', 'derive_plan',
-           'compare_plans']
+__all__ = ['RANKING', 'FLOOR_MS', 'READABLE', 'REASONS', 'choose_metric', 'choose_threshold', 'threshold_options',
+           'choose_families', 'derive_plan', 'compare_plans']
 
 # %% ../../nbs/lib/scope/05_plan.ipynb #6052c31a
 RANKING = ("roc_auc", "average_precision", "log_loss", "brier", "accuracy", "balanced_accuracy", "f1", "mae", "rmse", "r2")
@@ -47,6 +47,18 @@ def choose_threshold(
     if task == "multiclass":
         return {"rule": "most probable class", "threshold": None, "why": "costs between more than two classes are not declared"}
     return {"rule": "none", "threshold": None, "why": "the answer is a number; who reads it decides"}
+
+
+
+def threshold_options(
+    problem: Any,                # the problem, watched or plain
+) -> list[dict[str, Any]]:       # rule, threshold, assumes
+    "The rules among which the threshold was chosen, and what each takes for granted."
+    if problem.problem.task != "binary":
+        return [{"rule": choose_threshold(problem)["rule"], "assumes": choose_threshold(problem)["why"]}]
+    return [{"rule": "break-even", "threshold": break_even(problem.evaluate.costs), "assumes": "the declared costs and true probabilities"},
+            {"rule": "one half", "threshold": 0.5, "assumes": "a false alarm costs as much as a miss"},
+            {"rule": "always act", "threshold": 0.0, "assumes": "false alarms cost nothing"}]
 
 # %% ../../nbs/lib/scope/05_plan.ipynb #130a96c9
 FLOOR_MS = {"dummy": 1.0, "linear": 1.0, "trees": 2.0, "portfolio": 2.0, "nets": 6.0}

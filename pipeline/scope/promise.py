@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.display import Html, facts, headline, note, stack, table
+from ..core.display import Html, facts, note, stack, table
 from ..core.metrics import LABELS
 from ..core.run import Claim, Estimate, Run
 from .criteria import acceptance_table, has_goal
@@ -20,8 +20,7 @@ from .value import break_even, policies, sensitivity, value_of_acting
 
 # %% auto #0
 __all__ = ['check_promise', 'value_table', 'show_value', 'show_stakes', 'show_plan', 'draw_timeline', 'show_weeks', 'show_phases',
-           'show_people', 'show_readiness', 'weeks_to_launch', 'break_even_of', 'claim_promise', 'show_numbers',
-           'tell_promise']
+           'show_people', 'show_readiness', 'weeks_to_launch', 'break_even_of', 'claim_promise', 'tell_promise']
 
 # %% ../../nbs/lib/scope/06_promise.ipynb #1fa2f50e
 def check_promise(
@@ -128,7 +127,7 @@ def show_phases(
     longest = phases.sort("p90")["phase"][-1]
     shown = phases.select("phase", "begins", "ends", *[c for c in ("from", "to") if c in phases.columns], "resources")
     return stack(
-        bars(phases, "phase", "p50", f"The longest phase is {longest}", low="p10", high="p90", xlabel="weeks: median, and 8 of 10 draws"),
+        bars(phases, "phase", "p50", f"The longest phase is {longest}", low="p10", high="p90", xlabel="weeks: median, and 8 of 10 draws", spec=".1f"),
         table(shown, "When the median plan has each phase, weeks from the start", formats={"begins": ".1f", "ends": ".1f"}),
     )
 
@@ -141,7 +140,7 @@ def show_people(
     load = role_load(phases, run.problem.scope.team.roles)
     warnings = [note(text, "warn") for text in role_warnings(load)]
     return stack(table(role_table(load), "People and their work in the median plan",
-                       formats={"person_weeks": ".1f", "busiest": ".1f"}), *warnings)
+                       formats={"people": ".1f", "person_weeks": ".1f", "busiest": ".1f"}), *warnings)
 
 
 def show_readiness(
@@ -164,9 +163,10 @@ def weeks_to_launch(
 
 def break_even_of(
     plan: dict[str, Any],    # `scope/plan`
-) -> float:
+) -> Estimate:               # in %, between what it would be if one cost were a third off
     "The probability from which acting pays."
-    return break_even(plan["costs"])
+    moved = sensitivity(plan["costs"])["break_even"].to_numpy() * 100
+    return Estimate(100 * break_even(plan["costs"]), float(moved.min()), float(moved.max()))
 
 
 def claim_promise(
@@ -174,20 +174,12 @@ def claim_promise(
 ) -> list[Claim]:
     "Weeks, money and, for two classes, the break-even threshold: each recomputable."
     said = run.problem.problem
-    claims = [run.claim("weeks_to_launch", of="scope/timeline", by=weeks_to_launch, unit="weeks", on="simulation", title="weeks until it runs (P50, P10 to P90)"),
-              run.claim("training_money", of="scope/sizes", by=sized, using={"quantity": "money"}, unit=said.currency, on="estimate", title="money for one training")]
+    claims = [run.claim("weeks_to_launch", of="scope/timeline", by=weeks_to_launch, unit="weeks", on="simulation", title="weeks until it runs (P50, P10 to P90)")]
     if said.task == "binary":
-        claims.append(run.claim("break_even", of="scope/plan", by=break_even_of, on="costs", title="probability from which acting pays"))
+        claims.append(run.claim("break_even", of="scope/plan", by=break_even_of, unit="%", on="declared costs, a third off", title="probability from which acting pays"))
+    for name, quantity, unit in (("training_memory", "memory", "GB"), ("training_money", "money", said.currency), ("training_co2e", "CO2e", "g")):
+        claims.append(run.claim(name, of="scope/sizes", by=sized, using={"quantity": quantity}, unit=unit, on="estimate", title=f"{quantity} for one training"))
     return claims
-
-
-def show_numbers(
-    claims: list[Claim],     # from `claim_promise`
-) -> Html:
-    "The numbers that carry the promise, big."
-    words = {"weeks_to_launch": "{:.0f} weeks", "break_even": "{:.0%}"}
-    told = [(c.title, words.get(c.name, "under 1 {unit}" if c.value < 1 else "{:,.0f} {unit}").format(c.value, unit=c.unit), c, None) for c in claims]
-    return headline(told)
 
 
 def tell_promise(

@@ -79,8 +79,12 @@ def size_scenarios(
     table = []
     for n in rows:
         sizes = size_training(n, columns, **spending)
-        shown = {row["quantity"]: f"{row['low']:.2g} – {row['high']:.2g} {row['unit']}".strip() for row in sizes.iter_rows(named=True)}
+        shown = {row["quantity"]: f"{_short(row['low'])} – {_short(row['high'])} {row['unit']}".strip() for row in sizes.iter_rows(named=True)}
         fits = sizes.filter(pl.col("quantity") == "fits in the budget").select("low", "high").row(0)
         table.append({"rows": n, "memory": shown["memory"], "one fit of trees": shown["one fit of trees"],
                       "fits in the budget": f"{fits[0]:,.0f} – {fits[1]:,.0f}"})
     return pl.DataFrame(table)
+
+# %% ../../nbs/lib/scope/04_sizing.ipynb #c83c7eb4
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

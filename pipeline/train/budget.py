@@ -35,7 +35,7 @@ class Stopwatch:
 
 # %% ../../nbs/lib/train/08_budget.ipynb #e4d3d430
 START = {"dummy": 0.0, "linear": 1.5, "trees": 1.0, "portfolio": 0.0, "nets": 7.0}
-ROUNDS = {"trees": 100, "portfolio": 150}   # what a fit usually takes
+ROUNDS = {"trees": 70, "portfolio": 120}    # what a fit usually takes
 HEADROOM = 0.75                             # of the budget is planned; the rest is for slower machines
 
 
@@ -178,7 +178,9 @@ def _refits(families: Sequence[str], rows: int, shape: Shape, seeds: int, allowa
 
 
 def _minimum(family: str, folds: Sequence[int], shape: Shape) -> float:
-    config: dict[str, Any] = {"samples": SAMPLES[0]} if family == "nets" else trees.PORTFOLIO["wide"] if family == "portfolio" else {}
+    if family == "nets":
+        return sum(price(family, n, shape, {"samples": SAMPLES[0]}) for n in folds)
+    config = trees.PORTFOLIO["wide"] if family == "portfolio" else {}
     return sum(price(family, min(n, 300), shape, config) for n in folds)
 
 

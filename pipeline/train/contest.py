@@ -131,9 +131,9 @@ def draw_board(contest: Contest, board: pl.DataFrame) -> Any:
 
 def show_board(contest: Contest, board: pl.DataFrame) -> Html:
     "The leaderboard with distances to the best."
-    columns = ["candidate", "metric", "low", "high", "to_best", "to_best_low", "to_best_high", "size_mb", "rows", "may_ship", "why_not"]
-    return table(board.select(columns), f"Leaderboard by {contest.label}; to_best is drawn in pairs on the same rows",
-                 formats={"size_mb": ".2f", "rows": ",d"}, units={"size_mb": "MB"})
+    columns = ["candidate", "metric", "low", "high", "to_best", "to_best_low", "to_best_high", "size", "rows", "may_ship", "why_not"]
+    return table(board.rename({"size_mb": "size"}).select(columns), f"Leaderboard by {contest.label}; distances to the best are drawn in pairs",
+                 formats={"size": ".2f", "rows": ",d"}, units={"size": "MB"})
 
 
 def draw_folds(contest: Contest, found: Found) -> Any:
@@ -193,7 +193,7 @@ def fit_models(
     run.save("train/default", final.default.save(run.scratch / "default"))
     run.save("train/seed_models", save_seeds(final, run.scratch / "seeds"))
     run.save("train/seeds", seeds_table(final, contest.rows))
-    others = {f"{name}_": trial for name, trial in (("dummy", dummy), ("default", default)) if trial is not None}
+    others = {f"{name}_": trial for name, trial in (("dummy", dummy), ("default", default)) if trial is not None and trial is not chosen}
     width = final.model.about.get("residual")
     run.save("train/validation", validation_frame(contest.frame, contest.rows, contest.contract, chosen, others, width))
     run.save("train/costs", costs_of(found, final, run.settings), timing=True)
@@ -212,14 +212,14 @@ def costs_of(found: Found, final: Final, settings: Any) -> pl.DataFrame:
 def show_costs(contest: Contest, costs: pl.DataFrame, currency: str = "") -> Html:
     "What was spent, by candidate and stage."
     total = costs.select(pl.lit("all").alias("candidate"), pl.lit("").alias("stage"), *[pl.col(c).sum() for c in ("wall_s", "cpu_s", "money", "gram_co2e")])
-    rows = pl.concat([costs.select(total.columns), total])
+    rows = pl.concat([costs.select(total.columns), total]).rename({"wall_s": "wall", "cpu_s": "computing", "gram_co2e": "CO₂e"})
     spent, wall = contest.clock(), total["wall_s"][0]
     kind = "info" if spent <= 1.1 * contest.plan.budget_s else "warn"
     waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work." if wall > 1.2 * spent else ""
     return stack(
         note(f"{spent:.0f} s of the budget's {contest.plan.budget_s:g} s are spent.{waited}", kind),
-        table(rows, "Spent on each fit", formats={"wall_s": ".1f", "cpu_s": ".1f", "money": ".5f", "gram_co2e": ".3f"},
-              units={"wall_s": "s", "cpu_s": "core-s", "money": currency, "gram_co2e": "g"}, rows=40),
+        table(rows, "Spent on each fit", formats={"wall": ".1f", "computing": ".1f", "money": ".5f", "CO₂e": ".3f"},
+              units={"wall": "s", "computing": "core-s", "money": currency, "CO₂e": "g"}, rows=40),
     )
 
 
@@ -299,5 +299,7 @@ def tell_contest(
     beside = [f"{number(by_name[f'validation_{metric}_{name}'].value)} for {words}"
               for name, words in (("default", "LightGBM's default"), ("dummy", "the dummy")) if f"validation_{metric}_{name}" in by_name]
     early = "; the clock stopped the search early" if found.stopped_early else ""
-    return (f"{choice.name} earns its cost: {contest.label} {number(main.value)}{ends} on {len(contest.rows.valid):,} rows it had not seen, "
-            f"against {' and '.join(beside)}; {by_name['model_mb'].value:.2f} MB{early}.")
+    against = f", against {' and '.join(beside)}" if beside else ""
+    name = "LightGBM's default (trees)" if choice.name == "trees" else choice.name
+    return (f"{name} earns its cost: {contest.label} {number(main.value)}{ends} on {len(contest.rows.valid):,} rows it had not seen"
+            f"{against}; {by_name['model_mb'].value:.2f} MB{early}.")

@@ -210,7 +210,7 @@ def _answer(
     steps: list[int] = []
     for place in places:
         train, valid = rows.folds[place]
-        train = train[pick_rows(len(train), step.rows, seed)]
+        train = train[pick_rows(len(train), step.rows, seed)] if step.family != "dummy" else np.arange(len(rows.target))
         key = key_of(family=step.family, config=step.config, seed=seed, threads=threads, sizes=list(rows.shape.sizes), train=train,
                      valid=valid, target=rows.target, features=rows.matrix[train[:: max(1, len(train) // 2000)]])
         kept = checkpoints.get(key)

@@ -25,7 +25,7 @@ PORTFOLIO: dict[str, dict[str, Any]] = {
     "shallow": {"learning_rate": 0.1, "num_leaves": 10, "min_data_in_leaf": 30, "feature_fraction": 0.8, "lambda_l2": 2.0},
     "wide": {"learning_rate": 0.06, "num_leaves": 127, "min_data_in_leaf": 100, "lambda_l2": 12.0, "feature_fraction": 0.5,
              "bagging_fraction": 0.7, "bagging_freq": 1, "cat_smooth": 60.0, "cat_l2": 30.0},
-    "random": {"learning_rate": 0.1, "num_leaves": 31, "extra_trees": True, "feature_fraction": 0.6, "min_data_in_leaf": 10},
+    "extra": {"learning_rate": 0.1, "num_leaves": 31, "extra_trees": True, "feature_fraction": 0.6, "min_data_in_leaf": 10},
 }
 MAX_ROUNDS = 400
 PATIENCE = 20
