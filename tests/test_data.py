@@ -43,7 +43,7 @@ data: {{sources: [{{name: t, kind: csv, path: t.csv}}], {data}}}
 # -- splits
 
 @given(seeds, st.integers(20, 300), st.integers(2, 6), st.floats(.1, .5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_random_splits_keep_every_class_within_a_row(seed: int, n: int, folds: int, share: float) -> None:
     rng = np.random.default_rng(seed)
     strata = np.sort(rng.choice(4, n, p=[.6, .25, .1, .05]))
@@ -61,7 +61,7 @@ def test_random_splits_keep_every_class_within_a_row(seed: int, n: int, folds: i
 
 
 @given(seeds, st.integers(30, 300), st.integers(1, 5), st.integers(5, 60), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_time_splits_never_look_ahead(seed: int, n: int, folds: int, moments: int, gap: int) -> None:
     rng = np.random.default_rng(seed)
     order = pl.Series("t", rng.integers(0, moments, n).astype(float))
@@ -85,7 +85,7 @@ def test_time_splits_never_look_ahead(seed: int, n: int, folds: int, moments: in
 
 
 @given(seeds, st.integers(6, 60), st.integers(60, 400), st.integers(2, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_groups_never_cross(seed: int, groups: int, n: int, folds: int) -> None:
     rng = np.random.default_rng(seed)
     names = pl.Series("g", [f"g{i}" for i in np.concatenate([np.arange(groups), rng.integers(0, groups, n - groups)])])
@@ -101,7 +101,7 @@ def test_groups_never_cross(seed: int, groups: int, n: int, folds: int) -> None:
 
 
 @given(seeds, st.sampled_from(["time", "random", "group"]), st.integers(120, 400))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_every_row_ends_in_one_part(seed: int, kind: str, n: int) -> None:
     rng = np.random.default_rng(seed)
     frame = pl.DataFrame({"__row": np.arange(n), "t": [dt.datetime(2020, 1, 1) + dt.timedelta(hours=int(h)) for h in rng.integers(0, 5000, n)],
@@ -131,7 +131,7 @@ def test_a_class_with_fewer_rows_than_folds_is_named() -> None:
 # -- files
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_a_cut_csv_is_refused_or_noted(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     content = "a,b,c\n" + "".join(f"{i},{i * 1.5},name {i}\n" for i in range(30))
     at = data.draw(st.integers(len("a,b,c\n1,1.5,name 1\n"), len(content) - 1))
@@ -146,7 +146,7 @@ def test_a_cut_csv_is_refused_or_noted(tmp_path_factory: pytest.TempPathFactory,
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_a_cut_parquet_is_refused(tmp_path_factory: pytest.TempPathFactory, at: int) -> None:
     folder = tmp_path_factory.mktemp("cut")
     pl.DataFrame({"a": range(500), "b": ["x"] * 500}).write_parquet(folder / "whole.parquet")

@@ -21,7 +21,7 @@ from pipeline.data.contract import target_values
 from pipeline.deploy.package import KEY, Contents, load_package, release
 from pipeline.deploy.schema import make_schema
 from pipeline.deploy.service import free_port
-from pipeline.deploy.staging import Staged, as_rows, compare, replay, staged
+from pipeline.deploy.staging import Staged, as_rows, await_ready, compare, replay, staged
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_replaced(package: tuple[Path, Path]) -> None:
         assert len(workers) == 1
         workers[0].kill()
         workers[0].wait(10)
-        assert status(running, "GET", "/ready")[0] == 200          # waits in the listening socket until the new worker takes it
+        await_ready(running)
         assert running.process.poll() is None
 
 
@@ -178,8 +178,9 @@ def test_a_served_run_answers_and_stops_by_ctrl_c(run_folder: Path) -> None:
     assert process.stdout
     assert f"tiny version 1 on http://127.0.0.1:{port}" in process.stdout.readline()
     running = Staged("127.0.0.1", port, process)  # type: ignore[arg-type]
+    await_ready(running)
     assert status(running, "GET", "/health")[0] == 200
-    assert json.loads(process.stdout.readline())["path"] == "/health"
+    assert [json.loads(process.stdout.readline())["path"] for _ in range(2)] == ["/ready", "/health"]
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     process.stdout.close()

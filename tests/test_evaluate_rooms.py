@@ -16,7 +16,7 @@ from pipeline.evaluate.calibration import REPAIRS, apply_repair, fit_repair, noi
 from pipeline.evaluate.cohorts import cohort_gap, cohort_of, cohort_table, comparable
 from pipeline.evaluate.gate import stable_count
 from pipeline.evaluate.holdout import level_for, look_of, reason_for
-from pipeline.evaluate.slices import find_slices, row_loss
+from pipeline.evaluate.slices import find_slices, row_surprise
 from pipeline.evaluate.stress import disturbances, lose_cells, recall_by_class, rename_levels
 from pipeline.evaluate.threshold import pick_threshold
 from pipeline.scope.value import break_even, value_per_1000
@@ -164,10 +164,14 @@ def test_no_slice_is_found_where_none_is_planted() -> None:
     assert listed <= 5
 
 
-def test_row_loss_of_every_task() -> None:
-    assert row_loss(np.array([1]), np.array([[0.25, 0.75]]), "binary")[0] == pytest.approx(-math.log(0.75))
-    assert row_loss(np.array([2]), np.array([[0.2, 0.3, 0.5]]), "multiclass")[0] == pytest.approx(-math.log(0.5))
-    assert row_loss(np.array([3.0]), np.array([[5.0, 4.0, 6.0]]), "regression")[0] == 2.0
+def test_surprise_is_loss_beyond_what_the_model_expects() -> None:
+    frame = scored(40_000)
+    y, p = frame["y"].to_numpy(), frame.select("p_no", "p_yes").to_numpy()
+    assert abs(row_surprise(y, p, "binary").mean()) < 0.01                  # true probabilities: none on average
+    assert np.allclose(row_surprise(y, p, "binary"), row_surprise(y, p[:, 1], "binary"))
+    three = np.array([[0.2, 0.3, 0.5]])
+    assert row_surprise(np.array([2]), three, "multiclass")[0] == pytest.approx(-math.log(0.5) + (three * np.log(three)).sum())
+    assert row_surprise(np.array([3.0]), np.array([[5.0, 4.0, 6.0]]), "regression")[0] == 2.0
 
 
 def test_the_recall_of_a_class_under_one_percent_has_an_interval() -> None:

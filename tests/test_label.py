@@ -22,7 +22,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.run import function_named, open_run, read_checks, read_claims
 from pipeline.label.active import build_queue, pick_spread, share_queue
 from pipeline.label.consensus import cohen_kappa, dawid_skene, krippendorff_alpha, majority
-from pipeline.label.errors import confident_joint, error_rate, find_suspects, probabilities
+from pipeline.label.errors import confident_joint, error_rate, find_suspects, probabilities, signal
 from pipeline.label.outcomes import comparable, missing_by_column, missing_share, wilson
 from pipeline.label.quick import out_of_fold
 from pipeline.label.versions import diff_versions, digest_labels, labels_of, list_versions, load_version, save_version
@@ -79,6 +79,16 @@ def test_the_joint_adds_up_and_suspects_are_never_the_best_guess(seed: int, n: i
     assert all(best[row] != label for row, label in suspects.select("__row", "given").iter_rows())
     assert 0 <= error_rate(scores).value <= 1
     assert probabilities(scores)[2] == names
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_mixed_up_labels_do_not_follow_the_columns(task: str) -> None:
+    frame, contract = table(task, 900)
+    mixed = frame.with_columns(y=frame["y"].shuffle(seed=3))
+    chance = 0.0 if task == "regression" else 0.5
+    assert signal(out_of_fold(frame, contract, np.random.default_rng(7))).low > chance + 0.2
+    found = signal(out_of_fold(mixed, contract, np.random.default_rng(7)))
+    assert found.low < chance + 0.05 and abs(found.value - chance) < 0.1
 
 
 def test_a_group_never_stands_on_both_sides_of_a_fold() -> None:
@@ -262,7 +272,7 @@ def test_the_phase_answers_for_every_kind_of_table(project: Project, task: str, 
     version = json.loads((folder / "version.json").read_text())
     assert load_version(root / "outputs/store", "small", version["id"]).height == 240
     claims = {c.name: c for c in read_claims(folder)}
-    assert {"share_without_outcome", "suspected_label_errors", "queue_cost"} <= set(claims)
+    assert {"share_without_outcome", "suspected_label_errors", "label_signal", "queue_cost"} <= set(claims)
     again = function_named(claims["suspected_label_errors"].by)(pl.read_parquet(folder / "scores.parquet"))
     assert again.value == claims["suspected_label_errors"].value
     assert {c.verdict for c in read_checks(folder)} <= {"go", "not applicable"}

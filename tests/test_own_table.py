@@ -64,6 +64,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(table: Refused, tmp_path: Pa
     assert "\n" not in sentence and len(sentence) < 400 and not list((tmp_path / "params").iterdir())
 
 
+@pytest.mark.slow
 def test_ten_thousand_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = next(t for t in RUNS if t.name == "wide")
     file = begin(tmp_path, table)

@@ -91,7 +91,8 @@ def _told(error: BaseException) -> tuple[int, str]:
     if type(error).__name__ == "Exit":
         return int(getattr(error, "exit_code", 0)), ""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):   # click's own: a slip in a verb or option
-        return 2, f"{' '.join(error.format_message().split())}; see pilothouse --help"
+        told = " ".join(error.format_message().split())
+        return 2, f"{told.rstrip('.')}; see pilothouse --help"
     if isinstance(error, OSError):
         return 4, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; mend that and run again"
     return 4, f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; run again with --debug and report it"

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import io
 import json
-import os
 import re
 import secrets
 import shutil
@@ -25,8 +24,8 @@ from ..core.errors import InputError, IntegrityError
 from ..core.store import digest, read_frame, write_frame, write_whole
 
 # %% auto #0
-__all__ = ['TOMBSTONE', 'DONE_SCHEMA', 'pseudonym', 'pick_subject', 'rows_of', 'erase_frame', 'erase_json', 'erase_text',
-           'erase_folder', 'affected_models', 'certify']
+__all__ = ['TOMBSTONE', 'DONE_SCHEMA', 'pseudonym', 'pick_subject', 'rows_of', 'can_be_sought', 'rows_left', 'erase_frame',
+           'erase_json', 'erase_text', 'erase_folder', 'affected_models', 'certify']
 
 # %% ../../nbs/lib/comply/04_erasure.ipynb #c2b85f47
 def pseudonym(
@@ -76,6 +75,33 @@ def rows_of(
 TOMBSTONE = "erased"
 
 
+def can_be_sought(
+    value: str,
+) -> bool:
+    "Whether a value can be told from others in bytes: short ones and plain numbers cannot; their rows are counted instead."
+    return len(value) >= 4 and not re.fullmatch(r"[-+]?\d{1,11}([.,]\d+)?", value)
+
+
+def rows_left(
+    folder: Path,
+    subject: str,
+    value: str,
+    rows: Collection[int],
+) -> dict[str, int]:        # path -> how many
+    "Rows about the subject in the frames below a folder."
+    found: dict[str, int] = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        frame = pl.read_parquet(path, columns=[c for c in pl.read_parquet_schema(path) if c in (subject, "__row")])
+        about = pl.lit(False)
+        if subject in frame.columns:
+            about = about | pl.col(subject).cast(pl.String).eq_missing(value)
+        if "__row" in frame.columns:
+            about = about | pl.col("__row").is_in(list(rows))
+        count = frame.filter(about).height if frame.columns else 0
+        found |= {path.relative_to(folder).as_posix(): count} if count else {}
+    return found
+
+
 def erase_frame(
     frame: pl.DataFrame,
     subject: str,
@@ -87,7 +113,7 @@ def erase_frame(
         frame = frame.filter(pl.col(subject).cast(pl.String).ne_missing(value))
     if "__row" in frame.columns:
         frame = frame.filter(~pl.col("__row").is_in(list(rows)))
-    return frame.with_columns([_erased(frame[c], value) for c in frame.columns if _may_hold(frame[c].dtype)])
+    return frame if not can_be_sought(value) else frame.with_columns([_erased(frame[c], value) for c in frame.columns if _may_hold(frame[c].dtype)])
 
 
 def erase_json(
@@ -112,7 +138,7 @@ def erase_text(
         text = re.sub(rf"(?<![0-9A-Za-z]){re.escape(value)}(?![0-9A-Za-z])", TOMBSTONE, text, flags=re.IGNORECASE)
     for name, form in forms_of(value).items():
         if name not in ("plain", "utf-16"):
-            text = text.replace(form.decode("ascii", "ignore"), TOMBSTONE) if form.isascii() else text
+            text = text.replace(form.decode("utf-8"), TOMBSTONE)
     return text
 
 # %% ../../nbs/lib/comply/04_erasure.ipynb #74e794e4
@@ -124,14 +150,14 @@ def _erased(values: pl.Series, value: str) -> pl.Series:
     "A column whose texts no longer hold the value; enumerations lose the level, lists and structs go through JSON."
     if isinstance(values.dtype, pl.List | pl.Struct):
         plain = values.to_list()
-        return values if value.casefold() not in json.dumps(plain, default=str).casefold() else pl.Series(values.name, erase_json(plain, value), dtype=values.dtype)
+        changed = [erase_json(item, value) for item in plain]
+        return values if changed == plain else pl.Series(values.name, changed, dtype=values.dtype)
     texts = values.cast(pl.String)
     if isinstance(values.dtype, pl.Enum):
         levels = [lv for lv in values.dtype.categories.to_list() if not holds(lv, value)]
         return texts.cast(pl.Enum(levels), strict=False) if len(levels) < len(values.dtype.categories) else values
-    suspects = [t for t in texts.unique().drop_nulls().to_list() if value.casefold() in t.casefold()]
-    changed = {t: erase_text(t, value) for t in suspects if holds(t, value)}
-    return texts.replace(changed) if changed else values
+    suspects = [t for t in texts.unique().drop_nulls().to_list() if value.casefold() in t.casefold() and holds(t, value)]
+    return texts.replace({t: erase_text(t, value) for t in suspects}) if suspects else values
 
 
 def _about(item: Any, value: str, rows: Collection[int]) -> bool:
@@ -166,23 +192,30 @@ def erase_folder(
 # %% ../../nbs/lib/comply/04_erasure.ipynb #65446703
 def _erase_table(table: Path, folder: Path, subject: str, value: str, rows: Collection[int]) -> dict[str, Any]:
     "A Delta table loses the rows in all versions: the remaining rows become the only version that can be read."
-    from pipeline.data.versions import forget_rows
+    from pipeline.data.versions import forget_rows, list_versions, save_version
 
-    erased = forget_rows(table.parent.parent, table.name, sorted(rows))["erased"]
-    changed = "rows removed, older versions emptied"
-    if find_traces(table, value):       # logs and files of another writer: begin the table anew
-        from deltalake import write_deltalake
-
-        kept = erase_frame(pl.read_delta(str(table)), subject, value, rows)
+    erased, changed = 0, "rows removed, older versions emptied"
+    ours = table.parent.name == "tables" and bool(list_versions(table.parent.parent, table.name))
+    if ours:
+        erased = forget_rows(table.parent.parent, table.name, sorted(rows))["erased"]
+    if not ours or can_be_sought(value) and find_traces(table, value):       # of another writer: begin the table anew
+        held = pl.read_delta(str(table))
+        kept = erase_frame(held, subject, value, rows)
+        erased = max(erased, held.height - kept.height)
         shutil.rmtree(table)
-        write_deltalake(table, kept, configuration={"delta.dataSkippingNumIndexedCols": "0"})
+        if ours:
+            save_version(table.parent.parent, table.name, kept)
+        else:
+            kept.write_delta(str(table), delta_write_options={"configuration": {"delta.dataSkippingNumIndexedCols": "0"}})
         changed = "begun anew without the rows, older versions gone"
     return {"path": table.relative_to(folder).as_posix(), "kind": "table", "rows_removed": erased, "changed": changed}
 
 
 def _erase_file(path: Path, subject: str, value: str, rows: Collection[int]) -> dict[str, Any] | None:
     mode, suffix = path.stat().st_mode & 0o777, path.suffix.lower()
-    if holds(path.name, value):
+    if suffix != ".parquet" and not can_be_sought(value):
+        return None
+    if can_be_sought(value) and holds(path.name, value):
         path.unlink()
         return {"kind": "file", "rows_removed": 0, "changed": "removed: its name was the subject"}
     if suffix == ".parquet":
@@ -211,7 +244,7 @@ def _erase_file(path: Path, subject: str, value: str, rows: Collection[int]) -> 
 def _erase_parquet(path: Path, subject: str, value: str, rows: Collection[int], mode: int) -> dict[str, Any] | None:
     frame = read_frame(path)
     kept = erase_frame(frame, subject, value, rows)
-    if kept.height == frame.height and not find_traces(path, value):
+    if kept.height == frame.height and not (can_be_sought(value) and find_traces(path, value)):
         return None
     write_frame(path, kept, mode)
     return {"kind": "parquet", "rows_removed": frame.height - kept.height, "changed": "rows removed" if kept.height < frame.height else "words replaced"}
@@ -263,7 +296,7 @@ def affected_models(
     value: str,
 ) -> pl.DataFrame:           # model, learned_from, named_in_files, todo
     "Every model below a folder and what must happen to it."
-    rows = [{"model": file.parent.relative_to(folder).as_posix(), "learned_from": learned_rows, "named_in_files": bool(find_traces(file.parent, value)),
+    rows = [{"model": file.parent.relative_to(folder).as_posix(), "learned_from": learned_rows, "named_in_files": can_be_sought(value) and bool(find_traces(file.parent, value)),
              "todo": "train again without these rows" if learned_rows else "nothing"} for file in sorted(folder.rglob("model.json"))]
     return pl.DataFrame(rows, schema={"model": pl.String, "learned_from": pl.Int64, "named_in_files": pl.Boolean, "todo": pl.String})
 
@@ -276,17 +309,20 @@ def certify(
     before: int,             # traces before
     models: pl.DataFrame,
     at: str,                 # when, ISO 8601
+    subject: str = "",       # the column
+    rows: Collection[int] = (),
     drill: bool = True,
 ) -> dict[str, Any]:
     "Search again and say what was done; raises `IntegrityError` while a trace is left."
-    left = find_traces(folder, value)
+    left = [t.path for t in find_traces(folder, value)] if can_be_sought(value) else []
+    left += list(rows_left(folder, subject, value, rows))
     if left:
-        raise IntegrityError(f"the subject is still found in {len(left)} files, first {left[0].path}; no certificate is written")
+        raise IntegrityError(f"the subject is still found in {len(left)} files, first {left[0]}; no certificate is written")
     told = {
         "subject": pseudonym(store, value), "at": at, "drill": drill, "files_changed": done.height, "rows_removed": int(done["rows_removed"].sum()),
         "traces_before": before, "traces_after": 0, "models_to_train_again": models.filter(pl.col("learned_from") > 0)["model"].to_list(),
         "content": digest(folder),
     }
-    if holds(json.dumps(told), value):
+    if can_be_sought(value) and holds(json.dumps(told), value):
         raise InputError("the subject's name is part of a path; rename that file before a certificate is written")
     return told

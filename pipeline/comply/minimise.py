@@ -88,7 +88,7 @@ def singles_out(
 def judge_columns(
     train: pl.DataFrame,                # training rows
     contract: dict[str, Any],           # data/contract
-    importance: pl.DataFrame | None,    # evaluate/importance: column, importance, low, high
+    importance: pl.DataFrame | None,    # evaluate/importance: column, loss when shuffled, low, high
     subject: str | None,
     forbidden: list[str],
     proxies: pl.DataFrame,              # from `find_proxies`
@@ -108,7 +108,7 @@ def judge_columns(
         ties += [f"gives {given_away[name]} away"] if name in given_away else []
         share = singles_out(train[name], train[subject]) if subject in train.columns and name != subject else None
         row = need.get(name, {})
-        value, low = row.get("importance", row.get("value")), row.get("low")
+        value, low = row.get("loss"), row.get("low")
         needed = "–" if told["role"] != "feature" else "unknown" if value is None else "yes" if low is not None and low > 0 else "not shown"
         rows.append({"column": name, "role": told["role"], "need": value, "need_low": low, "needed": needed, "person": ", ".join(ties) or "–",
                      "singles_out": share, "proposal": _propose(told["role"], needed, ties)})

@@ -20,9 +20,9 @@ import polars as pl
 from .errors import InputError, suggest
 
 # %% auto #0
-__all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'Html', 'svg_style',
-           'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'region', 'facts', 'note', 'stack', 'part',
-           'headline', 'estimates', 'verdict']
+__all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'readable', 'Html',
+           'svg_style', 'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'region', 'facts', 'note',
+           'stack', 'part', 'headline', 'estimates', 'verdict']
 
 # %% ../../nbs/lib/core/06_display.ipynb #05af3c84
 def clean(
@@ -63,9 +63,11 @@ def spec_for(
     comma = "," if largest >= 10_000 else ""
     if all(float(v).is_integer() for v in numbers):
         return f"{comma}.0f"
+    if largest < 1e-4:
+        return ".1e"
     if largest >= 0.1:
         return f"{comma}.{3 if largest < 10 else 1 if largest < 1000 else 0}f"
-    return f".{2 - math.floor(math.log10(largest)) if largest > 1e-6 else 9}f"
+    return f".{2 - math.floor(math.log10(largest))}f"
 
 
 def number(
@@ -73,16 +75,23 @@ def number(
     spec: str = "",    # format spec; chosen by the value's size when empty
     unit: str = "",    # appended after a narrow space
 ) -> str:
-    "One number for people; missing reads as –, and what a format would round to nothing keeps its digits."
+    "One number for people; missing reads as –, and what a format would round to nothing reads as less than its last digit."
     if value is None or not _is_number(value) or math.isnan(value):
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     spec = spec or spec_for([value])
-    text = format(int(value) if spec.endswith("d") else value, spec)
+    text = format(int(value) if spec.endswith("d") else value, spec) if value or "e" not in spec else "0"
     if value != 0 and not any(c in "123456789" for c in text):
-        text = f"{value:.2g}" if abs(value) >= 1e-4 else f"{value:.1e}"
-    return text.replace("-", "−", 1) + (f"\u202f{unit}" if unit and unit != "%" else unit)
+        text = ("<" if value > 0 else "> −") + re.sub(r"0(?=\D*$)", "1", text.replace("-", ""))
+    return text.replace("-", "−") + (f"\u202f{unit}" if unit and unit != "%" else unit)
+
+
+def readable(
+    text: str,   # words with numbers in them
+) -> str:
+    "The same with large numbers written out: 5.035e+04 becomes 50,350."
+    return re.sub(r"\d(\.\d+)?e\+\d+", lambda m: number(float(m[0])), text)
 
 # %% ../../nbs/lib/core/06_display.ipynb #25163068
 def _is_number(value: Any) -> bool:
@@ -103,6 +112,7 @@ color:var(--ink);line-height:1.45;margin:.6em 0 1.6em}
 .ph table{border-collapse:collapse;font-size:.875rem;margin:0;border:0;font-variant-numeric:tabular-nums}
 .ph caption,.ph figcaption{caption-side:top;text-align:left;font-weight:600;font-size:.9375rem;
 padding:0 0 .5em;color:inherit;max-width:44em}
+.ph caption{position:sticky;left:0;width:max-content;max-width:min(46em,calc(100vw - 2.2rem))}
 .ph th,.ph td{padding:.4em 1.1em .4em 0;text-align:left;vertical-align:top;border:0;background:none;
 border-bottom:1px solid var(--line);max-width:32em;white-space:normal;overflow-wrap:break-word}
 .ph thead th{border-bottom-color:var(--muted);vertical-align:bottom;font-size:.8125rem;font-weight:600;color:var(--muted)}
@@ -110,6 +120,9 @@ border-bottom:1px solid var(--line);max-width:32em;white-space:normal;overflow-w
 .ph tbody tr{background:none}
 .ph td.ph-num,.ph th.ph-num{text-align:right;white-space:nowrap}
 .ph tbody .ph-short{white-space:nowrap;min-width:0}
+.ph tbody .ph-mid{min-width:10em}
+.ph tbody .ph-long{min-width:17em}
+.ph-headline dt::first-letter,.ph-est tbody th::first-letter{text-transform:uppercase}
 .ph-more,.ph-unit,.ph-sub{color:var(--muted);font-weight:400;font-size:.8125rem}
 .ph-more{margin:.5em 0 0}
 .ph-word{white-space:nowrap;font-weight:600}
@@ -126,6 +139,7 @@ border-bottom:1px solid var(--line);max-width:32em;white-space:normal;overflow-w
 .ph-headline>div{min-width:11em;max-width:17em;flex:1 1 11em}
 .ph-headline dt{font-size:.875rem;color:var(--muted);margin:0}
 .ph-headline dd{margin:0}
+.ph-headline dd>*{display:block}
 .ph-big{font-size:1.875rem;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
 .ph img{max-width:100%;height:auto;display:block}
 .ph td img,.ph dd img{max-width:none}
@@ -181,7 +195,7 @@ def interval_bar(
     dot, left, right, line = (float(v) if _is_number(v) and math.isfinite(v) else None
                               for v in (value, low, high, limit))
     shown = [v for v in (dot, left, right, line) if v is not None]
-    if dot is None or len(shown) < 2:
+    if dot is None or len(set(shown)) < 2:
         return ""
     margin = (max(shown) - min(shown)) * 0.12 or abs(max(shown)) * 0.1 or 1.0
     least, most = min(shown) - margin, max(shown) + margin
@@ -268,7 +282,7 @@ class _Column:
     numeric: bool
     rowhead: bool
     hidden: bool = False
-    short: bool = False
+    width: str = "short"
 
 
 def _frame_of(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
@@ -303,7 +317,9 @@ def _column(series: pl.Series, spec: str) -> _Column:
     if words and all(isinstance(v, str) and v in VERDICTS for v in words):
         return _Column([badge(v) if v else MISSING for v in values], False, False)
     texts = [text_of(v) for v in values]
-    return _Column([esc(t) for t in texts], False, bool(words), short=max(map(len, texts), default=0) <= 16)
+    longest = max(map(len, texts), default=0)
+    width = "short" if longest <= 18 else "mid" if longest <= 44 else "long"
+    return _Column([esc(t) for t in texts], False, bool(words), width=width)
 
 
 def text_of(value: Any) -> str:
@@ -344,7 +360,7 @@ def _row(columns: list[_Column], i: int) -> str:
     cells = []
     for k, column in enumerate(columns):
         tag, scope = ("th", ' scope="row"') if k == 0 and column.rowhead else ("td", "")
-        kind = " class=ph-num" if column.numeric else " class=ph-short" if column.short else ""
+        kind = " class=ph-num" if column.numeric else f" class=ph-{column.width}"
         cells.append(f"<{tag}{scope}{kind}>{column.cells[i]}</{tag}>")
     return "".join(cells)
 
@@ -420,7 +436,7 @@ def estimates(
     heads = {"claim": "", "value": "num", "interval": "num", "limit": "num", "drawn": "", "rows": "num", "on": ""}
     head = "".join(f'<th scope="col"{" class=ph-num" if kind else ""}>{name}</th>' for name, kind in heads.items())
     rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return Html(f'<div class="ph">{region(caption, rows)}</div>', f"claims: {clean(caption)} ({len(claims)})")
+    return Html(f'<div class="ph ph-est">{region(caption, rows)}</div>', f"claims: {clean(caption)} ({len(claims)})")
 
 # %% ../../nbs/lib/core/06_display.ipynb #ad802317
 def _big(label: str, text: str, estimate: Any = None, limit: float | None = None) -> str:
@@ -444,7 +460,7 @@ def _estimate_row(claim: Any, limit: float | None) -> str:
     numbers = [number(value, spec, unit), between, number(limit, spec)]
     row = "".join(f'<td class="ph-num">{esc(text)}</td>' for text in numbers)
     row += f'<td>{interval_bar(value, low, high, limit) or MISSING}</td><td class="ph-num">{esc(number(n, ",.0f"))}</td>'
-    return f'<tr><th scope="row">{esc(title)}</th>{row}<td class="ph-short">{esc(part(claim, "on") or MISSING)}</td></tr>'
+    return f'<tr><th scope="row" class="ph-mid">{esc(title)}</th>{row}<td class="ph-short">{esc(part(claim, "on") or MISSING)}</td></tr>'
 
 # %% ../../nbs/lib/core/06_display.ipynb #7989c76d
 def verdict(
@@ -474,7 +490,7 @@ def verdict(
 # %% ../../nbs/lib/core/06_display.ipynb #dfd2dd09
 def _failing(check: Any) -> str:
     found, limit, why = (part(check, name) for name in ("found", "limit", "why"))
-    words = "no measurement" if found in (None, "") else f"found {found if isinstance(found, str) else number(found)}"
+    words = "no measurement" if found in (None, "") else f"found {readable(found) if isinstance(found, str) else number(found)}"
     if limit not in (None, ""):
         words += f", limit {limit if isinstance(limit, str) else number(limit)}"
     state, title = badge(part(check, "verdict") or "no-go"), esc(part(check, "title"))

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import hashlib
 import json
+import os
 import platform
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from .store import digest_file
+from .errors import EnvironmentFault
+from .store import digest_file, write_whole
 
 # %% auto #0
 __all__ = ['HEAVY', 'source_digest', 'cells_digest', 'notebook_digest', 'module_digests', 'imported_libraries', 'file_facts',
@@ -54,14 +59,32 @@ def notebook_digest(path: Path) -> str:
     return cells_digest(json.loads(path.read_text(encoding="utf-8")))
 
 # %% ../../nbs/lib/core/05_receipt.ipynb #f2fd4319
-def module_digests() -> dict[str, str]:
+def module_digests(
+    memory: Path | None = None,   # a file that remembers digests by path, size and modification time
+) -> dict[str, str]:              # module -> digest of its source
     "Every imported module of this package with the digest of its source."
-    found = {}
+    known = _remembered(memory)
+    found, learned = {}, False
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if (name == "pipeline" or name.startswith("pipeline.")) and file and not name.startswith("pipeline._"):
-            found[name] = source_digest(Path(file).read_text(encoding="utf-8"))
+            state = os.stat(file)
+            entry = known.get(file, [])
+            if entry[:2] != [state.st_size, state.st_mtime_ns]:
+                entry = [state.st_size, state.st_mtime_ns, source_digest(Path(file).read_text(encoding="utf-8"))]
+                if time.time_ns() - state.st_mtime_ns > 2_000_000_000:   # younger files may change again within one tick
+                    known[file], learned = entry, True
+            found[name] = entry[2]
+    if memory and learned:
+        with contextlib.suppress(EnvironmentFault):
+            write_whole(memory, json.dumps(known))
     return found
+
+
+def _remembered(memory: Path | None) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads(memory.read_text(encoding="utf-8"))) if memory else {}
+    return {}
 
 
 HEAVY = ("polars", "pandas", "pyarrow", "numpy", "scipy", "sklearn", "lightgbm", "torch", "pytorch_lightning", "matplotlib",

@@ -463,7 +463,7 @@ class Run:
         receipt = {
             "phase": self.phase, "problem_file": _relative(self.problem_file, self.settings.root), "overrides": self.overrides,
             "notebook": notebook_digest(self.notebook) if self.notebook else "",
-            "leaves": self._reads, "loaded": self._loaded, "files": self._files, "modules": module_digests(),
+            "leaves": self._reads, "loaded": self._loaded, "files": self._files, "modules": module_digests(self.settings.outputs / ".cache" / "sources.json"),
             "lock": lock_digest(self.settings.root), "python": interpreter(), "seed": self._problem.problem.seed,
             "threads": self.settings.threads, "imports": imported_libraries(),
             "outputs": {n: {k: v for k, v in asdict(a).items() if k != "name"} for n, a in sorted(self._outputs.items())},

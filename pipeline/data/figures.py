@@ -66,8 +66,10 @@ def show_target(
         shown = f"mean of {name}" if target.task == "regression" else f"share of {name} = {target.positive or max(target.counts, key=lambda c: target.counts[c])}"
         if found.height > 1:
             ends: tuple[Any, Any] = (found["value"].min(), found["value"].max())
-            digits = ".3g" if target.task == "regression" else ".0%"
-            return lines(found, "period", "value", f"In training the {shown} moved between {ends[0]:{digits}} and {ends[1]:{digits}}", low="low", high="high", xlabel="time", ylabel=shown)
+            if target.task == "regression":
+                return lines(found, "period", "value", f"In training the {shown} moved between {ends[0]:.3g} and {ends[1]:.3g}", low="low", high="high", xlabel="time", ylabel=shown)
+            percent = found.with_columns(pl.col("value", "low", "high") * 100)
+            return lines(percent, "period", "value", f"In training the {shown} moved between {ends[0]:.0%} and {ends[1]:.0%}", low="low", high="high", xlabel="time", ylabel=f"{shown}, %")
     if target.task == "regression":
         values = train[name].to_numpy()
         return histogram(values, f"{name} ranges from {values.min():.4g} to {values.max():.4g}", name, {"median": float(np.median(values))})
@@ -91,11 +93,12 @@ def show_contract(
     "Columns a model sees, and those it must not, with the reasons."
     rows = pl.DataFrame([{
         "column": rule.name, "type": rule.type, "role": rule.role, "missing": "may be missing" if rule.nullable else "always there",
-        "range": _range(rule.min, rule.max, rule.n_levels), "known at": rule.known_at or "", "why": rule.why,
+        "range": _range(rule.min, rule.max, rule.n_levels), "known at": rule.known_at or "",
     } for rule in contract.columns])
+    rows = rows.drop("known at") if (rows["known at"] == "").all() else rows
     kept_out = pl.DataFrame(contract.left_out, schema={"name": pl.String, "role": pl.String, "why": pl.String})
     return stack(
-        table(rows, f"The contract: {len(contract.features)} features and what else a row carries", rows=40),
+        table(rows, f"The contract: {len(contract.features)} features, and what else a row carries", rows=40),
         show_findings(kept_out, "Columns kept out of every model", "No column had to be kept out.", rows=40),
     )
 
@@ -109,7 +112,7 @@ def show_leaks(
     measure = "variance explained" if task == "regression" else "AUC alone"
     said = f"As a control: of {declared} columns declared as outcomes the check finds {found} by itself." if declared else "No column is declared as an outcome, so the check has no control here."
     rows = leaks.select("column", "role", pl.col("score").alias(measure), pl.col("missing_gap").alias("missing with the outcome"), "finding", "verdict", "waived")
-    return stack(table(rows.head(12), "What single columns know of the outcome, worst first", formats={measure: ".3f", "missing with the outcome": ".0%"}), note(said))
+    return stack(table(rows.head(12), "What single columns know of the outcome, worst first", formats={measure: ".3f", "missing with the outcome": ".1%"}), note(said))
 
 # %% ../../nbs/lib/data/12_figures.ipynb #4fa6ec38
 def _range(low: Any, high: Any, levels: int | None) -> str:
@@ -146,7 +149,8 @@ def keep_gaps(
         return table(gaps, "The sample against the declared distribution, widest gap first", formats={"share": ".1%", "wanted": ".1%", "gap": "+.1%", "p": ".2g"})
     worst = gaps.head(12)
     moved = gaps.filter(pl.col("finding") != "").height
-    return bars(worst, "column", "psi", f"{moved} of {gaps.height} features moved between training and later rows", xlabel="population stability index", ylabel="feature", limit=0.25, horizontal=True)
+    message = f"'{worst['column'][0]}' moved most between training and later rows; {moved} of {gaps.height} features moved noticeably" if moved else f"None of {gaps.height} features moved noticeably between training and later rows"
+    return bars(worst, "column", "psi", message, xlabel="population stability index", ylabel="feature", limit=0.25, horizontal=True)
 
 # %% ../../nbs/lib/data/12_figures.ipynb #5bccee58
 def show_version(
@@ -154,5 +158,5 @@ def show_version(
     notes: list[str],               # of reading and splitting
 ) -> Any:
     "By which name these rows can be had again, and what was mended on the way."
-    shown = facts({"version": version["id"], "table": version["uri"], "rows": version["rows"], "columns": version["columns"]}, "The version of this table, by its content")
+    shown = facts({"rows": version["rows"], "columns": version["columns"], "version": version["id"], "kept in the store as": version["uri"]}, "The version of this table, by its content")
     return stack(shown, *[note(text, "warn") for text in notes[:10]])

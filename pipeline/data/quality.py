@@ -15,9 +15,12 @@ from .targets import Target
 from .types import Kind, clashing
 
 # %% auto #0
-__all__ = ['SENTINELS', 'profile', 'find_faults', 'target_faults']
+__all__ = ['LEAST_SHOWN', 'SENTINELS', 'profile', 'find_faults', 'target_faults']
 
 # %% ../../nbs/lib/data/06_quality.ipynb #c7aaa1db
+LEAST_SHOWN = 10    # a value that fewer rows share may name somebody; it is not shown
+
+
 def profile(
     frame: pl.DataFrame,                       # converted rows
     kinds: Mapping[str, tuple[Kind, str]],     # column -> kind and why
@@ -54,6 +57,8 @@ def _most_frequent(values: pl.Series) -> tuple[str | None, float | None]:
     if counted.is_empty():
         return None, None
     top = counted.filter(pl.col("rows") == pl.col("rows").max())
+    if top["rows"][0] < LEAST_SHOWN:
+        return None, None
     return _plain(top[values.name].sort()[0]), top["rows"][0] / len(values)
 
 

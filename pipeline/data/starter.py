@@ -126,6 +126,7 @@ def problem_text(
     target: str,
     found: Guess,
     split: str,               # lines of data.split
+    replayed: tuple[int, float] | None = None,   # rows and days that play production
 ) -> str:                     # YAML
     "A problem file with each guess beside its reason."
     checked = check_target(table[target], found.task)
@@ -154,6 +155,7 @@ def problem_text(
     lines += [split, ""]
     lines += _train_lines(table, found)
     lines += _evaluate_lines(table, checked, found)
+    lines += _rollout_lines(*replayed) if replayed else []
     lines += _later_lines(table, found)
     return "\n".join(lines) + "\n"
 
@@ -224,13 +226,21 @@ def _evaluate_lines(table: pl.DataFrame, checked: Any, found: Guess) -> list[str
     return [*lines, "  acceptance:", f"    - {limit}   # guessed: {why}; raise it to what makes the work worth while", ""]
 
 
+def _rollout_lines(rows: int, days: float) -> list[str]:
+    stages = [1, 5, 25, 50, 100] if rows >= 20_000 else [10, 50, 100] if rows >= 2_000 else [50, 100]
+    each = max(days / (len(stages) + 1), 0.01)
+    return ["rollout:", f"  stages: [{', '.join(map(str, stages))}]   # per cent of requests; guessed: {rows:,} rows play production, and each stage needs some",
+            f"  days_per_stage: {_n(each)}   # guessed: the stages fit into the {_n(days)} days that are replayed", "monitor:",
+            f"  window_days: {_n(max(days / 8, 0.01))}   # guessed: eight windows in that time", ""]
+
+
 def _later_lines(table: pl.DataFrame, found: Guess) -> list[str]:
     subject = next(iter({**found.people, **found.ids}), None) if found.ids else None
     subject = next((name for name in found.ids if name in found.people), subject) if subject not in found.ids else subject
     people = list(found.people)
     if not subject and not people:
-        return ["# deploy, rollout, monitor and comply stand at their defaults; params/problem.schema.json names every key"]
-    lines = ["# deploy, rollout and monitor stand at their defaults; params/problem.schema.json names every key", "comply:"]
+        return ["# what is not named stands at its default; params/problem.schema.json names every key"]
+    lines = ["# what is not named stands at its default; params/problem.schema.json names every key", "comply:"]
     lines += [f"  subject: {_q(subject)}   # guessed: identifies who one may ask to forget"] if subject else []
     lines += [f"  pii: [{', '.join(_q(p) for p in people)}]   # guessed: {_c(next(iter(found.people.values())))}"] if people else []
     return lines
@@ -266,13 +276,22 @@ def _first_that_runs(name: str, path: str, table: pl.DataFrame, target: str, fou
     "The text with the first split that the table carries."
     refusals: list[InputError] = []
     for guessed, split in _splits(table, found):
-        text = problem_text(name, path, table, target, guessed, split + (f"   # by time was tried: {_c(str(refusals[-1]))}" if refusals else ""))
+        why = f"   # by time was tried: {_c(str(refusals[-1]))}" if refusals else ""
+        text = problem_text(name, path, table, target, guessed, split + why, _replayed(table, guessed) if "production_from" in split else None)
         try:
             _try(parse_problem(*read_yaml(text, f"{name}.yml"), f"{name}.yml"), table)
             return text
         except InputError as error:
             refusals.append(error)
     raise refusals[-1]
+
+
+def _replayed(table: pl.DataFrame, found: Guess) -> tuple[int, float]:
+    "Rows and days of the newest fifth."
+    order = typed(table.select(str(found.time)), {})[0].to_series().drop_nulls().sort()
+    later = order.slice(int(len(order) * 0.8))
+    span: Any = later[-1] - later[0]
+    return len(later), span.total_seconds() / 86_400
 
 
 def _splits(table: pl.DataFrame, found: Guess) -> list[tuple[Guess, str]]:

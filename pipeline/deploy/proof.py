@@ -146,7 +146,7 @@ def rehearse(
     frame = run.open_sealed("data/holdout", "replay of what was measured; decides nothing", look=False).head(REPLAYED)
     rows = as_rows(frame, packed.predictor.schema.names)
     limit = run.problem.deploy.latency_p99_ms
-    rate = min(max(run.problem.deploy.throughput_rps / 2, 50.0), 200.0)
+    rate = min(max(run.problem.deploy.throughput_rps / 2, 100.0), 200.0)
     started = time.monotonic()
     with staged(packed.folder, packed.key) as server:
         start_s = time.monotonic() - started
@@ -186,12 +186,12 @@ def side_by_side(
 
 
 def _calmest(server: Staged, rows: Sequence[dict[str, Any]], rate: float, limit: float, seed: int) -> pl.DataFrame:
-    "Latencies; another sample, up to five, while the p99 is over its limit. The one with the lowest p99 counts."
+    "Latencies; another sample, up to five, while only the p99 is over the limit. The one with the lowest p99 counts."
     samples = []
     for attempt in range(1, ATTEMPTS + 1):
         sample = measure(server, rows, rate, 300, seed + attempt).with_columns(attempt=pl.lit(attempt, pl.Int64))
         samples.append(sample)
-        if latency_quantile(sample, 0.99).value <= limit:
+        if latency_quantile(sample, 0.99).value <= limit or latency_quantile(sample, 0.5).value > limit:
             break
     best = min(samples, key=lambda s: latency_quantile(s, 0.99).value)["attempt"][0]
     return pl.concat(samples).with_columns(counts=pl.col("attempt") == best)

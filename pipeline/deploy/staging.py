@@ -23,8 +23,8 @@ import polars as pl
 from ..core.errors import EnvironmentFault, IntegrityError
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'Staged', 'staged', 'run_server', 'stop', 'as_rows', 'ask', 'replay', 'answers_frame', 'Comparison',
-           'compare', 'largest_difference']
+__all__ = ['TOLERANCE', 'Staged', 'staged', 'run_server', 'stop', 'await_ready', 'as_rows', 'ask', 'replay', 'answers_frame',
+           'Comparison', 'compare', 'largest_difference']
 
 # %% ../../nbs/lib/deploy/07_staging.ipynb #28f432c4
 TOLERANCE = 1e-9
@@ -75,7 +75,7 @@ def staged(
     )
     try:
         server = Staged("127.0.0.1", port, process)
-        _await_ready(server, within_s)
+        await_ready(server, within_s)
         yield server
     finally:
         stop(process)
@@ -108,7 +108,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.stderr.close()
 
 
-def _await_ready(server: Staged, within_s: float) -> None:
+def await_ready(
+    server: Staged,
+    within_s: float = 60.0,
+) -> None:
+    "Wait until it answers; raises what it said when it ended instead."
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if server.process.poll() is not None:

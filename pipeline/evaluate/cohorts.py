@@ -43,16 +43,25 @@ def cohort_of(
     if column.dtype.is_numeric() and column.n_unique() > LEVELS:
         quarters = [float(q) for q in np.quantile(column.drop_nulls().to_numpy(), [0.25, 0.5, 0.75])]
         place = pl.Series(np.searchsorted(quarters, column.fill_null(quarters[0]).to_numpy(), side="left"))
-        names = [f"up to {quarters[0]:g}", f"{quarters[0]:g} to {quarters[1]:g}", f"{quarters[1]:g} to {quarters[2]:g}",
-                 f"over {quarters[2]:g}"]
+        a, b, c = (f"{q:.4g}" for q in quarters)
+        names = [f"up to {a}", f"{a} to {b}", f"{b} to {c}", f"over {c}"]
         named = place.replace_strict(dict(enumerate(names)), return_dtype=pl.String)
         return pl.select(pl.when(column.is_not_null()).then(named).otherwise(pl.lit("missing"))).to_series()
-    texts = (column.dt.strftime("%Y-%m") if column.dtype in (pl.Date, pl.Datetime) else column.cast(pl.String)).fill_null("missing")
+    texts = _as_text(column).fill_null("missing")
     frequent = texts.value_counts(sort=True).head(LEVELS)
     if texts.n_unique() <= LEVELS:
         return texts
     kept = frequent.head(LEVELS - 1).to_series(0)
     return pl.select(pl.when(texts.is_in(kept.implode())).then(texts).otherwise(pl.lit("all others"))).to_series()
+
+
+def _as_text(column: pl.Series) -> pl.Series:
+    "Dates by month, numbers without idle decimals, all else as it stands."
+    if column.dtype in (pl.Date, pl.Datetime):
+        return column.dt.strftime("%Y-%m")
+    if column.dtype.is_float():
+        return pl.Series(column.name, [None if v is None else f"{v:g}" for v in column.to_list()], dtype=pl.String)
+    return column.cast(pl.String)
 
 
 def cohorts_by(
@@ -303,9 +312,10 @@ def _worst_pairs(tables: dict[str, pl.DataFrame], pairs: list[str], holdout: Hol
 def _readable(rows: pl.DataFrame, label: str) -> pl.DataFrame:
     few = pl.when(pl.col("n").is_null() | pl.col("small")).then(pl.lit("few rows")).otherwise(pl.lit(""))
     shown = rows.rename({"value": label} | {k: v for k, v in WORDS.items() if k in rows.columns}).with_columns(remark=few)
+    remark = ["remark"] if (shown["remark"] != "").any() else []
     after = [w for w in ("acts on", "positives found", "false alarms", "calibration error", "accuracy", "mean error") if w in shown.columns]
     before = [w for w in ("positives", "mean outcome") if w in shown.columns]
-    return shown.select("cohort", "n", *before, label, "low", "high", *after, "remark")
+    return shown.select("cohort", "n", *before, label, "low", "high", *after, *remark)
 
 
 WORDS = {"base_rate": "positives", "selection_rate": "acts on", "tpr": "positives found", "fpr": "false alarms",

@@ -13,6 +13,7 @@ import polars as pl
 from ..core.display import Html, note, number, stack, table
 from ..core.intervals import draw_metric, interval, units_of
 from ..core.metrics import BETTER, LABELS, Context, checked, metric_or_none
+from .stress import rows_for
 from ..train.models import Model
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['ROWS', 'COLUMNS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_model', 'important_columns',
+__all__ = ['COLUMNS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_model', 'important_columns',
            'show_one_row']
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #25cec61f
@@ -108,7 +109,6 @@ def _answer(model: Model, answer: np.ndarray) -> str:
     return f"{model.classes[told]}: {answer[told]:.1%}"
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #51a3dc76
-ROWS = 8000      # most rows that are shuffled
 COLUMNS = 40     # most columns that are shuffled: those that contribute most
 
 
@@ -117,7 +117,7 @@ def explain_model(
     holdout: Holdout,       # opened
 ) -> Html:
     "Save evaluate/importance, require that contributions add up, show what carries the answer and what does not."
-    rows = np.sort(run.rng("importance rows").permutation(holdout.frame.height)[:ROWS])
+    rows = np.sort(run.rng("importance rows").permutation(holdout.frame.height)[:rows_for(len(holdout.model.features))])
     frame, using = holdout.frame[rows], holdout.using
     unit = units_of(holdout.predictions[rows], holdout.unit)
     found = global_contributions(holdout.model, frame.head(2000))

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from itertools import combinations
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from ..core.display import Html, note, table
+from ..core.intervals import student, units_of
 from ..core.metrics import predictions_of
 from .cohorts import SUPPRESSED, cohort_of
 
@@ -21,43 +21,48 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['LEAST', 'COLUMNS', 'row_loss', 'find_slices', 'seek_slices']
+__all__ = ['LEAST', 'COLUMNS', 'BLOCKS', 'row_surprise', 'find_slices', 'seek_slices']
 
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #2f9fd465
-def row_loss(
+def row_surprise(
     y: np.ndarray,      # class indices or numbers
     p: np.ndarray,      # (n, k) probabilities, (n,) or (n, 3) predictions
     task: str,          # binary, multiclass, regression
 ) -> np.ndarray:        # (n,)
-    "How wrong each row's answer is."
+    "How much worse each row's answer is than it claimed to be: zero on average where the probabilities are true."
     if task == "regression":
         return np.abs(y - (p if p.ndim == 1 else p[:, 0]))
-    given = p[np.arange(len(y)), y.astype(int)] if p.ndim == 2 else np.where(y == 1, p, 1 - p)
-    return -np.log(np.clip(given, 1e-6, 1))
+    stated = np.clip(np.column_stack([1 - p, p]) if p.ndim == 1 else p, 1e-6, 1)
+    expected = -(stated * np.log(stated)).sum(1)
+    return -np.log(stated[np.arange(len(y)), y.astype(int)]) - expected
 
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #96618a87
 LEAST = 30       # rows of a slice
 COLUMNS = 30     # columns that are searched
+BLOCKS = 10      # days or groups of a slice
 
 
 def find_slices(
     frame: pl.DataFrame,         # the columns to slice by
-    loss: np.ndarray,            # (n,) of the same rows
+    loss: np.ndarray,            # (n,) surprise of the same rows
     columns: list[str],          # most important first
     least: int = LEAST,          # rows below which a slice is not looked at
     most: int = 5,               # slices listed
+    unit: np.ndarray | None = None,   # block of each row: a day, a group
     alpha: float = 0.05,         # chance that any slice is listed by luck
-) -> pl.DataFrame:               # slice, n, loss, elsewhere, excess, low; surest first
+) -> pl.DataFrame:               # slice, n, inside, elsewhere, excess, low; surest first
     "Slices whose rows are worse answered than all others, beyond what looking at so many explains."
     coded = {c: _codes(frame[c]) for c in columns[:COLUMNS]}
-    rows = [row for c in coded for row in _weigh([c], *coded[c], loss, least)]
+    block = None if unit is None else np.unique(unit, return_inverse=True)[1]
+    rows = [row for c in coded for row in _weigh([c], *coded[c], loss, least, block)]
     for a, b in combinations(list(coded)[:12], 2):
         (names_a, code_a), (names_b, code_b) = coded[a], coded[b]
         if len(names_a) > 1 and len(names_b) > 1:
             names = [(x, z) for x in names_a for z in names_b]
-            rows += _weigh([a, b], names, code_a * len(names_b) + code_b, loss, least)
-    sure = NormalDist().inv_cdf(1 - alpha / max(len(rows), 1))
-    return _listed([r for r in rows if r["t"] > sure], sure, most)
+            rows += _weigh([a, b], names, code_a * len(names_b) + code_b, loss, least, block)
+    for row in rows:
+        row["sure"] = student(row["freedom"], 1 - 2 * alpha / len(rows))
+    return _listed(rows, most)
 
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #98c82b88
 def _codes(column: pl.Series) -> tuple[list[str], np.ndarray]:
@@ -65,32 +70,43 @@ def _codes(column: pl.Series) -> tuple[list[str], np.ndarray]:
     return names.tolist(), code
 
 
-def _weigh(columns: list[str], names: list, code: np.ndarray, loss: np.ndarray, least: int) -> list[dict]:
-    "Every slice of these columns: rows, loss inside and outside, and the t-value of the difference (Welch 1947)."
-    n, total, squares = (np.bincount(code, w, len(names)) for w in (np.ones(len(loss)), loss, loss**2))
+def _weigh(columns: list[str], names: list, code: np.ndarray, loss: np.ndarray, least: int, block: np.ndarray | None) -> list[dict]:
+    "Every slice of these columns: rows, surprise inside and elsewhere, and the t-value of the difference."
+    n, total = np.bincount(code, minlength=len(names)).astype(float), np.bincount(code, loss, len(names))
+    outside = (total.sum() - total) / np.maximum(len(loss) - n, 1)
+    inside = total / np.maximum(n, 1)
+    rest = loss - inside[code]
+    if block is None:
+        squares, blocks = np.bincount(code, rest**2, len(names)), n
+    else:
+        cell, days = code * (block.max() + 1) + block, int(block.max()) + 1
+        sums = np.bincount(cell, rest, len(names) * days).reshape(len(names), days)
+        blocks = (np.bincount(cell, minlength=len(names) * days).reshape(len(names), days) > 0).sum(1).astype(float)
+        squares = (sums**2).sum(1)
     found = []
-    for g in np.flatnonzero((n >= least) & (len(loss) - n >= least)):
-        inside, outside = total[g] / n[g], (total.sum() - total[g]) / (len(loss) - n[g])
-        spread = [max(q / m - v * v, 1e-12) / m for q, m, v in ((squares[g], n[g], inside), (squares.sum() - squares[g], len(loss) - n[g], outside))]
+    for g in np.flatnonzero((n >= least) & (len(loss) - n >= least) & (blocks >= BLOCKS)):
+        error = float(np.sqrt(max(squares[g] * blocks[g] / (blocks[g] - 1), 1e-12)) / n[g])
         parts = [names[g]] if len(columns) == 1 else list(names[g])
-        found.append({"parts": dict(zip(columns, parts)), "n": int(n[g]), "loss": float(inside), "elsewhere": float(outside),
-                      "t": float((inside - outside) / np.sqrt(sum(spread))), "error": float(np.sqrt(sum(spread)))})
+        found.append({"parts": dict(zip(columns, parts)), "n": int(n[g]), "loss": float(inside[g]), "elsewhere": float(outside[g]),
+                      "t": float((inside[g] - outside[g]) / error), "error": error, "freedom": float(blocks[g] - 1)})
     return found
 
 
-def _listed(rows: list[dict], sure: float, most: int) -> pl.DataFrame:
-    "The surest first; a pair only where it is clearly worse than the slice it is part of."
+def _listed(rows: list[dict], most: int) -> pl.DataFrame:
+    "The surest first; a pair only where it is clearly worse than each of its halves, a half only where no worse pair of it stands."
+    excess = {item: r["loss"] - r["elsewhere"] for r in rows if len(r["parts"]) == 1 for item in r["parts"].items()}
     taken: list[dict] = []
-    for row in sorted(rows, key=lambda r: (-r["t"], len(r["parts"]), r["n"])):
-        inside = [t for t in taken if t["parts"].items() <= row["parts"].items() or row["parts"].items() <= t["parts"].items()]
-        if all(row["loss"] > 1.25 * t["loss"] for t in inside):
+    for row in sorted((r for r in rows if r["t"] > r["sure"]), key=lambda r: (-r["t"], len(r["parts"]), r["n"])):
+        halves = [excess.get(item, 0.0) for item in row["parts"].items()] if len(row["parts"]) > 1 else [0.0]
+        known = any(row["parts"].items() <= t["parts"].items() for t in taken)
+        if not known and row["loss"] - row["elsewhere"] > 1.25 * max(halves):
             taken.append(row)
         if len(taken) == most:
             break
-    schema = {"slice": pl.String, "n": pl.Int64, "loss": pl.Float64, "elsewhere": pl.Float64, "excess": pl.Float64, "low": pl.Float64}
+    schema = {"slice": pl.String, "n": pl.Int64, "inside": pl.Float64, "elsewhere": pl.Float64, "excess": pl.Float64, "low": pl.Float64}
     return pl.DataFrame([{
-        "slice": " and ".join(f"{c} is {v}" for c, v in r["parts"].items()), "n": r["n"], "loss": r["loss"], "elsewhere": r["elsewhere"],
-        "excess": r["loss"] - r["elsewhere"], "low": r["loss"] - r["elsewhere"] - sure * r["error"],
+        "slice": " and ".join(f"{c} is {v}" for c, v in r["parts"].items()), "n": r["n"], "inside": r["loss"], "elsewhere": r["elsewhere"],
+        "excess": r["loss"] - r["elsewhere"], "low": r["loss"] - r["elsewhere"] - r["sure"] * r["error"],
     } for r in taken], schema=schema)
 
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #5346d9f0
@@ -101,13 +117,14 @@ def seek_slices(
 ) -> Html:
     "Save evaluate/slices and show where the model is weak without anybody having declared it."
     y, p = predictions_of(holdout.predictions, holdout.using["classes"])
-    loss = row_loss(y, p, holdout.task)
+    loss = row_surprise(y, p, holdout.task)
     hidden = {c["name"] for c in holdout.contract["columns"] if c.get("pii")}
     searched = [c for c in columns if c in holdout.frame.columns and c not in hidden]
-    found = find_slices(holdout.frame, loss, searched, max(LEAST, SUPPRESSED, len(y) // 200))
+    found = find_slices(holdout.frame, loss, searched, max(LEAST, SUPPRESSED, len(y) // 200),
+                        unit=units_of(holdout.predictions, holdout.unit))
     run.save("evaluate/slices", found)
-    what = "absolute error" if holdout.task == "regression" else "log loss"
+    what = "absolute error" if holdout.task == "regression" else "log loss beyond what the model itself expects,"
     if not found.height:
-        return note(f"No slice of {len(searched[:COLUMNS])} columns, or of pairs of them, is answered worse beyond chance.", "go")
-    return table(found, f"Weak spots that nobody declared: mean {what} inside the slice and elsewhere; `low` allows for all slices looked at",
-                 formats=dict.fromkeys(("loss", "elsewhere", "excess", "low"), ".3f"))
+        return note(f"No slice of {len(searched[:COLUMNS])} columns, or of pairs of them, is answered worse than the model itself expects.", "go")
+    return table(found, f"Weak spots that nobody declared: mean {what} inside the slice and elsewhere; low allows for all slices looked at",
+                 formats=dict.fromkeys(("inside", "elsewhere", "excess", "low"), ".3f"))

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['Disturbance', 'ROWS', 'add_noise', 'lose_cells', 'rename_levels', 'slip_point', 'misspell', 'cut_feed',
+__all__ = ['Disturbance', 'ROWS', 'CELLS', 'add_noise', 'lose_cells', 'rename_levels', 'slip_point', 'misspell', 'cut_feed',
            'disturbances', 'answer_disturbed', 'stress_table', 'worst_change', 'metric_over_time', 'recall_by_class',
-           'stress_model', 'show_over_time', 'show_by_class']
+           'rows_for', 'stress_model', 'show_over_time', 'show_by_class']
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #35f8f9bd
 def add_noise(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, size: float = 0.1) -> pl.DataFrame:
@@ -203,7 +203,15 @@ def recall_by_class(
     return pl.DataFrame(rows).sort("n", maintain_order=True)
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #de8eed66
-ROWS = 8000     # most rows that are disturbed
+ROWS, CELLS = 8000, 4_000_000     # most rows, and most cells, that are disturbed
+
+
+def rows_for(
+    columns: int,      # of the model
+    most: int = ROWS,
+) -> int:
+    "How many rows of such width are disturbed or shuffled; never under 200."
+    return min(most, max(200, CELLS // max(columns, 1)))
 
 
 def stress_model(
@@ -213,7 +221,7 @@ def stress_model(
 ) -> Html:
     "Disturb the holdout, save the answers and evaluate/stress, claim the worst change, demand an answer to every row."
     kinds = {c["name"]: c["type"] for c in holdout.contract["columns"] if c["name"] in holdout.model.features}
-    rows = np.sort(run.rng("stress rows").permutation(holdout.frame.height)[:ROWS])
+    rows = np.sort(run.rng("stress rows").permutation(holdout.frame.height)[:rows_for(len(kinds))])
     frame, listed = holdout.frame[rows], disturbances(kinds, [f for f in feeds if f in kinds][:3])
     answers = answer_disturbed(holdout.model.predict, frame, listed, lambda key: run.rng(f"stress {key}"))
     refused = {k: a for k, a in answers.items() if isinstance(a, str)}

@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError
+from ..core.metrics import metric
 from ..core.run import Estimate
 from .outcomes import wilson
 
 # %% auto #0
-__all__ = ['SUSPECTS', 'FAR', 'thresholds', 'confident_joint', 'probabilities', 'find_suspects', 'usual_distance', 'error_rate',
-           'own_doubt', 'unexplained_errors', 'confused_pairs']
+__all__ = ['SUSPECTS', 'FAR', 'HEATS', 'thresholds', 'confident_joint', 'probabilities', 'find_suspects', 'usual_distance',
+           'error_rate', 'own_doubt', 'cooled', 'signal', 'confused_pairs']
 
 # %% ../../nbs/lib/label/04_errors.ipynb #9c28f76b
 def thresholds(
@@ -127,21 +128,53 @@ def error_rate(
 
 def own_doubt(
     scores: pl.DataFrame,     # `label/scores`
-) -> float:
-    "The share of rows that the models expect to miss even if every label is right; for numbers, far-off rows of a normal spread."
+) -> float:                   # 0 for numbers: a normal spread has no rows so far off
+    "The share of rows that the models expect to miss even if every label is right."
     if "expected" in scores.columns:
         return 0.0
-    _, p, _ = probabilities(scores)
-    return float(1 - p.max(axis=1).mean())
+    given, p, _ = probabilities(scores)
+    return float(1 - cooled(given, p).max(axis=1).mean())
 
 
-def unexplained_errors(
+def cooled(
+    given: np.ndarray,     # class index of each row
+    p: np.ndarray,         # (rows, classes)
+) -> np.ndarray:           # (rows, classes)
+    "Probabilities as sure as the labels bear out: the temperature of least log loss."
+    logs = np.log(np.clip(p, 1e-12, 1))
+    some = slice(None, None, max(1, len(given) // 20_000))
+    rows = np.arange(len(given[some]))
+    losses = [-np.log(np.clip(_soft(logs[some] / heat)[rows, given[some]], 1e-12, 1)).mean() for heat in HEATS]
+    return _soft(logs / HEATS[int(np.argmin(losses))])
+
+
+HEATS = [float(h) for h in np.geomspace(0.5, 20, 60)]
+
+# %% ../../nbs/lib/label/04_errors.ipynb #7617a541
+def _soft(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+# %% ../../nbs/lib/label/04_errors.ipynb #4210a1cf
+def signal(
     scores: pl.DataFrame,     # `label/scores`
-) -> Estimate:                # 0 where chance explains them all
-    "Suspected label errors beyond the models' own doubt."
-    rate, doubt = error_rate(scores), own_doubt(scores)
-    low, high = (max(0.0, (end or 0.0) - doubt) for end in (rate.low, rate.high))
-    return Estimate(max(0.0, rate.value - doubt), low, high, rate.n)
+) -> Estimate:                # .5 is chance for classes, 0 for numbers
+    "How well labels are ranked by models that have not seen them."
+    n = scores.height
+    if "expected" in scores.columns:
+        both = scores.select("given", "expected").with_columns(pl.all().rank())
+        told = both.select(pl.corr("given", "expected")).item()
+        r = float(np.clip(np.nan_to_num(told if told is not None else 0.0), -0.999999, 0.999999))
+        half = 1.96 / np.sqrt(max(n - 3, 1))
+        return Estimate(r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)), n)
+    given, p, _ = probabilities(scores)
+    present = np.flatnonzero(np.bincount(given, minlength=p.shape[1]))
+    if len(present) < 2:
+        return Estimate(0.5, 0.0, 1.0, n)
+    auc = float(np.mean([metric("roc_auc", (given == j).astype(int), p[:, j]) for j in present]))
+    few = int(np.bincount(given)[present].min())
+    half = 1.96 * np.sqrt((auc * (1 - auc) + (few - 1) * (auc / (2 - auc) - auc**2) + (n - few - 1) * (2 * auc**2 / (1 + auc) - auc**2)) / (few * (n - few)))
+    return Estimate(auc, max(0.0, auc - float(half)), min(1.0, auc + float(half)), n)
 
 # %% ../../nbs/lib/label/04_errors.ipynb #39e9bc86
 def confused_pairs(

@@ -15,7 +15,7 @@ from ..core.errors import EnvironmentFault
 from ..core.run import Estimate, Run
 from .active import affordable, build_queue, share_queue
 from .consensus import majority_accuracy
-from .errors import confused_pairs, error_rate, own_doubt, unexplained_errors
+from .errors import confused_pairs, error_rate, own_doubt, signal
 from .outcomes import comparable, missing_by_column, missing_by_period, percent, share_without_outcome
 from .quick import out_of_fold, score_rows
 from .studio import build_tasks, labelling_config, validate_tasks
@@ -23,8 +23,8 @@ from .versions import labels_of, load_version, save_version, version_facts
 
 # %% auto #0
 __all__ = ['KINDS', 'Rows', 'load_rows', 'show_outcomes', 'find_reasons', 'show_reasons', 'score_labels', 'suspected', 'doubted',
-           'unexplained', 'check_labels', 'show_suspects', 'keep_version', 'strata_of', 'plan_queue', 'queue_cost',
-           'check_queue', 'make_tasks', 'show_question', 'show_consensus', 'tell_labels']
+           'check_labels', 'show_suspects', 'keep_version', 'strata_of', 'plan_queue', 'queue_cost', 'check_queue',
+           'make_tasks', 'show_question', 'show_consensus', 'tell_labels']
 
 # %% ../../nbs/lib/label/08_review.ipynb #105ee7df
 @dataclass(frozen=True)
@@ -117,22 +117,19 @@ def doubted(scores: pl.DataFrame) -> Estimate:
     return percent(Estimate(own_doubt(scores), n=scores.height))
 
 
-def unexplained(scores: pl.DataFrame) -> Estimate:
-    "Labels that look wrong beyond that doubt, in %; 0 where chance explains them all."
-    return percent(unexplained_errors(scores))
-
-
 def check_labels(
     run: Run,      # the label phase, with `label/scores` saved
 ) -> Any:
-    "Claim the suspected error rate beside the models' own doubt, and check what doubt does not explain."
-    on = "training rows, out of fold"
+    "Claim the suspected error rate beside the models' own doubt, and check that labels follow the columns."
+    on, number = "training rows, out of fold", "expected" in run.load("label/scores").columns
     shown = [
+        run.claim("label_signal", of="label/scores", by=signal, on=on, better="higher",
+                  title="rank correlation of labels with what unseeing models expect" if number else "ROC AUC of models that have not seen the label"),
         run.claim("suspected_label_errors", of="label/scores", by=suspected, on=on, unit="%", title="labels that look wrong", better="lower"),
-        run.claim("own_doubt", of="label/scores", by=doubted, on=on, unit="%", title="labels that would look wrong by chance"),
-        run.claim("unexplained_label_errors", of="label/scores", by=unexplained, on=on, unit="%", title="labels that look wrong beyond chance", better="lower"),
+        run.claim("own_doubt", of="label/scores", by=doubted, on=on, unit="%", title="rows the models expect to miss although the label is right"),
     ]
-    run.check("labels that look wrong beyond chance", shown[-1], at_most=5, bound="low", why="have the suspects below read by people before training")
+    run.check("labels follow the columns", shown[0], at_least=0 if number else 0.5, bound="low", why="look for a wrong join, a sorted column or labels given at random")
+    run.not_applicable("suspected labels were read by people", "warning: nobody has yet; models alone cannot tell a wrong label from a rare one")
     return estimates(shown, "Labels under suspicion")
 
 
@@ -143,9 +140,9 @@ def show_suspects(
     "Which labels are taken for which, and a sentence on what suspects are worth."
     if suspects.is_empty():
         return note("No label looks wrong.", "go")
-    rate, doubt = error_rate(scores).value, own_doubt(scores)
-    worth = (f"By their own account the models miss {doubt:.0%} of rows even if every label is right, so most of these suspects are chance: rare outcomes, not errors."
-             if rate <= doubt else f"The models expect to miss only {doubt:.1%} of rows, so many of these suspects are worth a look.")
+    doubt = own_doubt(scores)
+    worth = (f"The models expect to miss {doubt:.0%} of rows even if every label is right, so many of these suspects may be rare outcomes, not errors; only people can tell."
+             if doubt > 0.01 else "The models hardly expect to miss any, so these suspects are worth a look.")
     kind = "expected" in scores.columns
     shown = suspects.select("given", "suggested", "score").head(10) if kind else confused_pairs(suspects).head(10)
     caption = "Numbers furthest from what is expected, in usual distances" if kind else "Labels that are suspected, by what they say and what is suggested"
@@ -277,7 +274,7 @@ def tell_labels(
     "The phase's one line."
     share = share_without_outcome(rows.train, rows.unlabelled, labelled=rows.labelled, ordered=rows.ordered).value / 100
     rate, doubt = error_rate(scores).value, own_doubt(scores)
-    odd = f"{rate:.1%} of labels look odd, " + (f"fewer than the {doubt:.1%} that chance explains" if rate <= doubt else f"{rate - doubt:.1%} more than chance explains")
+    odd = f"{rate:.1%} of labels look odd" + (f", and models would miss {doubt:.1%} even if all were right" if doubt > 0.001 else "")
     label, money = run.problem.label, run.problem.problem.currency
     return (f"{version['labelled']:,} labels are frozen as a version; {share:.1%} of rows have no outcome; {odd}; "
             f"{queue.height:,} rows are worth asking about next, for {queue_cost(queue, cost_per_label=label.cost_per_label, annotators=label.annotators):,.0f} {money}.")

@@ -33,17 +33,17 @@ class Item:
 
 
 RUBRIC = (
-    Item("D1", "What features may hold is written down as a schema", ("data/contract",), ("data:contract|schema",)),
+    Item("D1", "What features may hold is written down as a schema", ("data/contract",), ("data:contract|schema", "deploy:refus|smoke")),
     Item("D2", "Every feature is of use", ("evaluate/importance",), ("evaluate:feature|import|useful|benefi",)),
     Item("D3", "No feature costs more than it brings", ("data/feature_costs", "train/feature_costs"), ("data|train:feature cost",)),
     Item("D4", "Features keep to what is allowed", ("comply/columns", "data/leaks"), ("comply:column|forbidden|need|proxy", "data:leak|known at")),
-    Item("D5", "The pipeline guards privacy", ("comply/erasure",), ("comply:eras|person|pii|privacy|trace",)),
+    Item("D5", "The pipeline guards privacy", ("comply/erasure",), ("comply:eras|person|pii|privacy|trace|guess",)),
     Item("D6", "New features are quick to add", ("data/feature_time",), ("data:new feature",)),
     Item("D7", "The code of the features is tested", ("train/feature_tests",), ("train|data:feature code",)),
     Item("M1", "What defines the model is reviewed and checked in", ("deploy/review",), ("deploy|train:reviewed|checked in",)),
     Item("M2", "Offline and online metrics go together", ("rollout/stages", "monitor/windows"), ("rollout:offline|online|quality|loss|outcome", "monitor:offline|online")),
     Item("M3", "Hyperparameters are tuned", ("train/trials",), ("train:trial|tun|search|tried",)),
-    Item("M4", "What age does to the model is known", ("monitor/retraining", "monitor/ageing"), ("monitor:age|stale|retrain",)),
+    Item("M4", "What age does to the model is known", ("monitor/ageing",), ("monitor:ageing|staleness|older",)),
     Item("M5", "A simpler model is not better", ("train/leaderboard",), ("train:simpl|baseline|dummy|linear|beat|earn|better",)),
     Item("M6", "Quality suffices on every slice", ("evaluate/cohorts",), ("evaluate:cohort|slice|alike|gap|class",)),
     Item("M7", "The model was tested for inclusion", ("comply/gaps",), ("comply:gap|alike|cohort|fair",)),
@@ -55,12 +55,12 @@ RUBRIC = (
     Item("I6", "A new model meets a little traffic first", ("rollout/stages",), ("rollout:stage|canary|promot|slice|traffic",)),
     Item("I7", "A model can be rolled back quickly and safely", ("rollout/drill", "rollout/decisions"), ("rollout:back|revert|restore",)),
     Item("O1", "A change of a dependency is noticed", ("monitor/dependencies", "comply/dependencies"), ("monitor|comply|deploy:dependenc|lock file|package version",)),
-    Item("O2", "What held for the data holds for live inputs", ("monitor/drift", "monitor/alerts"), ("monitor:input|drift|alarm|alert",)),
+    Item("O2", "What held for the data holds for live inputs", ("monitor/drift", "monitor/alerts"), ("monitor:input|drift|alarm|alert|usable",)),
     Item("O3", "Training and serving see the same features", ("deploy/replay",), ("deploy:replay|equal|same|skew|differ",)),
-    Item("O4", "No model serves past its time", ("monitor/retraining",), ("monitor:stale|age|old|retire|retrain",)),
+    Item("O4", "No model serves past its time", ("monitor/trigger", "monitor/retraining"), ("monitor:stale|model_age|withdraw|retire|retrain",)),
     Item("O5", "The model is numerically stable", ("evaluate/stress",), ("train|deploy|evaluate|monitor:finite|nan|numeric|not a number",)),
     Item("O6", "Speed, latency, memory and throughput do not slip", ("deploy/latencies",), ("deploy:latency|p99|answer time|memory|throughput|requests",)),
-    Item("O7", "Prediction quality does not slip on served data", ("monitor/windows",), ("monitor:quality|loss|outcome|degrad|true",)),
+    Item("O7", "Prediction quality does not slip on served data", ("monitor/windows",), ("monitor:quality|loss|outcome|degrad|promise|production_metric",)),
 )
 
 # %% ../../nbs/lib/report/07_readiness.ipynb #6798c498
@@ -114,7 +114,7 @@ def _scored(item: Item, run: Evidence) -> dict[str, Any]:
         return {**row, "score": 1.0, "how": "tested in every run", "phase": passed[0].name, "evidence": str(passed[1]["title"])}
     if tests and tests[0][1].get("verdict") in ("go", "no-go", "inconclusive"):
         phase, check = passed or tests[0]
-        how = "tested, its artifact is gone" if passed else f"tested: {check['verdict']}"
+        how = "tested, what it rests on is missing" if passed else f"tested: {check['verdict']}"
         return {**row, "score": 0.5, "how": how, "phase": phase.name, "evidence": str(check["title"])}
     if shown:
         keeper = run.phase(shown.partition("/")[0])

@@ -165,7 +165,7 @@ RUN = """
 <h2>What is not known</h2>
 {% if unknowns %}<ul>{% for sentence in unknowns %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% else %}<p>Nothing that the criteria ask for is open.</p>{% endif %}
-{% if beside %}<details><summary>{{ beside|length }} criteria do not apply to this problem</summary><ul>{% for sentence in beside %}<li>{{ sentence }}</li>{% endfor %}</ul></details>{% endif %}
+{% if beside %}<details><summary>{{ beside|length }} {{ "criterion does" if beside|length == 1 else "criteria do" }} not apply to this problem</summary><ul>{% for sentence in beside %}<li>{{ sentence }}</li>{% endfor %}</ul></details>{% endif %}
 <h2>What it cost</h2>
 <p>{{ cost_line }}</p>
 {{ costs|safe }}

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core.display import esc, headline, number, spec_for, table
+from ..core.display import esc, headline, number, readable, spec_for, table
 
 # %% auto #0
-__all__ = ['SEVERITY', 'carrying', 'big_numbers', 'criteria', 'unknowns', 'decided', 'sentence_case']
+__all__ = ['SEVERITY', 'carrying', 'big_numbers', 'criteria', 'unknowns', 'decided', 'sentence', 'sentence_case']
 
 # %% ../../nbs/lib/report/04_sections.ipynb #0acc83d1
 SEVERITY = {"no-go": 0, "inconclusive": 1, "go": 2, "not applicable": 3}
@@ -25,7 +25,7 @@ def carrying(
 ) -> list[Mapping[str, Any]]:
     "The claims that decided, the worst first; claims without a criterion only where nothing else is there."
     judged = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in checks if c.get("claim")}
-    ranked = sorted((c for c in claims if c.get("name") in judged), key=lambda c: judged[str(c["name"])])
+    ranked = sorted((c for c in claims if c.get("name") in judged), key=lambda c: (judged[str(c["name"])], c.get("low") is None, not c.get("value")))
     return (ranked or [c for c in claims if c.get("low") is not None] or list(claims))[:most]
 
 
@@ -47,7 +47,7 @@ def criteria(
 ) -> str:                                  # HTML
     "Every criterion with its verdict, the failed ones first."
     rows = [{
-        "criterion": c.get("title"), "verdict": c.get("verdict"), "found": " ".join(str(c.get(k) or "") for k in ("found", "unit")).strip(),
+        "criterion": c.get("title"), "verdict": c.get("verdict"), "found": readable(" ".join(str(c.get(k) or "") for k in ("found", "unit")).strip()),
         "limit": c.get("limit"), "remark": c.get("why"),
     } for c in sorted(checks, key=lambda c: SEVERITY.get(str(c.get("verdict")), 3))]
     return table(rows, caption, rows=200).html if rows else ""
@@ -58,14 +58,15 @@ def unknowns(
     checks: Sequence[Mapping[str, Any]],
 ) -> list[str]:                            # sentences, plain text
     "What the evidence leaves open: undecided, unmeasured, not applicable, or without an interval."
-    said = [f"{c.get('title')}: {c.get('found')} does not decide against the limit {c.get('limit')}."
+    said = [f"{c.get('title')}: {readable(str(c.get('found')))} does not decide against the limit {c.get('limit')}."
             for c in checks if c.get("verdict") == "inconclusive"]
     said += [f"{c.get('title')}: not measured." for c in checks if c.get("found") == "not measured"]
     said += [f"{c.get('title')}: not applicable, {c.get('why')}." for c in checks if c.get("verdict") == "not applicable"]
-    bare = [str(c.get("title") or c.get("name")) for c in claims if c.get("low") is None and c.get("limit") is not None]
+    bare = [str(c.get("title") or c.get("name")) for c in claims
+            if c.get("low") is None and c.get("limit") is not None and not float(c.get("value") or 0).is_integer()]    # a count needs none
     if bare:
         said.append(f"{len(bare)} measured against a limit without an interval: {', '.join(bare[:8])}{', …' if len(bare) > 8 else ''}.")
-    return [re.sub(r"\.\.$", ".", sentence) for sentence in said]
+    return [re.sub(r"\.\.$", ".", words) for words in said]
 
 # %% ../../nbs/lib/report/04_sections.ipynb #974297bc
 def decided(
@@ -76,14 +77,22 @@ def decided(
     parts = []
     for decision in decisions:
         chose, options = str(decision.get("chose")), decision.get("options") or []
-        rows = [{**({"": "✓ chosen" if chose in map(str, option.values()) else ""}), **option} for option in options if isinstance(option, Mapping)]
-        rows = [{**{k: v for k, v in row.items() if k}, "choice": row[""]} for row in rows]
+        rows = [dict(option) for option in options if isinstance(option, Mapping)]
+        taken = [chose in map(str, row.values()) for row in rows]
+        if sum(taken) == 1:
+            rows = [{**row, "choice": "✓ chosen" if mark else ""} for row, mark in zip(rows, taken)]
         parts.append(
             f'<div class="decision"><{level}>{esc(sentence_case(str(decision.get("what"))))}: {esc(chose)}</{level}>'
-            f"<p>{esc(decision.get('because'), 2000)} <span class=\"ph-sub\">Decided by {esc(decision.get('by') or 'rule')}.</span></p>"
+            f"<p>{esc(sentence(str(decision.get('because') or '')), 2000)} <span class=\"ph-sub\">Decided by {esc(decision.get('by') or 'rule')}.</span></p>"
             + (table(rows, f"Options: {decision.get('what')}", rows=30).html if rows else "") + "</div>"
         )
     return "".join(parts)
+
+
+def sentence(text: str) -> str:
+    "Words as a sentence: a capital first, a full stop last."
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if not text or text[-1] in ".!?:" else ".")
 
 
 def sentence_case(text: str) -> str:

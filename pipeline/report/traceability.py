@@ -33,8 +33,8 @@ class Requirement:
 
 
 WORDS = {  # key -> rooms, pattern
-    "train.budget_s": (("train",), "budget|training time|seconds"),
-    "train.rows_max": (("train", "data"), r"\brows\b|examples"),
+    "train.budget_s": (("train",), "budget|training time|seconds|train/costs"),
+    "train.rows_max": (("train",), r"\brows\b|examples|train/leaderboard"),
     "train.interpretable": (("train",), "interpret|readable|read by people"),
     "label.budget": (("label",), "budget|money|cost|labels to buy"),
     "deploy.latency_p99_ms": (("deploy",), "latency|p99|answer time|99 of 100"),
@@ -42,13 +42,13 @@ WORDS = {  # key -> rooms, pattern
     "deploy.rss_mb": (("deploy",), "memory|rss"),
     "deploy.throughput_rps": (("deploy",), "throughput|requests"),
     "deploy.uptime": (("monitor", "deploy"), "uptime|in service|available"),
-    "problem.human_review": (("deploy", "evaluate", "label", "rollout"), "review|people look|abstain"),
+    "problem.human_review": (("deploy", "evaluate", "label", "rollout"), "review|people look|abstain|threshold"),
     "evaluate.cohort_gap": (("evaluate",), "alike|gap|cohort"),
     "rollout.worse_by": (("rollout",), "worse|loss|quality|better"),
-    "rollout.errors_max": (("rollout",), "error|fail"),
-    "monitor.retrain_every_days": (("monitor",), "retrain|stale|age|old"),
-    "monitor.retire_after_days": (("monitor",), "retire"),
-    "comply.retention_days": (("comply",), "retention|kept|keep|older"),
+    "rollout.errors_max": (("rollout",), r"guardrail|errors?\b|fail"),
+    "monitor.retrain_every_days": (("monitor",), r"retrain|stale|ageing|\bage\b"),
+    "monitor.retire_after_days": (("monitor",), "retire|withdraw"),
+    "comply.retention_days": (("comply",), "retention|kept|keep|older|certificate"),
 }
 ASKS_NOTHING = {("train.interpretable", "not required"), ("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0")}
 
@@ -78,7 +78,7 @@ def requirements(
         if not skipped:
             rooms, words = WORDS.get(row["key"], ((row["measured_in"].split()[-1],), re.escape(row["constraint"])))
             found.append(Requirement(row["key"], row["constraint"], f"{row['limit']} {row['unit']}".strip(), rooms, words, judged=row["key"] not in SHOWN))
-    found.append(Requirement("rollout.stages", f"traffic moves in stages of {', '.join(f'{s:g}' for s in problem.rollout.stages)} %", "each held", ("rollout",), "stage|promot|roll"))
+    found.append(Requirement("rollout.stages", f"traffic moves in stages of {', '.join(f'{s:g}' for s in problem.rollout.stages)} %", "each held", ("rollout",), "stage|promot|all traffic"))
     if comply.subject:
         found.append(Requirement("comply.subject", f"one {comply.subject} can be forgotten without a trace", "no trace", ("comply",), "eras|forg[eo]t|trace"))
     if comply.pii or comply.forbidden:
@@ -91,7 +91,7 @@ NAMES = {
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "f1": "F1", "precision_at_recall": "precision at the fixed recall",
     "value_per_1000": "value per 1,000", "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "R²", "coverage_90": "coverage",
 }
-SHOWN = {"train.rows_max", "label.budget", "problem.human_review", "monitor.retire_after_days", "comply.retention_days"}   # a number shown answers these
+SHOWN = {"train.budget_s", "train.rows_max", "label.budget", "problem.human_review", "monitor.retrain_every_days", "comply.retention_days"}    # shown suffices
 
 # %% ../../nbs/lib/report/08_traceability.ipynb #79b0a2d1
 def trace(
@@ -106,16 +106,31 @@ def trace(
 def _traced(asked: Requirement, run: Evidence) -> dict[str, str]:
     row = {"requirement": asked.key, "asked": asked.text, "limit": asked.limit}
     wanted = re.compile(asked.words, re.IGNORECASE)
-    checks = [(p, c) for p, c in run.checks(*asked.rooms) if wanted.search(f"{c.get('title')} {c.get('claim') or ''}")]
+    asked_of = list(run.checks(*asked.rooms))
+    checks = [(p, c) for p, c in asked_of if asked.key in f"{c.get('title')} {c.get('why')}"]    # a criterion that names the key
+    checks = checks or [(p, c) for p, c in asked_of if wanted.search(f"{c.get('title')} {c.get('claim') or ''}")]
     if checks:
         return {**row, **_answered(checks)}
     shown = _shown(wanted, asked.rooms, run)
     if shown:
         phase, what, found = shown
         return {**row, "phase": phase.name.replace("_", " "), "evidence": what, "found": found, "verdict": "inconclusive" if asked.judged else "go"}
+    excused = _excused(asked.rooms, run)
+    if excused:
+        phase, check = excused
+        return {**row, "phase": phase.name.replace("_", " "), "evidence": str(check.get("title")), "found": str(check.get("why")), "verdict": "not applicable"}
     finished = [room for room in asked.rooms if run.phase(room)]
     where = asked.rooms[0] if finished else f"{asked.rooms[0]} has not run"
     return {**row, "phase": where, "evidence": "no evidence", "found": "–", "verdict": "inconclusive"}
+
+
+def _excused(rooms: tuple[str, ...], run: Evidence) -> tuple[Phase, Mapping[str, Any]] | None:
+    "The criterion by which a phase said that most of it does not apply: no production rows, no subject."
+    for phase in (p for p in run.phases if p.room in rooms):
+        beside = [c for c in phase.checks if c.get("verdict") == "not applicable"]
+        if beside and 2 * len(beside) >= len(phase.checks):
+            return phase, beside[0]
+    return None
 
 
 def _answered(checks: Sequence[tuple[Phase, Mapping[str, Any]]]) -> dict[str, str]:

@@ -211,7 +211,8 @@ class Encoder:
     def to_dict(self) -> list[dict[str, Any]]:
         "As JSON holds it."
         return [
-            {"name": c.name, "type": c.type, "levels": list(c.levels), "words": dict(c.words)} for c in self.codings
+            {"name": c.name, "type": c.type, "levels": list(c.levels), "words": [list(pair) for pair in c.words.items()]}
+            for c in self.codings   # pairs: the order of words is the order of features, a JSON object has none
         ]
 
     @classmethod

@@ -1,0 +1,90 @@
+"""The deploy phase from first to last cell, on problems of every task."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deploy_world as world
+from pipeline.core.run import function_named, read_claims, read_receipt
+from pipeline.core.store import Artifact, read_artifact
+from pipeline.deploy.batch import predict_file
+
+
+def checks(run: Path, phase: str) -> dict[str, dict[str, Any]]:
+    return {c["title"]: c for c in json.loads((run / phase / "checks.json").read_text())}
+
+
+def recomputed(run: Path, phase: str) -> None:
+    "Every claim of a phase comes out again from what is stored."
+    outputs = read_receipt(run / phase)["outputs"]
+    for claim in read_claims(run / phase):
+        found = function_named(claim.by)(*[read_artifact(run / phase, Artifact(name=n, **outputs[n])) for n in claim.of], **claim.using)
+        assert getattr(found, "value", found) == claim.value, claim.name
+
+
+def test_a_good_package_goes(tmp_path: Path) -> None:
+    run = world.build(tmp_path)
+    names = world.execute("06_deploy", tmp_path)
+    assert names["error"] is None
+    found = checks(run, "06_deploy")
+    assert {c["verdict"] for c in found.values()} == {"go"}
+    for limit in ("latency_p99_ms", "throughput_rps", "model_mb", "rss_mb", "uptime"):
+        assert any(f"deploy.{limit}" in title for title in found)
+    recomputed(run, "06_deploy")
+    claims = {c.name: c.value for c in read_claims(run / "06_deploy")}
+    assert claims["model_mb"] * 1e6 == sum(p.stat().st_size for p in (run / "06_deploy/package/model").iterdir())
+    outputs = read_receipt(run / "06_deploy")["outputs"]
+    assert [n for n, o in outputs.items() if o["timing"]] == ["deploy/latencies", "deploy/resources", "deploy/throughput"]
+    assert (run / "06_deploy/package/card.md").read_text().startswith("# tiny")
+
+    frame = world.rows("binary", 50, seed=4)
+    frame.write_parquet(tmp_path / "in.parquet")
+    frame.write_csv(tmp_path / "in.csv")
+    assert predict_file(run, tmp_path / "in.parquet", tmp_path / "a.csv") == predict_file(run, tmp_path / "in.csv", tmp_path / "b.csv") == 50
+    assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+    assert (tmp_path / "a.csv").read_text().startswith("prediction,p_false,p_true\n")
+
+
+def test_the_same_content_is_the_same_package(tmp_path: Path) -> None:
+    from pipeline.core.run import open_run
+    from pipeline.deploy.proof import pack
+
+    world.build(tmp_path, "multiclass", 400, "linear")
+    with world.at(tmp_path):
+        first, again = (pack(open_run(phase, "tiny.yml", "outputs/tiny/main")) for phase in ("06_deploy", "16_deploy"))
+    assert first.manifest == again.manifest and first.manifest["version"] == 1 and len(list((tmp_path / "outputs/store/models").iterdir())) == 1
+
+
+def test_many_classes_and_a_linear_model_go(tmp_path: Path) -> None:
+    run = world.build(tmp_path, "multiclass", 400, "linear")
+    assert world.execute("06_deploy", tmp_path)["error"] is None
+    assert {c["verdict"] for c in checks(run, "06_deploy").values()} == {"go"}
+
+
+def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> None:
+    run = world.build(tmp_path, "regression", 400, spoilt=True, deploy={"latency_p99_ms": 0.01, "model_mb": 0.001, "rss_mb": 1.0})
+    names = world.execute("06_deploy", tmp_path)
+    assert names["error"].exit_code == 1
+    found = checks(run, "06_deploy")
+    assert found["Served equals measured, to 1e-9"]["verdict"] == "no-go" and found["Served equals measured, to 1e-9"]["why"].startswith("row 40, column ")
+    assert found["Batch equals online, bit for bit"]["verdict"] == "go"
+    for title, limit in (("Latency, 99th percentile (deploy.latency_p99_ms)", "≤ 0.01"), ("Model on disk (deploy.model_mb)", "≤ 0.001"), ("Memory of the service (deploy.rss_mb)", "≤ 1")):
+        assert (found[title]["verdict"], found[title]["limit"]) == ("no-go", limit) and float(found[title]["found"].split(" ")[0]) > 0
+
+
+def test_a_batch_problem_needs_no_latency(tmp_path: Path) -> None:
+    run = world.build(tmp_path, "binary", 400, production=False, problem={"mode": "batch"}, deploy={"latency_p99_ms": 0.01})
+    assert world.execute("06_deploy", tmp_path)["error"] is None
+    assert checks(run, "06_deploy")["Latency, 99th percentile (deploy.latency_p99_ms)"]["verdict"] == "not applicable"
+
+
+@pytest.mark.parametrize("missing", ["--data", "--out"])
+def test_a_batch_says_what_it_needs(tmp_path: Path, missing: str) -> None:
+    from pipeline.core.errors import InputError
+
+    data, out = (tmp_path / "nothing.csv", tmp_path / "out.csv") if missing == "--data" else (tmp_path / "in.csv", tmp_path / "out.xlsx")
+    with pytest.raises(InputError):
+        predict_file(tmp_path / "outputs" / "tiny" / "main", data, out)

@@ -1,0 +1,244 @@
+"""Routing that sticks, evidence that may be looked at, a controller that goes back and never jumps."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deploy_world as world
+from pipeline.core.errors import InputError
+from pipeline.rollout.canary import Requests, Rules, State, follow, from_frame, review, start, to_frame
+from pipeline.rollout.sequential import Bet, Errors, confidence_sequence, count_errors, place
+from pipeline.rollout.traffic import in_slice, point, points, routed, split_table, subjects_of
+from test_deploy_phase import checks, recomputed
+
+STAGES = (1.0, 5.0, 25.0, 50.0, 100.0)
+
+
+# -- traffic
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=30), st.text(min_size=1, max_size=80), st.floats(0, 100), st.floats(0, 100))
+def test_a_subject_never_goes_back_while_the_share_grows(subject: str, salt: str, one: float, other: float) -> None:
+    small, large = sorted([one, other])
+    assert 0 <= point(subject, salt) < 1 and (not routed(subject, small, salt) or routed(subject, large, salt))
+
+
+def test_shares_are_within_a_point_and_salts_differ() -> None:
+    subjects = pl.Series([f"s{i % 30_000}" for i in range(100_000)])
+    split = split_table(subjects, "flights-1", STAGES)
+    assert split["off by"].abs().max() < 1 and not split["mismatch"].any()
+    one, other = points(subjects.unique(), "flights-1"), points(subjects.unique(), "flights-2")
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
+
+
+def test_a_broken_split_is_seen() -> None:
+    uneven = pl.Series([f"s{i}" for i in range(20_000) if point(f"s{i}", "x") * 100 >= 5 or i % 3 == 0])
+    assert split_table(uneven, "x", STAGES).filter(pl.col("stage") == 5)["mismatch"].item()
+
+
+def test_nothing_outside_the_slice_takes_part() -> None:
+    random = np.random.default_rng(0)
+    frame = pl.DataFrame({"origin": [("JFK", "EWR", None)[i] for i in random.integers(0, 3, 100_000)], "who": [f"s{i}" for i in range(100_000)]})
+    inside = in_slice(frame, {"origin": "JFK"})
+    assert set(frame.filter(pl.Series(inside))["origin"]) == {"JFK"} and (~inside).sum() == (frame["origin"].fill_null("") != "JFK").sum()
+    with pytest.raises(InputError, match="did you mean 'origin'"):
+        in_slice(frame, {"orgin": "JFK"})
+    with pytest.raises(InputError, match="rollout.subject"):
+        subjects_of(frame, "whom")
+
+
+# -- tests that may be looked at
+
+def test_peeking_costs_nothing_at_the_worst_point_of_the_hypothesis() -> None:
+    "Mean exactly at the bound, looked at after each of 600 values: the bet pays out in at most alpha; a naive z-test does not hold."
+    bets, naive = 0, 0
+    for seed in range(300):
+        values = np.random.default_rng(seed).binomial(1, .3, 600).astype(float)
+        bets += place(Bet(.3, False, .05), values).rejected
+        n = np.arange(1, 601)
+        z = (np.cumsum(values) / n - .3) / np.sqrt(.3 * .7 / n)
+        naive += bool((z[30:] > 1.645).any())
+    assert bets / 300 <= .05 and naive / 300 > .15
+
+
+def test_the_confidence_sequence_covers_and_narrows() -> None:
+    missed, widths = 0, []
+    for seed in range(60):
+        values = np.random.default_rng(seed).beta(2, 6, 800)
+        for n in (30, 200, 800):
+            low, high = confidence_sequence(values[:n], .05)
+            missed += not low <= .25 <= high
+            widths.append((n, high - low))
+    assert missed <= 3
+    assert np.mean([w for n, w in widths if n == 800]) < .06 < np.mean([w for n, w in widths if n == 30])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(.01, .99), st.booleans(), st.integers(0, 60))
+def test_a_bet_stays_positive_and_resumes(values: list[float], m: float, below: bool, cut: int) -> None:
+    array = np.array(values)
+    whole = place(Bet(m, below, .05), array)
+    parts = place(place(Bet(m, below, .05), array[:cut]), array[cut:])
+    assert np.isfinite(whole.log_wealth) and whole.n == len(values)
+    assert abs(whole.log_wealth - parts.log_wealth) < 1e-6 and abs(whole.best - parts.best) < 1e-6
+
+
+@pytest.mark.parametrize("rate", [.001, .005, .02])
+def test_equal_error_rates_alarm_within_the_budget(rate: float) -> None:
+    alarms = 0
+    for seed in range(300):
+        random, state = np.random.default_rng(seed), Errors(.05)
+        for _ in range(60):
+            load = int(random.integers(200, 4000))       # a moving load alarms nobody
+            state = count_errors(state, int(random.binomial(100, rate)), 100, int(random.binomial(load, rate)), load)
+        alarms += state.rejected
+    assert alarms / 300 <= .05
+
+
+def test_four_times_the_errors_are_found_soon() -> None:
+    looks = []
+    for seed in range(100):
+        random, state, look = np.random.default_rng(seed), Errors(.05), 0
+        while not state.rejected and look < 100:
+            look, state = look + 1, count_errors(state, int(random.binomial(100, .02)), 100, int(random.binomial(1900, .005)), 1900)
+        looks.append(look)
+    assert np.median(looks) <= 8 and max(looks) < 100
+
+
+# -- the controller
+
+def traffic(mean: float, seed: int = 0, days: int = 30, daily: int = 1000, errors: float = 0.0, old_errors: float = 0.0, slow: float = 0.0, spread: float = .1) -> Requests:
+    random = np.random.default_rng(seed)
+    n = days * daily
+    return Requests(np.repeat(np.arange(days), daily), random.random(n) * 100, np.clip(random.normal(mean, spread, n), -1, 1),
+                    random.random(n) < errors, random.random(n) < old_errors, (random.random(n) < slow).astype(float))
+
+
+RULES = Rules(windows_per_stage=4, worse_by=.01)
+
+
+def test_an_equal_model_is_almost_never_rolled_back() -> None:
+    outcomes = [follow(traffic(0, seed, daily=400, errors=.003, old_errors=.003), RULES).outcome for seed in range(200)]
+    assert outcomes.count("roll back") / 200 <= RULES.alpha
+
+
+def test_a_model_at_the_edge_of_what_is_tolerated_is_rolled_back_within_the_budget() -> None:
+    outcomes = [follow(traffic(.01, seed, daily=400), RULES).outcome for seed in range(200)]
+    assert outcomes.count("roll back") / 200 <= RULES.alpha and outcomes.count("promote") / 200 <= RULES.alpha
+
+
+@pytest.mark.parametrize("fault, word", [({"mean": .06}, "worse by"), ({"mean": 0, "errors": .1}, "errors"), ({"mean": 0, "slow": .3}, "longer than the limit")])
+def test_each_fault_is_rolled_back_and_named(fault: dict[str, float], word: str) -> None:
+    for seed in range(20):
+        course = follow(traffic(**fault, seed=seed), RULES)
+        assert course.outcome == "roll back" and word in course.decisions[-1].why and course.state.served < 0.2 * 30_000
+        assert course.state.stage == 0
+
+
+def test_stages_are_climbed_one_by_one_and_last_their_time() -> None:
+    course = follow(traffic(-.02), RULES)
+    shares = [d.share for d in course.decisions]
+    assert course.outcome == "promote" and list(dict.fromkeys(shares)) == list(STAGES)
+    assert all(shares.count(s) >= RULES.windows_per_stage for s in STAGES)
+
+
+@pytest.mark.parametrize("daily", [1, 5, 20])
+def test_little_traffic_is_held_never_promoted(daily: int) -> None:
+    assert follow(traffic(-.02, daily=daily), RULES).outcome == "hold"
+
+
+def test_no_outcomes_no_promotion() -> None:
+    silent = traffic(-.02)
+    course = follow(Requests(silent.window, silent.place, np.full(len(silent.window), np.nan), silent.new_error, silent.old_error, silent.slow), RULES)
+    assert course.outcome == "hold" and course.state.stage == 0 and course.state.mean is None
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9, 13, 18])
+def test_killed_at_any_stage_it_resumes_there(stop: int) -> None:
+    whole = follow(traffic(-.02), RULES)
+    first = follow(traffic(-.02), RULES, until=stop)
+    kept = to_frame(first.state)
+    second = follow(traffic(-.02), RULES, from_frame(kept))
+    assert second.decisions[0].share == RULES.stages[first.state.stage] <= whole.decisions[stop].share
+    assert first.decisions + second.decisions == whole.decisions
+
+
+def test_a_finished_rollout_is_finished() -> None:
+    course = follow(traffic(.2), RULES)
+    with pytest.raises(InputError, match="rolled back"):
+        review(course.state, traffic(.2), RULES)
+    with pytest.raises(InputError, match="no rollout's state"):
+        from_frame(pl.DataFrame({"state": ["{}"]}))
+    assert from_frame(to_frame(State(**{**start(RULES).__dict__}))) == start(RULES)
+
+
+# -- the phase
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("busy")
+    world.build(root, "binary", 60_000)
+    return root
+
+
+def test_a_better_model_gets_all_traffic(busy: Path) -> None:
+    names = world.execute("07_rollout", busy)
+    run = busy / "outputs" / "tiny" / "main"
+    assert names["error"] is None and "Promoted to all traffic" in json.loads((run / "07_rollout" / "answer.json").read_text())["answer"]
+    recomputed(run, "07_rollout")
+    stages = pl.read_parquet(run / "07_rollout" / "stages.parquet")
+    assert stages["share"].to_list() == list(STAGES) and set(stages["decision"]) == {"promote"} and stages["why"].str.len_chars().min() > 10
+    assert pl.read_parquet(run / "07_rollout" / "false_alarms.parquet").height == 200
+    drill = pl.read_parquet(run / "07_rollout" / "drill.parquet")
+    assert drill.filter(pl.col("fault").str.contains("other requests|fails in"))["outcome"].to_list() == ["roll back"] * 2
+    assert "tailnum" not in pl.read_parquet(run / "07_rollout" / "requests.parquet").columns
+
+
+def test_a_worse_model_is_rolled_back(tmp_path: Path) -> None:
+    from pipeline.core.run import open_run
+    from pipeline.data.contract import target_values
+    from pipeline.train.models import train_model
+    from pipeline.train.protocol import Fitting
+
+    run_folder = world.build(tmp_path, "binary", 40_000)
+    with world.at(tmp_path):
+        run = open_run("04_train", "tiny.yml", "outputs/tiny/main")
+        train, contract = run.load("data/train"), run.load("data/contract")
+        wrong = train_model("trees", train, 1 - target_values(train, contract), contract, Fitting({"rounds": 30}))
+        right = train_model("trees", train, target_values(train, contract), contract, Fitting({"rounds": 30}))
+        run.save("train/model", wrong.save(run.scratch / "a"))
+        run.save("train/default", right.save(run.scratch / "b"))
+        run.conclude("turned round")
+        run.finish()
+    names = world.execute("07_rollout", tmp_path)
+    found = checks(run_folder, "07_rollout")
+    assert names["error"].exit_code == 1 and found["No guardrail was hit"]["verdict"] == "no-go"
+    answer = json.loads((run_folder / "07_rollout" / "answer.json").read_text())["answer"]
+    assert answer.startswith("Rolled back at ") and "worse than the live model" in answer
+    log = [json.loads(line) for line in (tmp_path / "outputs" / "store" / "audit.jsonl").read_text().splitlines()]
+    assert log[-1]["event"] == "rollout.roll_back" and log[-1]["details"]["why"].startswith("worse by")
+
+
+def test_without_production_nothing_is_rolled_out(tmp_path: Path) -> None:
+    run = world.build(tmp_path, "multiclass", 300, production=False)
+    assert world.execute("07_rollout", tmp_path)["error"] is None
+    assert {c["verdict"] for c in checks(run, "07_rollout").values()} == {"not applicable"}
+
+
+def test_a_handful_of_requests_is_inconclusive(tmp_path: Path) -> None:
+    run = world.build(tmp_path, "regression", 300)
+    names = world.execute("07_rollout", tmp_path)
+    assert names["error"].exit_code == 5 and "no-go" not in {c["verdict"] for c in checks(run, "07_rollout").values()}
+
+
+def test_rules_survive_a_claims_record() -> None:
+    from pipeline.rollout.trial import rules_of
+
+    assert rules_of(json.loads(json.dumps(asdict(RULES)))) == RULES
