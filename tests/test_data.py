@@ -156,6 +156,14 @@ def test_a_cut_parquet_is_refused(tmp_path_factory: pytest.TempPathFactory, at: 
         read_table(folder / "cut.parquet")
 
 
+def test_a_huge_cell_and_a_header_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "huge.csv").write_text("a,b\n1," + "x" * 10_000_000 + "\n2,y\n")
+    assert read_table(tmp_path / "huge.csv").frame["b"].str.len_bytes().to_list() == [10_000_000, 1]
+    (tmp_path / "header.csv").write_text("a," + "x" * 300_000 + "\n1,2\n")
+    with pytest.raises(InputError, match=r"header\.csv:1|characters"):
+        read_table(tmp_path / "header.csv")
+
+
 def test_quotes_line_ends_and_encodings(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_bytes(b'a,b\r\n1,"x,\r\ny ""z"""\r\n2,plain\r\n')
     assert read_table(tmp_path / "q.csv").frame["b"].to_list() == ['x,\r\ny "z"', "plain"]

@@ -32,7 +32,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def contents(contract: dict, text: str = "# tiny\n") -> Contents:
-    return Contents(contract, make_schema(contract).to_dict(), {"threshold": .5}, [], {"name": "tiny"}, text, {"data_version": "d1"}, "lock")
+    return Contents(
+        contract,
+        make_schema(contract).to_dict(),
+        {"threshold": 0.5},
+        [],
+        {"name": "tiny"},
+        text,
+        {"data_version": "d1"},
+        "lock",
+    )
 
 
 @pytest.fixture
@@ -101,7 +110,10 @@ from pipeline.deploy.package import Contents, release
 place, number = Path(sys.argv[1]), sys.argv[2]
 release(place / "store", place / f"work{number}", "tiny", Path(sys.argv[3]), Contents({}, {}, {}, [], {}, f"# {number}\\n", {}))
 """
-    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i), str(made[0] / "model")], cwd=world.ROOT) for i in range(4)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i), str(made[0] / "model")], cwd=world.ROOT)
+        for i in range(4)
+    ]
     assert [p.wait() for p in started] == [0] * 4
     assert sorted(m["version"] for m in released(tmp_path / "store").values()) == [1, 2, 3, 4]
     for digest in released(tmp_path / "store"):
@@ -127,5 +139,11 @@ def test_an_older_signed_package_in_a_runs_place_is_refused(tmp_path: Path, made
 def test_no_path_that_loads_can_run_code() -> None:
     for path in [*(world.ROOT / "pipeline" / "deploy").glob("*.py"), *(world.ROOT / "pipeline" / "rollout").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not {n.split(".")[0] for n in names} & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}, path

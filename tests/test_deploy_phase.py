@@ -43,7 +43,11 @@ def test_a_good_package_goes(tmp_path: Path) -> None:
     frame = world.rows("binary", 50, seed=4)
     frame.write_parquet(tmp_path / "in.parquet")
     frame.write_csv(tmp_path / "in.csv")
-    assert predict_file(run, tmp_path / "in.parquet", tmp_path / "a.csv") == predict_file(run, tmp_path / "in.csv", tmp_path / "b.csv") == 50
+    assert (
+        predict_file(run, tmp_path / "in.parquet", tmp_path / "a.csv")
+        == predict_file(run, tmp_path / "in.csv", tmp_path / "b.csv")
+        == 50
+    )
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
     assert (tmp_path / "a.csv").read_text().startswith("prediction,p_false,p_true\n")
 
@@ -55,7 +59,11 @@ def test_the_same_content_is_the_same_package(tmp_path: Path) -> None:
     world.build(tmp_path, "multiclass", 400, "linear")
     with world.at(tmp_path):
         first, again = (pack(open_run(phase, "tiny.yml", "outputs/tiny/main")) for phase in ("06_deploy", "16_deploy"))
-    assert first.manifest == again.manifest and first.manifest["version"] == 1 and len(list((tmp_path / "outputs/store/models").iterdir())) == 1
+    assert (
+        first.manifest == again.manifest
+        and first.manifest["version"] == 1
+        and len(list((tmp_path / "outputs/store/models").iterdir())) == 1
+    )
 
 
 def test_many_classes_and_a_linear_model_go(tmp_path: Path) -> None:
@@ -69,9 +77,15 @@ def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> N
     names = world.execute("06_deploy", tmp_path)
     assert names["error"].exit_code == 1
     found = checks(run, "06_deploy")
-    assert found["Served equals measured, to 1e-9"]["verdict"] == "no-go" and found["Served equals measured, to 1e-9"]["why"].startswith("row 40, column ")
+    assert found["Served equals measured, to 1e-9"]["verdict"] == "no-go" and found["Served equals measured, to 1e-9"][
+        "why"
+    ].startswith("row 40, column ")
     assert found["Batch equals online, bit for bit"]["verdict"] == "go"
-    for title, limit in (("Latency, 99th percentile (deploy.latency_p99_ms)", "≤ 0.01"), ("Model on disk (deploy.model_mb)", "≤ 0.001"), ("Memory of the service (deploy.rss_mb)", "≤ 1")):
+    for title, limit in (
+        ("Latency, 99th percentile (deploy.latency_p99_ms)", "≤ 0.01"),
+        ("Model on disk (deploy.model_mb)", "≤ 0.001"),
+        ("Memory of the service (deploy.rss_mb)", "≤ 1"),
+    ):
         assert (found[title]["verdict"], found[title]["limit"]) == ("no-go", limit) and float(found[title]["found"].split(" ")[0]) > 0
 
 

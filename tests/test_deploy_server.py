@@ -65,7 +65,13 @@ def test_many_at_once_all_get_their_own_answer(server: Staged, package: tuple[Pa
     rows, expected = as_rows(frame, predictor.schema.names), predictor.predict(frame)["p_true"].to_list()
 
     def one(number: int) -> bool:
-        found, body = status(server, "POST", "/predict", json.dumps({"rows": [rows[number]]}).encode(), **{"prefer": "handling=lenient", "x-request-id": f"r{number}"})
+        found, body = status(
+            server,
+            "POST",
+            "/predict",
+            json.dumps({"rows": [rows[number]]}).encode(),
+            **{"prefer": "handling=lenient", "x-request-id": f"r{number}"},
+        )
         answer = json.loads(body)
         return found == 200 and answer["request_id"] == f"r{number}" and answer["predictions"][0]["p"]["true"] == expected[number]
 
@@ -90,7 +96,15 @@ def test_a_client_that_stops_in_the_middle_harms_nobody(server: Staged) -> None:
     assert status(server, "GET", "/ready")[0] == 200
 
 
-@pytest.mark.parametrize("raw", [b"\x16\x03\x01\x02\x00", b"GET / HTTP/9.9\r\n\r\n", b"POST /predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: -5\r\n\r\n", b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x16\x03\x01\x02\x00",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: -5\r\n\r\n",
+        b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
+    ],
+)
 def test_what_is_no_request_is_no_fault(server: Staged, raw: bytes) -> None:
     with socket.create_connection((server.host, server.port), timeout=10) as connection:
         connection.sendall(raw)
@@ -129,7 +143,14 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     code = ("import sys; from pipeline.core.errors import PilothouseError; from pipeline.deploy.service import serve\n"
             "try: serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])\n"
             "except PilothouseError as error: print(error, file=sys.stderr); sys.exit(error.exit_code)")
-    return subprocess.run([sys.executable, "-c", code, str(folder), *arguments], capture_output=True, text=True, timeout=120, cwd=world.ROOT, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=world.ROOT,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +195,13 @@ def test_a_tampered_package_is_never_served(run_folder: Path) -> None:
 def test_a_served_run_answers_and_stops_by_ctrl_c(run_folder: Path) -> None:
     port = free_port("127.0.0.1", 0)
     code = "import sys; from pipeline.deploy.service import serve; serve(sys.argv[1], '127.0.0.1', int(sys.argv[2]))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(run_folder), str(port)], stdout=subprocess.PIPE, text=True, cwd=world.ROOT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(run_folder), str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=world.ROOT,
+        start_new_session=True,
+    )
     assert process.stdout
     assert f"tiny version 1 on http://127.0.0.1:{port}" in process.stdout.readline()
     running = Staged("127.0.0.1", port, process)  # type: ignore[arg-type]

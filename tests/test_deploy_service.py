@@ -30,7 +30,14 @@ GOOD = {"hour": 9.5, "seats": 180, "carrier": "UA", "built": "2004-05-06", "rain
 def predictor(task: str, family: str = "trees") -> Predictor:
     frame, contract = world.rows(task, 1500), world.contract(task)
     about = {"residual": 9.0} if task == "regression" else {}
-    model = train_model(family, frame, target_values(frame, contract), contract, Fitting({"rounds": 20} if family == "trees" else {}), about=about)
+    model = train_model(
+        family,
+        frame,
+        target_values(frame, contract),
+        contract,
+        Fitting({"rounds": 20} if family == "trees" else {}),
+        about=about,
+    )
     return Predictor(model, make_schema(contract, frame), 0.4 if task == "binary" else None, "tiny", 3, "d")
 
 
@@ -52,13 +59,36 @@ def test_a_good_row_is_answered(service: Service) -> None:
     assert found["prediction"] in ("false", "true") and abs(sum(found["p"].values()) - 1) < 1e-12 and set(found["p"]) == {"false", "true"}
 
 
-@pytest.mark.parametrize("change, field", [
-    ({"hour": "NaN"}, "hour"), ({"hour": "9"}, "hour"), ({"hour": True}, "hour"), ({"hour": []}, "hour"), ({"hour": {}}, "hour"),
-    ({"hour": 1e9}, "hour"), ({"hour": -4.0}, "hour"), ({"seats": 180.5}, "seats"), ({"seats": 10**30}, "seats"), ({"seats": None}, "seats"),
-    ({"seats": "many"}, "seats"), ({"carrier": "ZZ"}, "carrier"), ({"carrier": 7}, "carrier"), ({"carrier": ["UA"]}, "carrier"), ({"carrier": None}, "carrier"),
-    ({"carrier": "ua"}, "carrier"), ({"carrier": "U" * 200_000}, "carrier"), ({"built": "yesterday"}, "built"), ({"built": 20040506}, "built"),
-    ({"built": "2004-13-01"}, "built"), ({"rain": "no"}, "rain"), ({"rain": 2}, "rain"), ({"colour": 1}, "colour"), ({"": 1}, ""), ({"Hour": 9.5}, "Hour"),
-])
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"hour": "NaN"}, "hour"),
+        ({"hour": "9"}, "hour"),
+        ({"hour": True}, "hour"),
+        ({"hour": []}, "hour"),
+        ({"hour": {}}, "hour"),
+        ({"hour": 1e9}, "hour"),
+        ({"hour": -4.0}, "hour"),
+        ({"seats": 180.5}, "seats"),
+        ({"seats": 10**30}, "seats"),
+        ({"seats": None}, "seats"),
+        ({"seats": "many"}, "seats"),
+        ({"carrier": "ZZ"}, "carrier"),
+        ({"carrier": 7}, "carrier"),
+        ({"carrier": ["UA"]}, "carrier"),
+        ({"carrier": None}, "carrier"),
+        ({"carrier": "ua"}, "carrier"),
+        ({"carrier": "U" * 200_000}, "carrier"),
+        ({"built": "yesterday"}, "built"),
+        ({"built": 20040506}, "built"),
+        ({"built": "2004-13-01"}, "built"),
+        ({"rain": "no"}, "rain"),
+        ({"rain": 2}, "rain"),
+        ({"colour": 1}, "colour"),
+        ({"": 1}, ""),
+        ({"Hour": 9.5}, "Hour"),
+    ],
+)
 def test_a_bad_value_is_refused_by_name(service: Service, change: dict[str, Any], field: str) -> None:
     status, problem = ask(service, json.dumps({"rows": [GOOD, {**GOOD, **change}]}))
     assert status == 422 and problem["status"] == 422 and problem["type"].startswith("urn:pilothouse:problem:")
@@ -72,11 +102,29 @@ def test_a_missing_column_is_refused_by_name(service: Service, name: str) -> Non
     assert status == 422 and problem["errors"] == [e for e in problem["errors"] if e["field"] == name] and len(problem["errors"]) == 1
 
 
-@pytest.mark.parametrize("body, status", [
-    (b"", 400), (b"{", 400), (b"null", 422), (b"[]", 422), (b'"x"', 422), (b'{"rows": 3}', 422), (b'{"rows": []}', 422), (b'{"rows": [[1]]}', 422), (b'{"rows": [null]}', 422),
-    (b"[" * 1_000_000, 400), (b'{"rows": [' * 1000, 400), (b'{"a":' * 100_000, 400), (b"\xff\xfe\x00", 400), (b'{"rows": [{"hour": 1e999}]}', 400), (b'{"rows": [{"hour": "\\ud800"}]}', 400),
-    (b'{"rows": [{}], "more": 1}', 422), (b'{"rows": [{"hour": NaN}]}', 422), (b'{"rows": [{"hour": -Infinity}]}', 422),
-])
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"null", 422),
+        (b"[]", 422),
+        (b'"x"', 422),
+        (b'{"rows": 3}', 422),
+        (b'{"rows": []}', 422),
+        (b'{"rows": [[1]]}', 422),
+        (b'{"rows": [null]}', 422),
+        (b"[" * 1_000_000, 400),
+        (b'{"rows": [' * 1000, 400),
+        (b'{"a":' * 100_000, 400),
+        (b"\xff\xfe\x00", 400),
+        (b'{"rows": [{"hour": 1e999}]}', 400),
+        (b'{"rows": [{"hour": "\\ud800"}]}', 400),
+        (b'{"rows": [{}], "more": 1}', 422),
+        (b'{"rows": [{"hour": NaN}]}', 422),
+        (b'{"rows": [{"hour": -Infinity}]}', 422),
+    ],
+)
 def test_a_bad_body_is_refused(service: Service, body: bytes, status: int) -> None:
     found, problem = ask(service, body)
     assert found in ({400, 422} if status == 400 else {status}) and problem["detail"]
@@ -94,8 +142,14 @@ def test_size_and_rows_are_limited(service: Service) -> None:
 
 
 values = st.one_of(
-    st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(allow_nan=True, allow_infinity=True), st.text(max_size=20),
-    st.sampled_from(["UA", "B6", "日航", "2004-05-06", "NaN", "1e5", "' OR 1=1", "=cmd()", "\x00", "\u202e"]), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=20),
+    st.sampled_from(["UA", "B6", "日航", "2004-05-06", "NaN", "1e5", "' OR 1=1", "=cmd()", "\x00", "\u202e"]),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 
 
@@ -117,7 +171,9 @@ def test_mutated_bytes_are_never_a_fault_of_ours(service: Service) -> None:
         body = bytearray(json.dumps({"rows": [GOOD]}, ensure_ascii=False).encode())
         for _ in range(chance.randint(1, 6)):
             place = chance.randrange(len(body))
-            body[place:place + chance.randint(0, 3)] = chance.choice([b"", bytes([chance.randrange(256)]), chance.choice(string.printable).encode()])
+            body[place : place + chance.randint(0, 3)] = chance.choice(
+                [b"", bytes([chance.randrange(256)]), chance.choice(string.printable).encode()]
+            )
         assert ask(service, bytes(body))[0] in (200, 400, 422)
 
 
@@ -170,7 +226,17 @@ def test_openapi_describes_what_is_accepted(service: Service) -> None:
         assert ask(service, json.dumps({"rows": [{**GOOD, **bad}]}))[0] == 422
 
 
-@pytest.mark.parametrize("task, family", [("binary", "trees"), ("multiclass", "trees"), ("regression", "trees"), ("binary", "linear"), ("multiclass", "linear"), ("regression", "linear")])
+@pytest.mark.parametrize(
+    "task, family",
+    [
+        ("binary", "trees"),
+        ("multiclass", "trees"),
+        ("regression", "trees"),
+        ("binary", "linear"),
+        ("multiclass", "linear"),
+        ("regression", "linear"),
+    ],
+)
 def test_batch_equals_online_bit_for_bit(task: str, family: str, tmp_path: Path) -> None:
     made = predictor(task, family)
     frame, service = world.rows(task, 1000, seed=9), Service(made)
@@ -178,7 +244,13 @@ def test_batch_equals_online_bit_for_bit(task: str, family: str, tmp_path: Path)
     batch = made.predict(frame)
     for chunk in (1, 7, 1000):
         part = rows if chunk > 1 else rows[:100]
-        answers = [a for i in range(0, len(part), chunk) for a in ask(service, json.dumps({"rows": part[i:i + chunk]}), prefer="handling=lenient")[1]["predictions"]]
+        answers = [
+            a
+            for i in range(0, len(part), chunk)
+            for a in ask(service, json.dumps({"rows": part[i : i + chunk]}), prefer="handling=lenient")[1][
+                "predictions"
+            ]
+        ]
         assert compare(batch.head(len(part)), answers_frame(answers), 0).equal
     for suffix in ("csv", "parquet"):
         write_rows(frame.drop("late"), tmp_path / f"in.{suffix}")
@@ -198,7 +270,15 @@ def test_a_batch_names_the_column_and_the_row_at_fault() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False, width=64)), min_size=1, max_size=20))
 def test_numbers_survive_csv_and_json(numbers: list[float | None]) -> None:
-    schema = Schema.from_dict(make_schema({"target": "y", "features": ["x"], "columns": [{"name": "x", "type": "number", "dtype": "Float64", "nullable": True}]}).to_dict())
+    schema = Schema.from_dict(
+        make_schema(
+            {
+                "target": "y",
+                "features": ["x"],
+                "columns": [{"name": "x", "type": "number", "dtype": "Float64", "nullable": True}],
+            }
+        ).to_dict()
+    )
     frame = pl.DataFrame({"x": pl.Series(numbers, dtype=pl.Float64)})
     assert [row["x"] for row in json.loads(json.dumps(as_rows(frame, ["x"])))] == numbers
     text = frame.select(pl.col("x").map_elements(repr, return_dtype=pl.String))

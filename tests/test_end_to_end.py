@@ -39,7 +39,7 @@ def test_a_binary_table_from_csv_to_verdict_served_verified_and_reproduced(pilot
 
     again = pilothouse("run", "params/binary.yml", *QUICK, "--json")
     assert again.returncode == done.returncode, tell(again)
-    assert '"phase.started"' not in again.stdout and again.returncode == done.returncode
+    assert '"phase_started"' not in again.stdout and again.returncode == done.returncode
 
     verified = pilothouse("verify", "outputs/binary/main")
     assert verified.returncode == 0, tell(verified)

@@ -81,6 +81,6 @@ def test_a_changed_world_is_an_alarm_and_a_trigger(project):
     names = execute(NOTEBOOK)
     opened = names["found"].alerts.filter("opened")
     assert opened.filter(rule="loss unusual")["window"].to_list() == [3] and "loss risen" in set(opened["rule"])
-    assert names["run"].load("monitor/trigger")["retrain"]
+    assert records(run, "08_monitor", "trigger")["retrain"]
     assert names["trial"].chosen != "never" and names["trial"].gained.low > 0
     assert records(run, "08_monitor", "decisions")[0]["chose"] == names["trial"].chosen

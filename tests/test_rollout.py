@@ -45,7 +45,12 @@ def test_a_broken_split_is_seen() -> None:
 
 def test_nothing_outside_the_slice_takes_part() -> None:
     random = np.random.default_rng(0)
-    frame = pl.DataFrame({"origin": [("JFK", "EWR", None)[i] for i in random.integers(0, 3, 100_000)], "who": [f"s{i}" for i in range(100_000)]})
+    frame = pl.DataFrame(
+        {
+            "origin": [("JFK", "EWR", None)[i] for i in random.integers(0, 3, 100_000)],
+            "who": [f"s{i}" for i in range(100_000)],
+        }
+    )
     inside = in_slice(frame, {"origin": "JFK"})
     assert set(frame.filter(pl.Series(inside))["origin"]) == {"JFK"} and (~inside).sum() == (frame["origin"].fill_null("") != "JFK").sum()
     with pytest.raises(InputError, match="did you mean 'origin'"):
@@ -114,7 +119,16 @@ def test_four_times_the_errors_are_found_soon() -> None:
 
 # -- the controller
 
-def traffic(mean: float, seed: int = 0, days: int = 30, daily: int = 1000, errors: float = 0.0, old_errors: float = 0.0, slow: float = 0.0, spread: float = .1) -> Requests:
+def traffic(
+    mean: float,
+    seed: int = 0,
+    days: int = 30,
+    daily: int = 1000,
+    errors: float = 0.0,
+    old_errors: float = 0.0,
+    slow: float = 0.0,
+    spread: float = 0.1,
+) -> Requests:
     random = np.random.default_rng(seed)
     n = days * daily
     return Requests(np.repeat(np.arange(days), daily), random.random(n) * 100, np.clip(random.normal(mean, spread, n), -1, 1),
@@ -134,7 +148,14 @@ def test_a_model_at_the_edge_of_what_is_tolerated_is_rolled_back_within_the_budg
     assert outcomes.count("roll back") / 200 <= RULES.alpha and outcomes.count("promote") / 200 <= RULES.alpha
 
 
-@pytest.mark.parametrize("fault, word", [({"mean": .06}, "worse by"), ({"mean": 0, "errors": .1}, "errors"), ({"mean": 0, "slow": .3}, "longer than the limit")])
+@pytest.mark.parametrize(
+    "fault, word",
+    [
+        ({"mean": 0.06}, "worse by"),
+        ({"mean": 0, "errors": 0.1}, "errors"),
+        ({"mean": 0, "slow": 0.3}, "longer than the limit"),
+    ],
+)
 def test_each_fault_is_rolled_back_and_named(fault: dict[str, float], word: str) -> None:
     for seed in range(20):
         course = follow(traffic(**fault, seed=seed), RULES)
@@ -156,7 +177,17 @@ def test_little_traffic_is_held_never_promoted(daily: int) -> None:
 
 def test_no_outcomes_no_promotion() -> None:
     silent = traffic(-.02)
-    course = follow(Requests(silent.window, silent.place, np.full(len(silent.window), np.nan), silent.new_error, silent.old_error, silent.slow), RULES)
+    course = follow(
+        Requests(
+            silent.window,
+            silent.place,
+            np.full(len(silent.window), np.nan),
+            silent.new_error,
+            silent.old_error,
+            silent.slow,
+        ),
+        RULES,
+    )
     assert course.outcome == "hold" and course.state.stage == 0 and course.state.mean is None
 
 

@@ -1,26 +1,26 @@
 """The promise: thresholds against brute force, timelines that never reward worse data, plans that follow mechanically."""
 from __future__ import annotations
 
-import os
+import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import GateFailed, InputError
 from pipeline.core.metrics import metric
 from pipeline.core.problem import Place, load_problem, parse_problem
-from pipeline.core.run import read_checks, read_claims
+from pipeline.core.run import function_named, read_checks, read_claims
 from pipeline.scope.criteria import acceptance_table, check_metrics, constraints_table
 from pipeline.scope.plan import compare_plans, derive_plan
 from pipeline.scope.timeline import SIZES, STAGES, sequential_range, simulate_weeks, timeline_table, weeks_at
 from pipeline.scope.value import best_threshold, break_even, value_curve, value_per_1000
+from servers.notebook import play
 
 ROOT = Path(__file__).resolve().parents[1]
 MONEY = st.floats(0, 1000, allow_nan=False)
@@ -142,28 +142,25 @@ def test_a_changed_alert_does_not_change_the_plan() -> None:
     assert acceptance_table(changed(monitor__window_days=1.0)).equals(acceptance_table(changed()))
 
 
-# -- the phase, by papermill alone
+# -- the phase
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A project's root of its own, with the phase and the problem file."
-    root = tmp_path_factory.mktemp("project")
-    (root / "params").mkdir()
-    (root / "nbs").mkdir()
-    shutil.copy(ROOT / "settings.ini", root)
-    shutil.copytree(ROOT / "nbs/phases", root / "nbs/phases")
-    shutil.copy(ROOT / "params/flights.yml", root / "params")
-    return root
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "A project's root of its own, with the phase."
+    (tmp_path / "params").mkdir()
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copytree(ROOT / "nbs/phases", tmp_path / "nbs/phases")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def run_phase(root: Path, problem: dict) -> subprocess.CompletedProcess[str]:
-    "The scope phase on a problem, as a person without the engine would run it."
+def run_phase(root: Path, problem: dict) -> Path:
+    "The scope phase on a problem."
     (root / "params/example.yml").write_text(yaml.safe_dump(problem))
-    folder = f"outputs/{problem['problem']['name']}/main"
-    return subprocess.run(
-        [sys.executable, "-m", "papermill", "nbs/phases/01_scope.ipynb", "out.ipynb", "-p", "problem", "params/example.yml", "-p", "run", folder],
-        cwd=root, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    play(root / "nbs/phases/01_scope.ipynb", problem="params/example.yml", run=f"outputs/{problem['problem']['name']}/main")
+    return root / "outputs" / problem["problem"]["name"] / "main/01_scope"
 
 
 def houses() -> dict:
@@ -175,19 +172,31 @@ def houses() -> dict:
     }
 
 
-@pytest.mark.slow
 def test_a_regression_without_costs_or_accessibility_still_makes_a_promise(project: Path) -> None:
-    done = run_phase(project, houses())
-    assert done.returncode == 0, done.stderr[-2000:]
-    folder = project / "outputs/houses/main/01_scope"
+    folder = run_phase(project, houses())
     assert {c.name for c in read_claims(folder)} == {"weeks_to_launch", "training_memory", "training_money", "training_co2e"}
     warning = next(c for c in read_checks(folder) if c.title == "accessibility needs are stated")
     assert warning.verdict == "not applicable" and warning.found.startswith("warning")
 
 
-@pytest.mark.slow
+def test_every_claim_can_be_computed_again_from_what_was_kept(project: Path) -> None:
+    problem = load_problem(ROOT / "params/flights.yml").model_dump(mode="python")
+    folder = run_phase(project, problem)
+    for claim in read_claims(folder):
+        name = claim.of[0].removeprefix("scope/")
+        kept = pl.read_parquet(folder / f"{name}.parquet") if (folder / f"{name}.parquet").exists() else json.loads((folder / f"{name}.json").read_text())
+        assert function_named(claim.by)(kept, **claim.using).value == claim.value
+
+
+def test_a_promise_without_acceptance_lines_is_no_go(project: Path) -> None:
+    problem = houses() | {"evaluate": {"acceptance": []}}
+    with pytest.raises(GateFailed, match="acceptance lines are declared"):
+        run_phase(project, problem)
+
+
 def test_without_a_kpi_the_phase_stops_with_file_and_key(project: Path) -> None:
     problem = houses()
     del problem["problem"]["kpi"]
-    done = run_phase(project, problem)
-    assert done.returncode != 0 and "example.yml" in done.stderr and "problem.kpi is missing" in done.stderr
+    with pytest.raises(InputError, match=r"example.yml.*problem.kpi is missing"):
+        run_phase(project, problem)
+    assert not (project / "outputs/houses/main/01_scope").exists()

@@ -192,14 +192,15 @@ def erase_folder(
 # %% ../../nbs/lib/comply/04_erasure.ipynb #65446703
 def _erase_table(table: Path, folder: Path, subject: str, value: str, rows: Collection[int]) -> dict[str, Any]:
     "A Delta table loses the rows in all versions: the remaining rows become the only version that can be read."
-    from pipeline.data.versions import forget_rows, list_versions, save_version
+    from pipeline.data.versions import forget_rows, list_versions, read_version, save_version
 
     erased, changed = 0, "rows removed, older versions emptied"
     ours = table.parent.name == "tables" and bool(list_versions(table.parent.parent, table.name))
     if ours:
-        erased = forget_rows(table.parent.parent, table.name, sorted(rows))["erased"]
-    if not ours or can_be_sought(value) and find_traces(table, value):       # of another writer: begin the table anew
-        held = pl.read_delta(str(table))
+        left = forget_rows(table.parent.parent, table.name, sorted(rows))
+        erased = left["erased"]
+    if not ours or can_be_sought(value) and find_traces(table, value):       # of another writer, or named in other rows, too
+        held = read_version(table.parent.parent, table.name, left["id"]) if ours else pl.read_delta(str(table))
         kept = erase_frame(held, subject, value, rows)
         erased = max(erased, held.height - kept.height)
         shutil.rmtree(table)

@@ -109,41 +109,42 @@ color:var(--ink);line-height:1.45;margin:.6em 0 1.6em}
 .ph-info{--state:var(--ph-accent,#1f4e8c)}
 .ph-scroll{overflow-x:auto;max-width:100%}
 .ph-scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-.ph table{border-collapse:collapse;font-size:.875rem;margin:0;border:0;font-variant-numeric:tabular-nums}
-.ph caption,.ph figcaption{caption-side:top;text-align:left;font-weight:600;font-size:.9375rem;
+.ph.ph table{border-collapse:collapse;table-layout:auto;width:auto;font-size:.875rem;margin:0;border:0;font-variant-numeric:tabular-nums}
+.ph.ph caption,.ph.ph figcaption{caption-side:top;text-align:left;font-weight:600;font-size:.9375rem;
 padding:0 0 .5em;color:inherit;max-width:44em}
-.ph caption{position:sticky;left:0;width:max-content;max-width:min(46em,calc(100vw - 2.2rem))}
-.ph th,.ph td{padding:.4em 1.1em .4em 0;text-align:left;vertical-align:top;border:0;background:none;
+.ph.ph caption{position:sticky;left:0;width:max-content;max-width:min(46em,calc(100vw - 2.2rem))}
+.ph.ph th,.ph.ph td{padding:.4em 1.1em .4em 0;text-align:left;vertical-align:top;border:0;background:none;
 border-bottom:1px solid var(--line);max-width:32em;white-space:normal;overflow-wrap:break-word}
-.ph thead th{border-bottom-color:var(--muted);vertical-align:bottom;font-size:.8125rem;font-weight:600;color:var(--muted)}
-.ph tbody th{font-weight:400;min-width:7.5em}
-.ph tbody tr{background:none}
-.ph td.ph-num,.ph th.ph-num{text-align:right;white-space:nowrap}
-.ph tbody .ph-short{white-space:nowrap;min-width:0}
-.ph tbody .ph-mid{min-width:10em}
-.ph tbody .ph-long{min-width:17em}
-.ph-headline dt::first-letter,.ph-est tbody th::first-letter{text-transform:uppercase}
+.ph.ph thead th{border-bottom-color:var(--muted);vertical-align:bottom;font-size:.8125rem;font-weight:600;color:var(--muted)}
+.ph.ph tbody th{font-weight:400;min-width:7.5em}
+.ph.ph tbody tr{background:none}
+.ph.ph td.ph-num,.ph.ph th.ph-num{text-align:right;white-space:nowrap}
+.ph.ph tbody .ph-short{white-space:nowrap;min-width:0}
+.ph.ph tbody .ph-mid{min-width:10em}
+.ph.ph tbody .ph-long{min-width:17em}
+.ph.ph-headline dt::first-letter,.ph.ph-est tbody th::first-letter{text-transform:uppercase}
 .ph-more,.ph-unit,.ph-sub{color:var(--muted);font-weight:400;font-size:.8125rem}
 .ph-more{margin:.5em 0 0}
 .ph-word{white-space:nowrap;font-weight:600}
 .ph-word,.ph-icon{color:var(--state,inherit)}
 .ph-icon{display:inline-block;width:1.35em;font-weight:600}
-.ph-note{border-left:3px solid var(--state,#5a6572);padding:.15em 0 .15em .9em;max-width:44em}
-.ph-note p{margin:0}
-.ph-verdict{border:1px solid var(--state);border-left-width:6px;border-radius:4px;padding:.9em 1.1em;max-width:52em}
-.ph-verdict>p{margin:0;font-weight:600;font-size:1.0625rem}
-.ph-verdict .ph-sub{display:block;margin-top:.35em}
-.ph-verdict ul{margin:.6em 0 0;padding:0;list-style:none}
-.ph-verdict li{margin:.2em 0}
-.ph-headline{display:flex;flex-wrap:wrap;gap:1.2em 2.6em}
-.ph-headline>div{min-width:11em;max-width:17em;flex:1 1 11em}
-.ph-headline dt{font-size:.875rem;color:var(--muted);margin:0}
-.ph-headline dd{margin:0}
-.ph-headline dd>*{display:block}
+.ph.ph-note{border-left:3px solid var(--state,#5a6572);padding:.15em 0 .15em .9em;max-width:44em}
+.ph.ph-note p{margin:0}
+.ph.ph-verdict{border:1px solid var(--state);border-left-width:6px;border-radius:4px;padding:.9em 1.1em;max-width:52em}
+.ph.ph-verdict>p{margin:0;font-weight:600;font-size:1.0625rem}
+.ph.ph-verdict .ph-sub{display:block;margin-top:.35em}
+.ph.ph-verdict ul{margin:.6em 0 0;padding:0;list-style:none}
+.ph.ph-verdict li{margin:.2em 0}
+.ph.ph-headline{display:flex;flex-wrap:wrap;gap:1.2em 2.6em}
+.ph.ph-headline>div{min-width:11em;max-width:17em;flex:1 1 11em}
+.ph.ph-headline dt{float:none;width:auto;font-weight:400;font-size:.875rem;color:var(--muted);margin:0}
+.ph.ph-headline dd{margin:0}
+.ph.ph-headline dd>*{display:block}
 .ph-big{font-size:1.875rem;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
-.ph img{max-width:100%;height:auto;display:block}
-.ph td img,.ph dd img{max-width:none}
+.ph.ph img{max-width:100%;height:auto;display:block}
+.ph.ph td img,.ph.ph dd img{max-width:none}
 .ph-chart{margin-left:0;margin-right:0}
+[data-jp-theme-light=false] .ph{--ph-accent:#8ab4f0;--ph-go:#5cc58d;--ph-nogo:#ff8f86;--ph-open:#f0b94d}
 """
 
 
@@ -324,7 +325,9 @@ def _column(series: pl.Series, spec: str) -> _Column:
 
 def text_of(value: Any) -> str:
     "A value that is not a number as people write it."
-    if value is None or value == "" or isinstance(value, float) and math.isnan(value):
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, str) and not value or isinstance(value, float) and math.isnan(value):
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -367,7 +367,7 @@ class Run:
 
     def not_applicable(self, title: str, why: str) -> Check:
         "A criterion that this problem cannot have; shown, and without weight in the verdict."
-        return self._checked(Check(title, "not applicable", why, "–", why))
+        return self._checked(Check(title, "not applicable", why, "–"))
 
     def decide(self, what: str, options: Any, chose: str, because: str, by: str = "rule") -> None:
         "Record a choice: the options with their measured trade-offs, the one taken, why, and by which rule or person."
@@ -455,10 +455,10 @@ class Run:
         raise InputError(f"{self.phase} asks for the {kind} of {room!r}, which is not finished; run it first")
 
     def _write_records(self) -> None:
-        write_whole(self.work / "claims.json", to_json([asdict(c) for c in self._claims if math.isfinite(c.value)], "claims"))
-        write_whole(self.work / "checks.json", to_json([asdict(c) for c in self._checks], "checks"))
-        write_whole(self.work / "decisions.json", to_json(self._decisions, "decisions"))
-        write_whole(self.work / "answer.json", to_json({"answer": self._answer, "verdict": self.verdict}, "answer"))
+        write_whole(self.work / "claims.json", to_json([asdict(c) for c in self._claims if math.isfinite(c.value)], "claims"), flush=False)
+        write_whole(self.work / "checks.json", to_json([asdict(c) for c in self._checks], "checks"), flush=False)
+        write_whole(self.work / "decisions.json", to_json(self._decisions, "decisions"), flush=False)
+        write_whole(self.work / "answer.json", to_json({"answer": self._answer, "verdict": self.verdict}, "answer"), flush=False)
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         receipt = {
             "phase": self.phase, "problem_file": _relative(self.problem_file, self.settings.root), "overrides": self.overrides,
@@ -473,7 +473,7 @@ class Run:
             "wall_s": round(time.monotonic() - self._clock, 3), "cpu_s": round(sum(u.ru_utime + u.ru_stime for u in usage), 3),
             "peak_rss_mb": round(max(u.ru_maxrss for u in usage) / 1024, 1),
         }
-        write_whole(self.work / "receipt.json", to_json(receipt, "receipt"))
+        write_whole(self.work / "receipt.json", to_json(receipt, "receipt"), flush=False)
 
 # %% ../../nbs/lib/core/05_run.ipynb #77514a91
 def open_run(

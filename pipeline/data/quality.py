@@ -136,7 +136,7 @@ def _column_faults(name: str, kind: Kind, row: dict[str, Any], raw: pl.Series, v
     if row["missing"] > 0.05:
         note(name, "missing", missing, f"{row['missing']:.1%} of the rows", "find out why; missing may itself mean something")
     if row["distinct"] == 1:
-        return note(name, "constant", height, f"always {row['usual']}", "delete the column")
+        return note(name, "constant", height, f"always {row['usual']}{' where it is not missing' if missing else ''}", "delete the column")
     if row["usual_share"] and row["usual_share"] > 0.99:
         note(name, "nearly constant", round(row["usual_share"] * height), f"{row['usual_share']:.2%} are {row['usual']}", "ask whether the rest is real")
     if why := looks_like_id(values, kind):

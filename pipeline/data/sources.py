@@ -184,7 +184,10 @@ def _read_csv(data: bytes, file: str) -> Table:
         data = data.replace(b"\r", b"\n")
     separator = guess_separator(data)
     cells, lines, left_open = count_cells(data, separator)
-    header = next(csv.reader(io.StringIO(data[:2_000_000].decode("utf-8", "ignore").lstrip("\r\n"), newline=""), delimiter=separator))
+    try:
+        header = next(csv.reader(io.StringIO(data[:2_000_000].decode("utf-8", "ignore").lstrip("\r\n"), newline=""), delimiter=separator))
+    except csv.Error as error:
+        raise InputError(f"{file}:1: the header cannot be read ({error}); the first line must hold the names of the columns") from error
     if left_open:
         raise InputError(f"{file}:{left_open}: a quote opened here is never closed; the file may have been cut: get it again from its source")
     names = tidy_names(header, file)

@@ -416,20 +416,23 @@ def _none(promise: str, found: int) -> dict[str, Any]:
 def time_dependence(
     values: pl.Series,     # the target, String classes or Float64
     order: pl.Series,      # the time of each row
-    blocks: int = 10,
+    blocks: int = 0,       # 0: by the number of rows
 ) -> tuple[float, float, bool]:    # effect in [0, 1], p-value, dependent?
     "Does the target move with time?"
     from scipy import stats
 
     rows = pl.DataFrame({"y": values, "t": order}).drop_nulls().sort("t", maintain_order=True)
+    blocks = blocks or min(max(rows.height // 200, 10), 100)
     if rows.height < 10 * blocks or rows["y"].n_unique() < 2:
         return 0.0, 1.0, False
     rows = rows.with_columns(block=pl.int_range(pl.len()) * blocks // pl.len())
     if rows.schema["y"] == pl.String:
         table = rows.group_by("block", "y").len().pivot(on="y", index="block", values="len").fill_null(0).drop("block").to_numpy()
         found = stats.chi2_contingency(table)
-        effect, p = float(np.sqrt(found[0] / (table.sum() * (min(table.shape) - 1)))), float(found[1])
+        p, chance = float(found[1]), (table.shape[0] - 1) * (table.shape[1] - 1)
+        share = (float(found[0]) - chance) / (table.sum() * (min(table.shape) - 1))
     else:
         h, p = stats.kruskal(*[part["y"].to_numpy() for part in rows.partition_by("block", maintain_order=True)])
-        effect, p = float(h / (rows.height - 1)), float(p)
+        share, p = (float(h) - blocks + 1) / (rows.height - blocks), float(p)
+    effect = float(np.sqrt(max(share, 0.0)))
     return effect, p, p < 0.01 and effect > 0.05

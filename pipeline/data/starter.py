@@ -19,12 +19,12 @@ from ..core.problem import Problem, Task, check_name, parse_problem, read_yaml
 from ..core.store import write_whole
 from .contract import learn, looks_like_id, read_as_declared, target_of
 from .sources import read_table
-from .splits import take_apart
+from .splits import take_apart, time_dependence
 from .targets import OPPOSITES, check_target, class_names
 from .types import Kind, guess_type, typed
 
 # %% auto #0
-__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'NOT_ORDERING', 'PEOPLE', 'guess_task', 'Guess', 'guess', 'problem_text',
+__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'NOT_ORDERING', 'PEOPLE', 'guess_task', 'Guess', 'guess', 'problem_text',
            'start_problem']
 
 # %% ../../nbs/lib/data/13_starter.ipynb #33e93786
@@ -57,6 +57,7 @@ def guess_task(
     return "multiclass", f"it has {distinct} different values"
 
 # %% ../../nbs/lib/data/13_starter.ipynb #cc4f0b61
+SUBJECTS = ("customer", "client", "user", "patient", "person", "member", "account", "subject", "employee", "student", "kunde", "household")
 NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline")
 PEOPLE = ("email", "e-mail", "mail", "phone", "mobile", "telefon", "surname", "firstname", "lastname", "first_name", "last_name", "full_name", "address",
           "street", "ssn", "passport", "iban", "birth", "dob", "ip_address")
@@ -88,6 +89,8 @@ def guess(
         raise InputError(f"the table has no column beside the target '{target}'; nothing to learn from")
     frame, kinds, unusable = typed(others, {})
     time, time_why = _guess_time(frame, kinds)
+    if time is None:
+        time, time_why = _guess_order(frame, kinds, _answers(table[target], task)) or (time, time_why)
     ids = {name: why for name in kinds if name != time and (why := looks_like_id(frame[name], kinds[name][0]))}
     people = {name: why for name in kinds if (why := _guess_person(frame[name]))}
     group = next((name for name in kinds if name not in ids and name != time and _repeats_like_id(frame[name])), None)
@@ -101,6 +104,25 @@ def _guess_time(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]]) -> tupl
         return None, f"{len(dates)} date columns, but none that nearly every row has" if dates else "no column holds dates"
     best = max(full, key=lambda name: (frame[name].n_unique(), -full.index(name)))
     return best, "the only date that nearly every row has" if len(full) == 1 else f"of {len(full)} date columns the one with most different values"
+
+
+def _answers(values: pl.Series, task: Task) -> pl.Series:
+    return values.cast(pl.Float64, strict=False) if task == "regression" else class_names(values)
+
+
+def _guess_order(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]], answers: pl.Series) -> tuple[str, str] | None:
+    "A year or a running number along which the target moves."
+    for name, (kind, _) in kinds.items():
+        values = frame[name]
+        if kind != "number" or values.null_count() or not (values % 1 == 0).all():
+            continue
+        years = "year" in name.lower().replace("-", "_").split("_") and values.min() >= 1900 and values.max() <= 2100 and values.n_unique() >= 5  # type: ignore[operator]
+        running = values.n_unique() == len(values) and values.is_sorted() and values[-1] - values[0] == len(values) - 1
+        if years or running:
+            effect, _, dependent = time_dependence(answers, values)
+            if dependent and effect > 0.1:
+                return name, f"{'a year' if years else 'a running number'} along which the target moves (effect {effect:.2f})"
+    return None
 
 
 def _guess_person(values: pl.Series) -> str | None:
@@ -235,9 +257,8 @@ def _rollout_lines(rows: int, days: float) -> list[str]:
 
 
 def _later_lines(table: pl.DataFrame, found: Guess) -> list[str]:
-    subject = next(iter({**found.people, **found.ids}), None) if found.ids else None
-    subject = next((name for name in found.ids if name in found.people), subject) if subject not in found.ids else subject
     people = list(found.people)
+    subject = next((name for name in found.ids if any(word in name.lower() for word in SUBJECTS) or name in found.people), None)
     if not subject and not people:
         return ["# what is not named stands at its default; params/problem.schema.json names every key"]
     lines = ["# what is not named stands at its default; params/problem.schema.json names every key", "comply:"]
@@ -300,8 +321,9 @@ def _splits(table: pl.DataFrame, found: Guess) -> list[tuple[Guess, str]]:
         return [(found, at_random)]
     tries = []
     order = typed(table.select(found.time), {})[0][found.time].drop_nulls().sort()
-    cut = order[int(len(order) * 0.8)].date()
-    if len(order) >= 400 and order[0].date() < cut < order[-1].date():
+    dated = order.dtype == pl.Datetime
+    cut: Any = order[int(len(order) * 0.8)].date() if dated else None
+    if dated and len(order) >= 400 and order[0].date() < cut < order[-1].date():
         tries.append((found, "  split:\n    kind: time   # guessed: production comes after training\n    holdout_share: 0.2   # newest share of the rows before production\n"
                       f"    production_from: {cut.isoformat()}   # the newest fifth plays production: rollout and monitoring replay it\n    folds: 3"))
     tries.append((found, "  split: {kind: time, holdout_share: 0.2, folds: 3}   # guessed: production comes after training"))
@@ -314,4 +336,7 @@ def _try(problem: Problem, table: pl.DataFrame) -> None:
     rows, kinds, unusable = read_as_declared(table, problem)
     target = target_of(rows, problem)
     parts = take_apart(rows, target, problem, np.random.default_rng(0))
+    unseen = [c for c in target.classes if parts.ordered and (parts.train[target.values.name] == c).sum() < 10 <= target.counts[c]]
+    if unseen:
+        raise InputError(f"class '{unseen[0]}' hardly occurs before the holdout")
     learn(parts.train, kinds, target, problem, unusable)

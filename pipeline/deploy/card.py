@@ -28,17 +28,33 @@ def make_card(
     "The card as JSON holds it."
     columns = {c["name"]: c for c in contract["columns"]}
     return {
-        "name": statement["name"], "question": statement["statement"], "task": statement["task"], "target": statement["target"],
+        "name": statement["name"],
+        "question": statement["statement"],
+        "task": statement["task"],
+        "target": statement["target"],
         "kpi": dict(statement.get("kpi") or {}),
-        "model": {k: model[k] for k in ("family", "features", "size_bytes", "digest") if k in model} | {"classes": list(contract.get("classes") or [])},
+        "model": {k: model[k] for k in ("family", "features", "size_bytes", "digest") if k in model}
+        | {"classes": list(contract.get("classes") or [])},
         "threshold": threshold,
-        "use": {"intended": statement["statement"], "people_look_at": f"{100 * (statement.get('human_review') or 0):g} % of decisions",
-                "accessibility": statement.get("accessibility") or UNSTATED,
-                "not_for": "any other question, and rows that the schema refuses"},
-        "inputs": [{"column": n, "type": columns[n]["type"], "known_at": columns[n].get("known_at") or UNSTATED,
-                    "personal": bool(columns[n].get("pii"))} for n in contract["features"]],
+        "use": {
+            "intended": statement["statement"],
+            "people_look_at": f"{100 * (statement.get('human_review') or 0):g} % of decisions",
+            "accessibility": statement.get("accessibility") or UNSTATED,
+            "not_for": "any other question, and rows that the schema refuses",
+        },
+        "inputs": [
+            {
+                "column": n,
+                "type": columns[n]["type"],
+                "known_at": columns[n].get("known_at") or UNSTATED,
+                "personal": bool(columns[n].get("pii")),
+            }
+            for n in contract["features"]
+        ],
         "data": dict(data),
-        "metrics": [{k: c.get(k) for k in ("name", "title", "value", "low", "high", "n", "on", "unit")} for c in claims],
+        "metrics": [
+            {k: c.get(k) for k in ("name", "title", "value", "low", "high", "n", "on", "unit")} for c in claims
+        ],
         "limits": [{k: c.get(k) for k in ("title", "verdict", "found", "limit")} for c in checks],
         "cohorts": [dict(c) for c in cohorts],
     }

@@ -41,7 +41,18 @@ def measure(
     "A load from a second process."
     with tempfile.TemporaryDirectory() as scratch:
         plan = Path(scratch) / "plan.json"
-        plan.write_text(json.dumps({"host": server.host, "port": server.port, "rows": list(rows), "rate": rate, "requests": requests, "seed": seed}))
+        plan.write_text(
+            json.dumps(
+                {
+                    "host": server.host,
+                    "port": server.port,
+                    "rows": list(rows),
+                    "rate": rate,
+                    "requests": requests,
+                    "seed": seed,
+                }
+            )
+        )
         code = "import sys; from pipeline.deploy.load import send; send(sys.argv[1])"
         done = subprocess.run([sys.executable, "-c", code, str(plan)], capture_output=True, text=True, timeout=600,
                               cwd=Path(__file__).resolve().parents[2] if "__file__" in globals() else None)
@@ -104,7 +115,12 @@ def _client(host: str, port: int, bodies: list[bytes], state: _Schedule, found: 
             time.sleep(state.due[number] - now)
         begun = state.due[number] if open_loop else time.perf_counter() - state.start
         try:
-            connection.request("POST", "/predict", bodies[number % len(bodies)], {"content-type": "application/json", "prefer": "handling=lenient"})
+            connection.request(
+                "POST",
+                "/predict",
+                bodies[number % len(bodies)],
+                {"content-type": "application/json", "prefer": "handling=lenient"},
+            )
             response = connection.getresponse()
             response.read()
             status = response.status

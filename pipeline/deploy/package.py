@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEY', 'MANIFEST', 'SIGNATURE', 'SUFFIXES', 'Contents', 'fill', 'seal', 'content_digest', 'verify_package',
-           'load_package', 'release', 'released', 'package_of']
+           'called', 'load_package', 'release', 'released', 'package_of']
 
 # %% ../../nbs/lib/deploy/04_package.ipynb #742c6be1
 FORMAT = "pilothouse-package-1"
@@ -70,8 +70,15 @@ def seal(
     sign: Callable[[bytes], str],     # bytes -> base64 of an Ed25519 signature
 ) -> dict[str, Any]:
     "Write manifest and signature; the manifest."
-    manifest = {"format": FORMAT, "name": name, "version": version, "content": content_digest(folder), "created_from": dict(contents.origin),
-                "lock": contents.lock, "files": _files(folder)}
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "version": version,
+        "content": content_digest(folder),
+        "created_from": dict(contents.origin),
+        "lock": contents.lock,
+        "files": _files(folder),
+    }
     text = to_json(manifest, "manifest")
     write_whole(folder / MANIFEST, text)
     write_whole(folder / SIGNATURE, sign(text.encode()) + "\n")
@@ -88,7 +95,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not path.is_dir() and not path.is_file():
-            raise IntegrityError(f"package {folder.name}: {name} is a link or a special file; only plain files are packed")
+            raise IntegrityError(f"{called(folder)}: {name} is a link or a special file; only plain files are packed")
         if path.is_file() and name not in (MANIFEST, SIGNATURE):
             found[name] = {"sha256": digest_file(path), "bytes": path.stat().st_size}
     return found
@@ -106,12 +113,19 @@ def verify_package(
     for name in sorted({*manifest["files"], *found}):
         fault = _fault(manifest["files"].get(name), found.get(name))
         if fault:
-            raise IntegrityError(f"package {folder.name}: {name} {fault}; nothing was loaded, restore the package or build it again")
+            raise IntegrityError(f"{called(folder)}: {name} {fault}; nothing was loaded, restore the package or build it again")
         if Path(name).suffix not in SUFFIXES:
-            raise IntegrityError(f"package {folder.name}: {name} is no {', '.join(SUFFIXES)} file; nothing was loaded")
+            raise IntegrityError(f"{called(folder)}: {name} is no {', '.join(SUFFIXES)} file; nothing was loaded")
     if manifest["version"] < newest:
-        raise IntegrityError(f"package {folder.name} is version {manifest['version']}, version {newest} was live already; an older package goes live only by a rollback")
+        raise IntegrityError(
+            f"{called(folder)} is version {manifest['version']}, version {newest} was live already; an older package goes live only by a rollback"
+        )
     return manifest
+
+
+def called(folder: Path) -> str:
+    "What a message calls a package: its folder, unless that says nothing."
+    return "the package" if folder.name in ("package", "tampered", "served") else f"package {folder.name[:12]}"
 
 
 def _signed_manifest(folder: Path, public_key: Any) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def _signed_manifest(folder: Path, public_key: Any) -> dict[str, Any]:
 
     for name in (MANIFEST, SIGNATURE):
         if (folder / name).is_symlink() or not (folder / name).is_file():
-            raise IntegrityError(f"package {folder.name} has no {name}; nothing was loaded, build the package again")
+            raise IntegrityError(f"{called(folder)} has no {name}; nothing was loaded, build the package again")
     text, signature = (folder / MANIFEST).read_bytes(), (folder / SIGNATURE).read_bytes()
     try:
         signed = base64.b64decode(signature.strip(), validate=True)
@@ -129,10 +143,12 @@ def _signed_manifest(folder: Path, public_key: Any) -> dict[str, Any]:
             raise ValueError("not as it was written")
         public_key.verify(signed, text)
     except (InvalidSignature, ValueError):
-        raise IntegrityError(f"package {folder.name}: {MANIFEST} is not signed by this store's key; nothing was loaded, build the package again") from None
+        raise IntegrityError(
+            f"{called(folder)}: {MANIFEST} is not signed by this store's key; nothing was loaded, build the package again"
+        ) from None
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
-        raise IntegrityError(f"package {folder.name} has format {manifest.get('format')!r}, this program reads {FORMAT}")
+        raise IntegrityError(f"{called(folder)} has format {manifest.get('format')!r}, this program reads {FORMAT}")
     return manifest
 
 

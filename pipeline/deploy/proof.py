@@ -68,8 +68,17 @@ def pack(
     run.audit("package.released", name=name, version=manifest["version"], manifest=digest_file(folder / MANIFEST))
     files = [{"file": n, "bytes": f["bytes"], "sha256": f["sha256"][:12] + "…"} for n, f in manifest["files"].items()]
     shown = stack(
-        facts({"name": name, "version": manifest["version"], "made from data": manifest["created_from"]["data_version"], "labels": manifest["created_from"]["label_version"],
-               "signed with": f"Ed25519 key “{KEY}” of this store", "manifest": digest_file(folder / MANIFEST)[:12] + "…"}, "The package"),
+        facts(
+            {
+                "name": name,
+                "version": manifest["version"],
+                "made from data": manifest["created_from"]["data_version"],
+                "labels": manifest["created_from"]["label_version"],
+                "signed with": f"Ed25519 key “{KEY}” of this store",
+                "manifest": digest_file(folder / MANIFEST)[:12] + "…",
+            },
+            "The package",
+        ),
         table(files, f"{len(files)} files, each with its digest in the signed manifest"),
     )
     return Packed(folder, manifest, load_package(folder, key), key, shown)
@@ -81,14 +90,36 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
     claims = [asdict(c) for c in run.claims("evaluate")]
     versions = {k: _version(run, k) for k in ("data", "label")}
     splits = run.load("data/splits") if run.has("data/splits") else {}
-    data = {"data version": versions["data"], "label version": versions["label"], **{k: _period(splits.get(k)) for k in ("train", "holdout")}}
+    data = {
+        "data version": versions["data"],
+        "label version": versions["label"],
+        **{k: _period(splits.get(k)) for k in ("train", "holdout")},
+    }
     cohorts = run.load("evaluate/cohorts").head(60).to_dicts() if run.has("evaluate/cohorts") else []
     said = run.problem.problem
     statement = {"name": said.name, "statement": said.statement, "kpi": said.kpi.model_dump(), "task": said.task, "target": said.target,
                  "human_review": said.human_review, "accessibility": said.accessibility}
-    card = make_card(statement, model, contract, data, claims, [asdict(c) for c in run.checks("evaluate")], [_finite(c) for c in cohorts], threshold.get("threshold"))
+    card = make_card(
+        statement,
+        model,
+        contract,
+        data,
+        claims,
+        [asdict(c) for c in run.checks("evaluate")],
+        [_finite(c) for c in cohorts],
+        threshold.get("threshold"),
+    )
     origin = {"data_version": versions["data"], "label_version": versions["label"], "model": model_digest, "python": interpreter()}
-    return Contents(contract, make_schema(contract, train).to_dict(), threshold, claims, card, card_markdown(card), origin, lock_digest(run.settings.root))
+    return Contents(
+        contract,
+        make_schema(contract, train).to_dict(),
+        threshold,
+        claims,
+        card,
+        card_markdown(card),
+        origin,
+        lock_digest(run.settings.root),
+    )
 
 
 def _version(run: Run, room: str) -> str:
@@ -113,10 +144,20 @@ def show_card(
     "The card's first lines, as whoever receives the package reads them."
     card = json.loads((packed.folder / "card.json").read_text(encoding="utf-8"))
     threshold = "not needed" if card["threshold"] is None else f"{card['threshold']:.3g}"
-    return facts({"question": card["question"], "family": card["model"]["family"], "columns read": len(card["inputs"]),
-                  "personal columns read": ", ".join(i["column"] for i in card["inputs"] if i["personal"]) or "none",
-                  "trained on": card["data"]["train"], "measured on": card["data"]["holdout"], "positive from a probability of": threshold,
-                  "people look at": card["use"]["people_look_at"], "not for": card["use"]["not_for"]}, "The model card (card.md and card.json in the package)")
+    return facts(
+        {
+            "question": card["question"],
+            "family": card["model"]["family"],
+            "columns read": len(card["inputs"]),
+            "personal columns read": ", ".join(i["column"] for i in card["inputs"] if i["personal"]) or "none",
+            "trained on": card["data"]["train"],
+            "measured on": card["data"]["holdout"],
+            "positive from a probability of": threshold,
+            "people look at": card["use"]["people_look_at"],
+            "not for": card["use"]["not_for"],
+        },
+        "The model card (card.md and card.json in the package)",
+    )
 
 # %% ../../nbs/lib/deploy/09_proof.ipynb #2c361953
 REPLAYED = 100_000      # rows of the holdout at most
@@ -161,13 +202,21 @@ def rehearse(
     resources |= {"batch_rows_per_s": len(frame) / max(time.perf_counter() - begun, 1e-9)}
     replayed = side_by_side(measured, served, batch)
     shared = [n for n in served.columns if n in measured.columns]
-    first = compare(measured.select(shared), served.select(shared)).first or compare(served.head(SINGLE), single, 0).first or compare(served, batch, 0).first
+    first = (
+        compare(measured.select(shared), served.select(shared)).first
+        or compare(served.head(SINGLE), single, 0).first
+        or compare(served, batch, 0).first
+    )
     run.save("deploy/smoke", smoke)
     run.save("deploy/replay", replayed)
     run.save("deploy/latencies", latencies, timing=True)
     run.save("deploy/throughput", speed, timing=True)
     run.save("deploy/resources", resources, timing=True)
-    refusals = pl.DataFrame(summarise(check_rows(rows, packed.predictor.schema).refused), schema={"field": pl.String, "problem": pl.String, "rows": pl.Int64, "example": pl.String}, strict=False)
+    refusals = pl.DataFrame(
+        summarise(check_rows(rows, packed.predictor.schema).refused),
+        schema={"field": pl.String, "problem": pl.String, "rows": pl.Int64, "example": pl.String},
+        strict=False,
+    )
     run.save("deploy/refusals", refusals)
     return Rehearsal(len(frame), smoke, replayed, first, latencies, resources, refusals)
 
@@ -189,7 +238,7 @@ def _calmest(server: Staged, rows: Sequence[dict[str, Any]], rate: float, limit:
     "Latencies; another sample, up to five, while only the p99 is over the limit. The one with the lowest p99 counts."
     samples = []
     for attempt in range(1, ATTEMPTS + 1):
-        sample = measure(server, rows, rate, 300, seed + attempt).with_columns(attempt=pl.lit(attempt, pl.Int64))
+        sample = measure(server, rows, rate, 600, seed + attempt).with_columns(attempt=pl.lit(attempt, pl.Int64))
         samples.append(sample)
         if latency_quantile(sample, 0.99).value <= limit or latency_quantile(sample, 0.5).value > limit:
             break
@@ -204,10 +253,19 @@ def smoke_test(
 ) -> pl.DataFrame:               # what, asked, expected, found, ok, said
     "Ask what must work and what must be refused."
     cases: list[tuple[str, str, str, bytes, dict[str, str], int]] = [
-        ("is alive", "GET", "/health", b"", {}, 200), ("is ready", "GET", "/ready", b"", {}, 200),
-        ("describes itself", "GET", "/openapi.json", b"", {}, 200), ("counts", "GET", "/metrics", b"", {}, 200),
+        ("is alive", "GET", "/health", b"", {}, 200),
+        ("is ready", "GET", "/ready", b"", {}, 200),
+        ("describes itself", "GET", "/openapi.json", b"", {}, 200),
+        ("counts", "GET", "/metrics", b"", {}, 200),
         ("answers a row", "POST", "/predict", _rows(row), {"prefer": "handling=lenient"}, 200),
-        ("speaks the Open Inference Protocol", "POST", f"/v2/models/{predictor.name}/infer", _tensors(row), {"prefer": "handling=lenient"}, 200),
+        (
+            "speaks the Open Inference Protocol",
+            "POST",
+            f"/v2/models/{predictor.name}/infer",
+            _tensors(row),
+            {"prefer": "handling=lenient"},
+            200,
+        ),
         ("refuses an unknown column", "POST", "/predict", _rows({**row, "no such column": 1}), {}, 422),
         ("refuses a missing column", "POST", "/predict", _rows(dict(list(row.items())[1:])), {}, 422),
         ("refuses a wrong type", "POST", "/predict", _rows({**row, next(iter(row)): {"a": 1}}), {}, 422),
@@ -215,7 +273,8 @@ def smoke_test(
         ("refuses a body nested 100,000 deep", "POST", "/predict", b"[" * 100_000, {}, 400),
         ("refuses no rows", "POST", "/predict", b'{"rows": []}', {}, 422),
         ("refuses a body of 9 MB", "POST", "/predict", b" " * 9_000_000, {}, 413),
-        ("knows its paths", "GET", "/predictions", b"", {}, 404), ("knows its methods", "GET", "/predict", b"", {}, 405),
+        ("knows its paths", "GET", "/predictions", b"", {}, 404),
+        ("knows its methods", "GET", "/predict", b"", {}, 405),
         ("refuses a foreign host name", "GET", "/health", b"", {"host": "evil.example"}, 421),
     ]
     return pl.DataFrame([_smoke(server, *case) for case in cases])
@@ -226,7 +285,14 @@ def _rows(row: dict[str, Any]) -> bytes:
 
 
 def _tensors(row: dict[str, Any]) -> bytes:
-    return json.dumps({"inputs": [{"name": n, "shape": [1], "datatype": "BYTES" if isinstance(v, str) else "FP64", "data": [v]} for n, v in row.items()]}).encode()
+    return json.dumps(
+        {
+            "inputs": [
+                {"name": n, "shape": [1], "datatype": "BYTES" if isinstance(v, str) else "FP64", "data": [v]}
+                for n, v in row.items()
+            ]
+        }
+    ).encode()
 
 
 def _smoke(server: Staged, what: str, method: str, path: str, body: bytes, headers: dict[str, str], expected: int) -> dict[str, Any]:
@@ -241,7 +307,14 @@ def _smoke(server: Staged, what: str, method: str, path: str, body: bytes, heade
     finally:
         connection.close()
     said = json.loads(text).get("detail", "") if kind == "application/problem+json" else ""
-    return {"the service": what, "asked": f"{method} {path}", "expected": expected, "found": found, "ok": found == expected, "said": said[:160]}
+    return {
+        "the service": what,
+        "asked": f"{method} {path}",
+        "expected": expected,
+        "found": found,
+        "ok": found == expected,
+        "said": said[:160],
+    }
 
 # %% ../../nbs/lib/deploy/09_proof.ipynb #e238de47
 def claim_equality(
@@ -252,16 +325,39 @@ def claim_equality(
     failed = rehearsal.smoke.filter(~pl.col("ok"))
     run.require("Smoke tests", failed.is_empty(), f"{rehearsal.smoke.height - failed.height} of {rehearsal.smoke.height} as expected",
                 f"look at: {', '.join(failed['the service'])}")
-    gap = run.claim("served_minus_measured", of="deploy/replay", by=largest_difference, using={"prefix": "measured_"}, on="holdout", better="lower",
-                    n=rehearsal.rows, title="largest difference between served and measured")
-    same = run.claim("batch_minus_served", of="deploy/replay", by=largest_difference, using={"prefix": "batch_"}, on="holdout", better="lower",
-                     n=rehearsal.rows, title="largest difference between batch and online")
+    gap = run.claim(
+        "served_minus_measured",
+        of="deploy/replay",
+        by=largest_difference,
+        using={"prefix": "measured_"},
+        on="holdout",
+        better="lower",
+        n=rehearsal.rows,
+        title="largest difference between served and measured",
+    )
+    same = run.claim(
+        "batch_minus_served",
+        of="deploy/replay",
+        by=largest_difference,
+        using={"prefix": "batch_"},
+        on="holdout",
+        better="lower",
+        n=rehearsal.rows,
+        title="largest difference between batch and online",
+    )
     run.check("Served equals measured, to 1e-9", gap, at_most=1e-9, why=rehearsal.first)
     run.check("Batch equals online, bit for bit", same, at_most=0.0, why=rehearsal.first)
     again = claim_metric_again(run, rehearsal)
-    facts_ = facts({"rows asked over HTTP": rehearsal.rows, "of these one by one as well": min(SINGLE, rehearsal.rows),
-                    "largest difference to what was measured": f"{gap.value:.3g}", "largest difference between batch and online": f"{same.value:.3g}",
-                    "first difference": rehearsal.first or "none"}, "The holdout, answered by the service")
+    facts_ = facts(
+        {
+            "rows asked over HTTP": rehearsal.rows,
+            "of these one by one as well": min(SINGLE, rehearsal.rows),
+            "largest difference to what was measured": f"{gap.value:.3g}",
+            "largest difference between batch and online": f"{same.value:.3g}",
+            "first difference": rehearsal.first or "none",
+        },
+        "The holdout, answered by the service",
+    )
     return stack(facts_, estimates(again, "The metric of the evaluation, computed from what the service answered")) if again else facts_
 
 
@@ -271,7 +367,16 @@ def claim_metric_again(run: Run, rehearsal: Rehearsal) -> list[Claim]:
     if not wanted or rehearsal.rows == REPLAYED:
         return []
     was = wanted[0]
-    again = run.claim(f"served_{was.name}", of="deploy/replay", by=score, using=was.using, on="holdout", unit=was.unit, better=was.better, title=f"{was.title}, as served")
+    again = run.claim(
+        f"served_{was.name}",
+        of="deploy/replay",
+        by=score,
+        using=was.using,
+        on="holdout",
+        unit=was.unit,
+        better=was.better,
+        title=f"{was.title}, as served",
+    )
     run.require(f"{was.title} as served", abs(again.value - was.value) <= 1e-9, f"{again.value:.6g} served, {was.value:.6g} measured",
                 f"find what differs: {rehearsal.first}", limit="equal to 1e-9")
     return [again]
@@ -288,8 +393,13 @@ def show_refusals(rehearsal: Rehearsal) -> Html:
     n = int(rehearsal.refusals["rows"].sum())
     if not n:
         return note(f"Strict handling, the default, would have answered every one of the {rehearsal.rows:,} holdout rows.", "go")
-    return stack(table(rehearsal.refusals, f"Values that training never saw, in {rehearsal.rows:,} real rows: refused unless a caller sends Prefer: handling=lenient"),
-                 note("The replay asks leniently, as a batch does: each row in is one row out."))
+    return stack(
+        table(
+            rehearsal.refusals,
+            f"Values that training never saw, in {rehearsal.rows:,} real rows: refused unless a caller sends Prefer: handling=lenient",
+        ),
+        note("The replay asks leniently, as a batch does: each row in is one row out."),
+    )
 
 # %% ../../nbs/lib/deploy/09_proof.ipynb #8cca16a8
 def claim_limits(
@@ -300,13 +410,61 @@ def claim_limits(
     "Claims and checks for latency, size, memory, throughput and availability."
     limits = run.problem.deploy
     common: dict[str, Any] = {"on": "staging", "better": "lower"}
-    p50 = run.claim("latency_p50_ms", of="deploy/latencies", by=latency_quantile, using={"q": 0.5}, unit="ms", title="median latency of one row", **common)
-    p99 = run.claim("latency_p99_ms", of="deploy/latencies", by=latency_quantile, using={"q": 0.99}, unit="ms", title="99th percentile of latency of one row", **common)
+    p50 = run.claim(
+        "latency_p50_ms",
+        of="deploy/latencies",
+        by=latency_quantile,
+        using={"q": 0.5},
+        unit="ms",
+        title="median latency of one row",
+        **common,
+    )
+    p99 = run.claim(
+        "latency_p99_ms",
+        of="deploy/latencies",
+        by=latency_quantile,
+        using={"q": 0.99},
+        unit="ms",
+        title="99th percentile of latency of one row",
+        **common,
+    )
     size = run.claim("model_mb", of="deploy/package", by=folder_mb, unit="MB", title="model on disk", **common)
-    memory = run.claim("rss_mb", of="deploy/resources", by=of_key, using={"key": "rss_mb"}, unit="MB", title="memory of the service under load", **common)
-    rps = run.claim("throughput_rps", of="deploy/throughput", by=throughput, unit="1/s", on="staging", better="higher", title="requests a second, 8 clients that never pause")
-    answered = run.claim("answered_share", of="deploy/latencies", by=answered_share, on="staging", better="higher", title="share of requests answered")
-    rows = run.claim("batch_rows_per_s", of="deploy/resources", by=of_key, using={"key": "batch_rows_per_s"}, unit="1/s", on="staging", better="higher", title="rows a second in a batch")
+    memory = run.claim(
+        "rss_mb",
+        of="deploy/resources",
+        by=of_key,
+        using={"key": "rss_mb"},
+        unit="MB",
+        title="memory of the service under load",
+        **common,
+    )
+    rps = run.claim(
+        "throughput_rps",
+        of="deploy/throughput",
+        by=throughput,
+        unit="1/s",
+        on="staging",
+        better="higher",
+        title="requests a second, 8 clients that never pause",
+    )
+    answered = run.claim(
+        "answered_share",
+        of="deploy/latencies",
+        by=answered_share,
+        on="staging",
+        better="higher",
+        title="share of requests answered",
+    )
+    rows = run.claim(
+        "batch_rows_per_s",
+        of="deploy/resources",
+        by=of_key,
+        using={"key": "batch_rows_per_s"},
+        unit="1/s",
+        on="staging",
+        better="higher",
+        title="rows a second in a batch",
+    )
     if run.problem.problem.mode == "online":
         run.check("Latency, 99th percentile (deploy.latency_p99_ms)", p99, at_most=limits.latency_p99_ms)
         run.check("Throughput (deploy.throughput_rps)", rps, at_least=limits.throughput_rps)
@@ -316,14 +474,29 @@ def claim_limits(
     run.check("Model on disk (deploy.model_mb)", size, at_most=limits.model_mb)
     run.check("Memory of the service (deploy.rss_mb)", memory, at_most=limits.rss_mb)
     run.check("Requests answered (deploy.uptime)", answered, at_least=limits.uptime)
-    told = {"latency_p99_ms": limits.latency_p99_ms, "model_mb": limits.model_mb, "rss_mb": limits.rss_mb, "throughput_rps": limits.throughput_rps, "answered_share": limits.uptime}
+    told = {
+        "latency_p99_ms": limits.latency_p99_ms,
+        "model_mb": limits.model_mb,
+        "rss_mb": limits.rss_mb,
+        "throughput_rps": limits.throughput_rps,
+        "answered_share": limits.uptime,
+    }
     attempts = int(rehearsal.latencies["attempt"].n_unique())
     tries = "" if attempts == 1 else f" The machine was busy: {attempts} samples were taken and the calmest counts; all are kept."
     return stack(
-        headline([("99th percentile of latency", f"{p99.value:.3g} ms", p99, limits.latency_p99_ms), ("model on disk", f"{size.value:.2f} MB", size, limits.model_mb),
-                  ("memory under load", f"{memory.value:.0f} MB", memory, limits.rss_mb)]),
-        estimates([p50, p99, rps, rows, size, memory, answered], "Measured against the limits of the problem file", told),
-        note(f"Latency counts from when a request was due, in an open loop from a second process, so that a stall is not hidden by a client that waits for it.{tries}"),
+        headline(
+            [
+                ("99th percentile of latency", f"{p99.value:.3g} ms", p99, limits.latency_p99_ms),
+                ("model on disk", f"{size.value:.2f} MB", size, limits.model_mb),
+                ("memory under load", f"{memory.value:.0f} MB", memory, limits.rss_mb),
+            ]
+        ),
+        estimates(
+            [p50, p99, rps, rows, size, memory, answered], "Measured against the limits of the problem file", told
+        ),
+        note(
+            f"Latency counts from when a request was due, in an open loop from a second process, so that a stall is not hidden by a client that waits for it.{tries}"
+        ),
     )
 
 
@@ -348,16 +521,25 @@ def tamper(
     "Damage copies of the package; each must be refused, one of them by a real server that then ends with code 3."
     model = max((packed.folder / "model").iterdir(), key=lambda p: p.stat().st_size).relative_to(packed.folder)
     ways: list[tuple[str, Callable[[Path], Any], int]] = [
-        ("one byte of the model changed", lambda f: _flip(f / model), 0), ("the model cut in half", lambda f: os.truncate(f / model, (f / model).stat().st_size // 2), 0),
-        ("a file added", lambda f: (f / "model" / "extra.pkl").write_bytes(b"\x80\x04."), 0), ("the contract removed", lambda f: (f / "contract.json").unlink(), 0),
-        ("the manifest edited", lambda f: _flip(f / MANIFEST), 0), ("the signature removed", lambda f: (f / SIGNATURE).unlink(), 0),
-        ("a file replaced by a link", lambda f: _link(f / "card.md"), 0), ("an older version offered as new", lambda f: None, packed.manifest["version"] + 1),
+        ("one byte of the model changed", lambda f: _flip(f / model), 0),
+        ("the model cut in half", lambda f: os.truncate(f / model, (f / model).stat().st_size // 2), 0),
+        ("a file added", lambda f: (f / "model" / "extra.pkl").write_bytes(b"\x80\x04."), 0),
+        ("the contract removed", lambda f: (f / "contract.json").unlink(), 0),
+        ("the manifest edited", lambda f: _flip(f / MANIFEST), 0),
+        ("the signature removed", lambda f: (f / SIGNATURE).unlink(), 0),
+        ("a file replaced by a link", lambda f: _link(f / "card.md"), 0),
+        ("an older version offered as new", lambda f: None, packed.manifest["version"] + 1),
     ]
     rows = [_refusal(run.scratch / "tampered", packed, *way) for way in ways]
     rows.append({"what was done": "one byte changed, then served", **_served(run.scratch / "served", packed, model)})
     frame = pl.DataFrame(rows)
     run.save("deploy/tampered", frame)
-    run.require("A tampered package is refused", bool(frame["refused"].all()), f"{int(frame['refused'].sum())} of {len(rows)} refused", "do not deploy: verification is broken")
+    run.require(
+        "A tampered package is refused",
+        bool(frame["refused"].all()),
+        f"{int(frame['refused'].sum())} of {len(rows)} refused",
+        "do not deploy: verification is broken",
+    )
     shown = frame.with_columns(pl.when("refused").then(pl.lit("go")).otherwise(pl.lit("no-go")).alias("verdict")).drop("refused")
     return table(shown.select("what was done", "verdict", "answer"), "Damaged on purpose: refused before the model was read")
 
@@ -386,7 +568,7 @@ def _refusal(place: Path, packed: Packed, what: str, change: Callable[[Path], An
     try:
         verify_package(place, packed.key, newest)
     except IntegrityError as error:
-        return {"what was done": what, "refused": True, "answer": str(error).replace(place.name, "package")}
+        return {"what was done": what, "refused": True, "answer": str(error)}
     return {"what was done": what, "refused": False, "answer": "accepted"}
 
 
@@ -396,7 +578,7 @@ def _served(place: Path, packed: Packed, model: Path) -> dict[str, Any]:
         with staged(place, packed.key):
             return {"refused": False, "answer": "served"}
     except IntegrityError as error:
-        return {"refused": True, "answer": "exit code 3: " + str(error).replace(place.name, "package")}
+        return {"refused": True, "answer": "exit code 3: " + str(error)}
 
 # %% ../../nbs/lib/deploy/09_proof.ipynb #523b2ab3
 def tell(
@@ -409,6 +591,8 @@ def tell(
     sample = rehearsal.latencies.filter(pl.col("counts"))
     p99 = latency_quantile(sample, 0.99).value
     same = "the same answers as measured" if gap <= 1e-9 else f"answers that differ from what was measured by up to {gap:.3g}"
-    return (f"{packed.manifest['name']} version {packed.manifest['version']} gives {same} on {rehearsal.rows:,} holdout rows over HTTP; "
-            f"99 % of single-row requests take under {p99:.3g} ms (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "
-            f"{folder_mb(packed.folder):.2f} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory.")
+    return (
+        f"{packed.manifest['name']} version {packed.manifest['version']} gives {same} on {rehearsal.rows:,} holdout rows over HTTP; "
+        f"99 % of single-row requests take under {p99:.3g} ms (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "
+        f"{folder_mb(packed.folder):.2f} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory."
+    )

@@ -379,7 +379,9 @@ def _cast(series: pl.Series, spec: Field) -> pl.Series:
 def _all_read(series: pl.Series, read: pl.Series, lost: pl.Series, spec: Field) -> pl.Series:
     if lost.any():
         at = int(lost.arg_max() or 0)
-        raise InputError(f"column {spec.name!r}, row {at + 1:,}: {_short(series[at])!r} is not a {spec.type} ({spec.dtype}); mend the value or leave it empty")
+        raise InputError(
+            f"column {spec.name!r}, row {at + 1:,}: {_short(series[at])!r} is not a {spec.type} ({spec.dtype}); mend the value or leave it empty"
+        )
     return read
 
 
@@ -438,8 +440,15 @@ def summarise(
 
 def json_schema(schema: Schema) -> dict[str, Any]:
     "The schema of one row, as OpenAPI 3.1 writes it."
-    return {"type": "object", "required": schema.names, "additionalProperties": False,
-            "properties": {**{f.name: _property(f) for f in schema.fields}, **{n: {"description": "accepted, not used"} for n in schema.ignored}}}
+    return {
+        "type": "object",
+        "required": schema.names,
+        "additionalProperties": False,
+        "properties": {
+            **{f.name: _property(f) for f in schema.fields},
+            **{n: {"description": "accepted, not used"} for n in schema.ignored},
+        },
+    }
 
 
 def _property(spec: Field) -> dict[str, Any]:

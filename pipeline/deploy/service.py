@@ -88,8 +88,13 @@ def _not_numbers(body: bytes) -> list[Finding]:
     except (ValueError, RecursionError):
         return []
     rows = value.get("rows") if isinstance(value, dict) else None
-    return [Finding(i, str(k)[:120], "is not a number", v.word, "a finite number or null") for i, row in enumerate(rows if isinstance(rows, list) else ())
-            if isinstance(row, dict) for k, v in row.items() if v in odd.values()]
+    return [
+        Finding(i, str(k)[:120], "is not a number", v.word, "a finite number or null")
+        for i, row in enumerate(rows if isinstance(rows, list) else ())
+        if isinstance(row, dict)
+        for k, v in row.items()
+        if v in odd.values()
+    ]
 
 # %% ../../nbs/lib/deploy/05_service.ipynb #e11df16e
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)   # seconds
@@ -118,7 +123,10 @@ class Counts:
     def text(self, version: str) -> str:
         "In Prometheus' text format."
         lines = ["# HELP pilothouse_requests_total Requests by route and status.", "# TYPE pilothouse_requests_total counter"]
-        lines += [f'pilothouse_requests_total{{method="{m}",route="{r}",status="{s}"}} {n}' for (m, r, s), n in sorted(self.requests.items())]
+        lines += [
+            f'pilothouse_requests_total{{method="{m}",route="{r}",status="{s}"}} {n}'
+            for (m, r, s), n in sorted(self.requests.items())
+        ]
         lines += ["# HELP pilothouse_predict_seconds Time to answer a prediction request.", "# TYPE pilothouse_predict_seconds histogram"]
         total = 0
         for bucket in BUCKETS:
@@ -130,7 +138,10 @@ class Counts:
                   "# HELP pilothouse_rows_total Rows answered.", "# TYPE pilothouse_rows_total counter",
                   f'pilothouse_rows_total{{version="{version}"}} {self.rows}',
                   "# HELP pilothouse_predictions_total Answers by class.", "# TYPE pilothouse_predictions_total counter"]
-        lines += [f'pilothouse_predictions_total{{version="{version}",class="{_label(c)}"}} {n}' for c, n in sorted(self.predictions.items())]
+        lines += [
+            f'pilothouse_predictions_total{{version="{version}",class="{_label(c)}"}} {n}'
+            for c, n in sorted(self.predictions.items())
+        ]
         lines += ["# HELP pilothouse_warnings_total Values that training never saw, by field.", "# TYPE pilothouse_warnings_total counter"]
         lines += [f'pilothouse_warnings_total{{field="{_label(f)}"}} {n}' for f, n in sorted(self.warnings.items())]
         return "\n".join(lines) + "\n"
@@ -201,8 +212,10 @@ class Service:
             status, extra, out = answer(request, headers, body)
         except Refused as refused:
             status, extra, out = self._problem(refused, request)
-        except Exception as error:   # a fault of ours: said without its insides, logged with its kind
-            status, extra, out = self._problem(Refused(500, "internal error", "this request met a fault of the service; it is logged"), request)
+        except Exception as error:  # a fault of ours: said without its insides, logged with its kind
+            status, extra, out = self._problem(
+                Refused(500, "internal error", "this request met a fault of the service; it is logged"), request
+            )
             self._write({"error": f"{type(error).__name__}: {str(error)[:200]}", "request_id": request})
         seconds = time.perf_counter() - start
         self.counts.note(method if method in ("GET", "POST") else "other", route, status, seconds)
@@ -222,7 +235,12 @@ class Service:
         if self.token is not None and path not in OPEN:
             kind, _, sent = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self.token.encode()):
-                raise Refused(401, "token wanted", "send the service's token as `Authorization: Bearer …`", headers=[("www-authenticate", "Bearer")])
+                raise Refused(
+                    401,
+                    "token wanted",
+                    "send the service's token as `Authorization: Bearer …`",
+                    headers=[("www-authenticate", "Bearer")],
+                )
 
     def _found(self, path: str) -> tuple[str, str, Callable[..., Reply]]:
         found = self._routes.get(path.rstrip("/") or "/")
@@ -234,8 +252,14 @@ class Service:
         return status, [("content-type", kind)], self._encode(value)
 
     def _problem(self, refused: Refused, request: str) -> Reply:
-        document: dict[str, Any] = {"type": f"urn:pilothouse:problem:{refused.title.replace(' ', '-')}", "title": refused.title, "status": refused.status,
-                                    "detail": refused.detail, "instance": f"urn:pilothouse:request:{request}", "request_id": request}
+        document: dict[str, Any] = {
+            "type": f"urn:pilothouse:problem:{refused.title.replace(' ', '-')}",
+            "title": refused.title,
+            "status": refused.status,
+            "detail": refused.detail,
+            "instance": f"urn:pilothouse:request:{request}",
+            "request_id": request,
+        }
         if refused.findings:
             document["errors"] = [_shown(f) for f in refused.findings[:MAX_FINDINGS]]
             document["errors_found"] = len(refused.findings)
@@ -248,7 +272,14 @@ class Service:
         return self._json({"status": "ok"})
 
     def _ready(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        return self._json({"status": "ready", "model": self.predictor.name, "version": self.predictor.version, "package": self.predictor.digest})
+        return self._json(
+            {
+                "status": "ready",
+                "model": self.predictor.name,
+                "version": self.predictor.version,
+                "package": self.predictor.digest,
+            }
+        )
 
     def _metrics(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
         return 200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], self.counts.text(str(self.predictor.version)).encode()
@@ -284,7 +315,12 @@ class Service:
     def _slow(self, body: bytes, lenient: bool) -> Answer:
         value = read_json(body)
         if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
-            raise Refused(422, "not a request", 'send {"rows": [{column: value, …}, …]}', [Finding(0, "rows", "is not a list of rows", None, "a list of objects")])
+            raise Refused(
+                422,
+                "not a request",
+                'send {"rows": [{column: value, …}, …]}',
+                [Finding(0, "rows", "is not a list of rows", None, "a list of objects")],
+            )
         if set(value) != {"rows"}:
             odd = sorted(set(value) - {"rows"})[0][:120]
             raise Refused(422, "not a request", f"{odd!r} is not known beside 'rows'", [Finding(0, odd, "is not known beside 'rows'")])
@@ -301,7 +337,8 @@ class Service:
         if answer.refused:
             first, n = answer.refused[0], len(answer.refused)
             more = f"; {n - 1} more in errors" if n > 1 else ""
-            raise Refused(422, "rows refused", f"row {first.row}, {first.field or 'the row'}: {first.value!r} {first.problem}{more}", answer.refused)
+            value = "" if first.value is None else f" {first.value!r}"
+            raise Refused(422, "rows refused", f"row {first.row}, {first.field or 'the row'}:{value} {first.problem}{more}", answer.refused)
         return answer
 
     def _count(self, answer: Answer) -> None:
@@ -325,25 +362,67 @@ class Service:
     def _v2_model(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
         inputs = [{"name": f.name, "datatype": tensor_type(f), "shape": [-1]} for f in self.predictor.schema.fields]
         numeric = self.predictor.model.task == "regression"
-        outputs = [{"name": n, "datatype": "BYTES" if n == "prediction" and not numeric else "FP64", "shape": [-1]} for n in self.predictor.outputs]
-        return self._json({"name": self.predictor.name, "versions": [str(self.predictor.version)], "platform": "pilothouse", "inputs": inputs, "outputs": outputs})
+        outputs = [
+            {"name": n, "datatype": "BYTES" if n == "prediction" and not numeric else "FP64", "shape": [-1]}
+            for n in self.predictor.outputs
+        ]
+        return self._json(
+            {
+                "name": self.predictor.name,
+                "versions": [str(self.predictor.version)],
+                "platform": "pilothouse",
+                "inputs": inputs,
+                "outputs": outputs,
+            }
+        )
 
     def _v2_infer(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
         value = read_json(body)
         inputs = value.get("inputs") if isinstance(value, dict) else None
-        if not isinstance(inputs, list) or not all(isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("data"), list) for t in inputs):
-            raise Refused(422, "not a request", "send {\"inputs\": [{name, shape, datatype, data}, …]}, a tensor a column", [Finding(0, "inputs", "is not a list of tensors")])
+        if not isinstance(inputs, list) or not all(
+            isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("data"), list) for t in inputs
+        ):
+            raise Refused(
+                422,
+                "not a request",
+                "send {\"inputs\": [{name, shape, datatype, data}, …]}, a tensor a column",
+                [Finding(0, "inputs", "is not a list of tensors")],
+            )
         lengths = {len(t["data"]) for t in inputs}
         if len(lengths) > 1:
-            raise Refused(422, "not a request", f"tensors of {', '.join(map(str, sorted(lengths)))} values cannot be one table", [Finding(0, "inputs", "have different lengths")])
+            raise Refused(
+                422,
+                "not a request",
+                f"tensors of {', '.join(map(str, sorted(lengths)))} values cannot be one table",
+                [Finding(0, "inputs", "have different lengths")],
+            )
         self._counted(range(max(lengths, default=0)))
         rows = [dict(zip([t["name"] for t in inputs], values)) for values in zip(*(t["data"] for t in inputs))]
-        answer = self._answered(self.predictor.answer(check_rows(rows, self.predictor.schema, "handling=lenient" in headers.get("prefer", ""))))
+        answer = self._answered(
+            self.predictor.answer(
+                check_rows(rows, self.predictor.schema, "handling=lenient" in headers.get("prefer", ""))
+            )
+        )
         assert answer.frame is not None
         self._count(answer)
-        outputs = [{"name": n, "datatype": "BYTES" if answer.frame.schema[n].is_(_string()) else "FP64", "shape": [len(rows)], "data": answer.frame[n].to_list()} for n in answer.frame.columns]
+        outputs = [
+            {
+                "name": n,
+                "datatype": "BYTES" if answer.frame.schema[n].is_(_string()) else "FP64",
+                "shape": [len(rows)],
+                "data": answer.frame[n].to_list(),
+            }
+            for n in answer.frame.columns
+        ]
         asked = value.get("id")
-        return self._json({"model_name": self.predictor.name, "model_version": str(self.predictor.version), "id": asked if isinstance(asked, str) and _ID.fullmatch(asked) else request, "outputs": outputs})
+        return self._json(
+            {
+                "model_name": self.predictor.name,
+                "model_version": str(self.predictor.version),
+                "id": asked if isinstance(asked, str) and _ID.fullmatch(asked) else request,
+                "outputs": outputs,
+            }
+        )
 
 # %% ../../nbs/lib/deploy/05_service.ipynb #daad5bc9
 def _string() -> Any:
@@ -365,7 +444,11 @@ def _host(header: str) -> str:
 # %% ../../nbs/lib/deploy/05_service.ipynb #c0fdaa36
 def too_large(limits: Limits) -> Refused:
     "The answer to a body over the limit."
-    return Refused(413, "body too large", f"a body may hold {limits.body_bytes:,} bytes and {limits.rows:,} rows; send the rows in parts, or use `pilothouse predict` for a file")
+    return Refused(
+        413,
+        "body too large",
+        f"a body may hold {limits.body_bytes:,} bytes and {limits.rows:,} rows; send the rows in parts, or use `pilothouse predict` for a file",
+    )
 
 
 def predictions(
@@ -388,20 +471,57 @@ def tensor_type(spec: Field) -> str:
 def openapi(predictor: Predictor) -> dict[str, Any]:
     "The service described as OpenAPI 3.1."
     problem = {"description": "what was wrong, by row and field", "content": {"application/problem+json": {"schema": {"type": "object"}}}}
-    answer = {"prediction": {"type": "number"}, "low": {"type": "number"}, "high": {"type": "number"}} if predictor.model.task == "regression" else {
-        "prediction": {"type": "string", "enum": predictor.model.classes}, "p": {"type": "object", "additionalProperties": {"type": "number"}}}
+    answer = (
+        {"prediction": {"type": "number"}, "low": {"type": "number"}, "high": {"type": "number"}}
+        if predictor.model.task == "regression"
+        else {
+            "prediction": {"type": "string", "enum": predictor.model.classes},
+            "p": {"type": "object", "additionalProperties": {"type": "number"}},
+        }
+    )
     body = {"type": "object", "required": ["rows"], "additionalProperties": False,
             "properties": {"rows": {"type": "array", "minItems": 1, "maxItems": Limits().rows, "items": json_schema(predictor.schema)}}}
-    result = {"type": "object", "properties": {"model": {"type": "string"}, "version": {"type": "integer"}, "request_id": {"type": "string"},
-              "predictions": {"type": "array", "items": {"type": "object", "properties": answer}}, "warnings": {"type": "array", "items": {"type": "object"}}}}
+    result = {
+        "type": "object",
+        "properties": {
+            "model": {"type": "string"},
+            "version": {"type": "integer"},
+            "request_id": {"type": "string"},
+            "predictions": {"type": "array", "items": {"type": "object", "properties": answer}},
+            "warnings": {"type": "array", "items": {"type": "object"}},
+        },
+    }
     ok = {"description": "fine", "content": {"application/json": {"schema": {"type": "object"}}}}
     prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "enum": ["handling=strict", "handling=lenient"]},
               "description": "lenient: answer what training never saw, with a warning"}
-    paths: dict[str, Any] = {"/predict": {"post": {"operationId": "predict", "parameters": [prefer],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "a prediction for each row", "content": {"application/json": {"schema": result}}}, **dict.fromkeys(("400", "401", "413", "422"), problem)}}}}
-    paths |= {p: {"get": {"operationId": p.strip("/").replace("/", "_"), "responses": {"200": ok}}} for p in ("/health", "/ready", "/v2", "/v2/health/live", "/v2/health/ready")}
-    paths["/metrics"] = {"get": {"operationId": "metrics", "responses": {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}}}}
+    paths: dict[str, Any] = {
+        "/predict": {
+            "post": {
+                "operationId": "predict",
+                "parameters": [prefer],
+                "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+                "responses": {
+                    "200": {
+                        "description": "a prediction for each row",
+                        "content": {"application/json": {"schema": result}},
+                    },
+                    **dict.fromkeys(("400", "401", "413", "422"), problem),
+                },
+            }
+        }
+    }
+    paths |= {
+        p: {"get": {"operationId": p.strip("/").replace("/", "_"), "responses": {"200": ok}}}
+        for p in ("/health", "/ready", "/v2", "/v2/health/live", "/v2/health/ready")
+    }
+    paths["/metrics"] = {
+        "get": {
+            "operationId": "metrics",
+            "responses": {
+                "200": {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
+            },
+        }
+    }
     return {"openapi": "3.1.0", "info": {"title": predictor.name, "version": str(predictor.version)}, "paths": paths}
 
 # %% ../../nbs/lib/deploy/05_service.ipynb #72e6d01b
@@ -492,7 +612,10 @@ def serve_package(
     server = Server("pipeline.deploy.service", address=host, port=port, interface=_rsgi(), workers=1, websockets=False, log_enabled=False,
                     respawn_failed_workers=True, workers_kill_timeout=10)
     shown = f"[{host}]" if ":" in host else host
-    print(f"{manifest['name']} version {manifest['version']} on http://{shown}:{port}  POST /predict · /openapi.json · /metrics · stop with Ctrl-C", flush=True)
+    print(
+        f"{manifest['name']} version {manifest['version']} on http://{shown}:{port}  POST /predict · /openapi.json · /metrics · stop with Ctrl-C",
+        flush=True,
+    )
     server.serve(target_loader=loader, wrap_loader=False)
 
 

@@ -155,7 +155,12 @@ def ask(
     "One request; raises `IntegrityError` with the service's own words where it refuses."
     import msgspec
 
-    connection.request("POST", "/predict", msgspec.json.encode({"rows": rows}), {"content-type": "application/json", "prefer": "handling=lenient"})
+    connection.request(
+        "POST",
+        "/predict",
+        msgspec.json.encode({"rows": rows}),
+        {"content-type": "application/json", "prefer": "handling=lenient"},
+    )
     response = connection.getresponse()
     answer = json.loads(response.read())
     if response.status != 200:
@@ -179,7 +184,14 @@ def answers_frame(
     answers: Sequence[dict[str, Any]],   # as `/predict` writes them
 ) -> pl.DataFrame:
     "Answers as columns."
-    flat = [{"prediction": a["prediction"], **{f"p_{c}": v for c, v in a.get("p", {}).items()}, **{k: a[k] for k in ("low", "high") if k in a}} for a in answers]
+    flat = [
+        {
+            "prediction": a["prediction"],
+            **{f"p_{c}": v for c, v in a.get("p", {}).items()},
+            **{k: a[k] for k in ("low", "high") if k in a},
+        }
+        for a in answers
+    ]
     return pl.DataFrame(flat, infer_schema_length=None)
 
 # %% ../../nbs/lib/deploy/07_staging.ipynb #fe2497bb
@@ -205,7 +217,12 @@ def compare(
 ) -> Comparison:
     "Where two tables of answers differ, in the columns that both have."
     if len(one) != len(other):
-        return Comparison(max(len(one), len(other)), float("inf"), abs(len(one) - len(other)), f"{len(one):,} answers against {len(other):,}")
+        return Comparison(
+            max(len(one), len(other)),
+            float("inf"),
+            abs(len(one) - len(other)),
+            f"{len(one):,} answers against {len(other):,}",
+        )
     shared = [n for n in one.columns if n in other.columns]
     if not shared:
         return Comparison(len(one), float("inf"), len(one), "no column in common")

@@ -51,10 +51,10 @@ Progress = Callable[[int, int], None]   # cells done, cells in all
 
 
 class SavedOnTimer(NotebookExecutionManager):
-    "papermill's bookkeeping, written to disk every few seconds and at the end instead of twice a cell."
+    "papermill's bookkeeping, written to disk every few seconds instead of twice a cell; papermill itself writes the end."
 
     def save(self, **kwargs: Any) -> None:
-        if self.end_time is not None or (self.now() - self.last_save_time).total_seconds() >= max(self.autosave_cell_every, 1):
+        if (self.now() - self.last_save_time).total_seconds() >= max(self.autosave_cell_every, 1):
             super().save(**kwargs)
 
     def autosave_cell(self) -> None:
@@ -79,9 +79,11 @@ class PilothouseEngine(Engine):
         manager.notebook_start()
         try:
             cls.execute_managed_notebook(manager, kernel_name, **kwargs)
-        finally:
-            manager.cleanup_pbar()
+        except BaseException:
             manager.notebook_complete()
+            NotebookExecutionManager.save(manager)
+            raise
+        manager.notebook_complete()
         return manager.nb
 
     @classmethod

@@ -19,25 +19,29 @@ __all__ = ['libraries_of']
 def libraries_of(
     notebook: dict[str, Any],   # a phase notebook as JSON
     package: Path,              # the folder of this package
+    known: dict[str, list[str]] | None = None,   # what modules import, remembered between calls
 ) -> tuple[str, ...]:           # sorted names of modules outside this package and the standard library
     "What the notebook's code imports at top level, through the modules of this package."
     source = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     source = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
     found: set[str] = set()
-    _follow(source, package.name, package, found, set())
+    _follow(source, package.name, package, found, set(), {} if known is None else known)
     return tuple(sorted(n for n in found if n.partition(".")[0] not in sys.stdlib_module_names | {package.name}))
 
 # %% ../../nbs/lib/engine/08_imports.ipynb #a09e9935
-def _follow(source: str, module: str, package: Path, found: set[str], seen: set[str]) -> None:
-    with contextlib.suppress(SyntaxError, ValueError):
-        for name in _imported(ast.parse(source), module):
-            if name.partition(".")[0] != package.name:
-                found.add(name)
-            elif name not in seen:
-                seen.add(name)
-                path = package.parent.joinpath(*name.split(".")).with_suffix(".py")
-                if path.is_file():
-                    _follow(path.read_text(encoding="utf-8"), name, package, found, seen)
+def _follow(source: str, module: str, package: Path, found: set[str], seen: set[str], known: dict[str, list[str]]) -> None:
+    if module == package.name or module not in known:
+        known[module] = []
+        with contextlib.suppress(SyntaxError, ValueError):
+            known[module] = _imported(ast.parse(source), module)
+    for name in known[module]:
+        if name.partition(".")[0] != package.name:
+            found.add(name)
+        elif name not in seen:
+            seen.add(name)
+            path = package.parent.joinpath(*name.split(".")).with_suffix(".py")
+            if name in known or path.is_file():
+                _follow("" if name in known else path.read_text(encoding="utf-8"), name, package, found, seen, known)
 
 
 def _imported(tree: ast.Module, module: str) -> list[str]:

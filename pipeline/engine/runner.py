@@ -250,6 +250,8 @@ class _Work:
         self.notes: list[str] = []
         self.git: dict[str, Any] | None = None
         self.entries: dict[str, dict[str, Any]] = {}
+        self._guessed: dict[str, tuple[str, ...]] = {}
+        self._modules: dict[str, list[str]] = {}
         self._writing = threading.Lock()
         tell("run_started", problem=resolved.name, run=run.name, folder=str(run), phases=[p.name for p in phases], pid=os.getpid())
 
@@ -321,7 +323,7 @@ class _Work:
     def _prepare(self, stale: list[Phase]) -> None:
         assert self.executor
         after = [p for p in self.phases if (p.number, p.name) > (stale[-1].number, stale[-1].name)]
-        coming = [*stale, *([] if self.wish.only else after)]
+        coming = [*stale, *([] if self.wish.only else after[: self.settings.spares])]
         self.executor.prepare([(phase.name, self._imports(phase)) for phase in coming])
 
     def _measured(self, name: str) -> dict[str, Any] | None:
@@ -335,9 +337,11 @@ class _Work:
         receipt = self.facts.receipt(phase.name)
         if receipt:
             return tuple(receipt.get("imports", ()))
-        import pipeline
+        if phase.name not in self._guessed:
+            import pipeline
 
-        return libraries_of(read_notebook(phase.notebook), Path(pipeline.__file__ or "").parent)
+            self._guessed[phase.name] = libraries_of(read_notebook(phase.notebook), Path(pipeline.__file__ or "").parent, self._modules)
+        return self._guessed[phase.name]
 
     def _parameters(self) -> dict[str, Any]:
         return {"problem": self._shown(self.resolved.file), "run": self._shown(self.run)}

@@ -12,7 +12,7 @@ import polars as pl
 
 from ..core.display import Html, note, number, stack, table
 from ..core.intervals import draw_metric, interval, units_of
-from ..core.metrics import BETTER, LABELS, Context, checked, metric_or_none
+from ..core.metrics import BETTER, LABELS, Context, checked, metric_or_none, predictions_of
 from .stress import rows_for
 from ..train.models import Model
 
@@ -39,14 +39,19 @@ def shuffle_importance(
     columns: list[str] | None = None,   # which to shuffle; all by default
 ) -> pl.DataFrame:                 # column, loss, low, high, useful; largest loss first
     "How much the metric loses when a column is shuffled, with a paired interval."
-    before = model.predict(frame)
+    matrix, owners = model.encode(frame), model.encoder.owners
+    before = model.estimator.predict(matrix)
     sign = 1 if BETTER[name] == "higher" else -1
     options = {"threshold": context.threshold, "recall": context.recall, "costs": context.costs}
     value = metric_or_none(name, y, before, **options)
     drawn = None if value is None else draw_metric(name, *checked(name, y, before), unit, seed, draws, context)
     units, rows = len(y) if unit is None else len(np.unique(unit)), []
     for column in columns or model.features:
-        after = model.predict(frame.with_columns(frame[column].gather(rng.permutation(frame.height)).alias(column)))
+        owned = np.flatnonzero(owners == model.features.index(column))
+        kept = matrix[:, owned]
+        matrix[:, owned] = kept[rng.permutation(frame.height)]
+        after = model.estimator.predict(matrix)
+        matrix[:, owned] = kept
         row: dict[str, Any] = {"column": column, "loss": None, "low": None, "high": None, "useful": None}
         if drawn is not None and value is not None and (shuffled := metric_or_none(name, y, after, **options)) is not None:
             loss = sign * (value - shuffled)
@@ -149,8 +154,11 @@ def show_one_row(
     holdout: Holdout,       # opened
 ) -> Html:
     "One row's answer, step by step: the row whose score is nearest to the threshold, or in the middle."
-    answers = holdout.model.predict(holdout.frame)
-    score = answers[:, 1] if holdout.task == "binary" else answers.max(1) if holdout.task == "multiclass" else answers
+    _, answers = predictions_of(holdout.predictions, holdout.using["classes"])
+    if holdout.task == "regression":
+        score = answers if answers.ndim == 1 else answers[:, 0]
+    else:
+        score = answers[:, 1] if holdout.task == "binary" else answers.max(1)
     wanted = holdout.using["threshold"] if holdout.task == "binary" else float(np.median(score))
     at = int(np.argmin(np.abs(score - wanted)))
     told = explain_row(holdout.model, holdout.frame[at: at + 1], holdout.contract)

@@ -249,7 +249,8 @@ def set_trigger(run: Run, found: Look) -> Any:
         return note("The model has no age in days: " + ("its rows carry no dates." if not found.why_not else "there are no production rows."))
     now = min(run.now().replace(tzinfo=None), _naive(found.windows["to"][-1]))
     age = model_age(found.learned_until, now, monitor.retrain_every_days, monitor.retire_after_days)
-    moments = find_triggers(found.windows, found.alerts, found.learned_until, monitor.retrain_every_days, 2 * found.days)
+    past = found.windows.filter(pl.col("to").cast(pl.Datetime("us")).dt.replace_time_zone(None) <= now)
+    moments = find_triggers(past, found.alerts, found.learned_until, monitor.retrain_every_days, 2 * found.days)
     asked = moments.height > 0 or age.state != "fresh"
     run.save("monitor/trigger", {
         "retrain": asked, "because": moments["because"][-1] if moments.height else age.state, "state": age.state, "learned_until": found.learned_until.isoformat(),

@@ -20,7 +20,8 @@ from .outcomes import known_at, loss_of, measure_windows, prediction_frame, scor
 from .windows import MINIMUM_ROWS, TIME, describe_windows, fitting_days, is_calendar, window_of, windows_per_month
 
 # %% auto #0
-__all__ = ['FAMILIES', 'ANSWERED', 'reference_answers', 'answer_columns', 'find_drift', 'add_loss_chance', 'Look', 'look']
+__all__ = ['FAMILIES', 'ANSWERED', 'reference_answers', 'answer_columns', 'find_drift', 'add_loss_chance', 'Look', 'served_model',
+           'look']
 
 # %% ../../nbs/lib/monitor/06_watch.ipynb #f4a54541
 def reference_answers(
@@ -115,6 +116,7 @@ class Look:
     calendar: bool = True
     how: str = ""
     chance: float = 0.0
+    served: str = "the released model"
     using: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     limit: float | None = None
@@ -136,12 +138,23 @@ class Look:
         length = f"{self.days:g} days" if self.calendar else f"{self.windows.height} equal parts"
         longer = f" ({self.asked_days:g} days were asked for and would hold too few rows)" if self.calendar and self.days != self.asked_days else ""
         return str(facts({
+            "answers come from": self.served,
             "production": f"{self.windows['n'].sum():,} rows, {span}",
             "windows": f"{self.windows.height} of {length}{longer}; {int((~self.windows['judged']).sum())} too short to be judged",
             "learned until": "not told by the rows" if self.learned_until is None else f"{self.learned_until:%d %b %Y}",
             "normal is": "what windows of the training time show" if self.how == "windows" else "what random parts of the training rows show: too few windows lie in that time",
             "alarm when less likely than": f"{self.chance:.2%} for a family of numbers in a window",
         }, "What is watched")._repr_html_())
+
+
+def served_model(
+    run: Run,
+) -> tuple[str, str]:     # artifact, in words
+    "The model that answers in production: the released one, or the one before it where the rollout went back."
+    ended = {d["what"]: d["chose"] for d in run.decisions("rollout")} if any(p.endswith("_rollout") for p in run.phases()) else {}
+    if ended.get("what the rollout does") == "roll back" and run.has("train/default"):
+        return "train/default", "the model in place before: the rollout went back to it"
+    return "train/model", "the released model"
 
 
 def look(
@@ -157,7 +170,8 @@ def look(
 
     monitor, contract = run.problem.monitor, run.load("data/contract")
     production = production.sort(TIME, maintain_order=True) if TIME in production.columns else production
-    train, model = run.load("data/train"), load_model(run.load("train/model"))
+    (artifact, served), train = served_model(run), run.load("data/train")
+    model = load_model(run.load(artifact))
     classes = list(contract["classes"])
     answers = prediction_frame(production, model.predict(production), target_values(production, contract), classes)
     calendar = TIME in production.columns and is_calendar(production[TIME])
@@ -178,7 +192,7 @@ def look(
     raised = apply_rules(table, found, rules, monitor.outcome_delay_days)
     until = _moment(train[TIME].max()) if TIME in train.columns and is_calendar(train[TIME]) else None
     run.save("monitor/predictions", known)
-    return _saved(run, Look("", plan["metric"], plan["better"], days, monitor.window_days, calendar, how, chance, using, classes, limit, loss, until,
+    return _saved(run, Look("", plan["metric"], plan["better"], days, monitor.window_days, calendar, how, chance, served, using, classes, limit, loss, until,
                             table, found, raised, rules, model, production))
 
 # %% ../../nbs/lib/monitor/06_watch.ipynb #e7f37749

@@ -23,7 +23,7 @@ from .sections import SEVERITY, big_numbers, carrying, criteria, decided, senten
 from .story import story
 
 # %% auto #0
-__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'final_answer']
+__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'stopped_by', 'final_answer']
 
 # %% ../../nbs/lib/report/05_render.ipynb #2bb15555
 PHASE = """
@@ -205,6 +205,17 @@ def render_run(
     return file
 
 
+def stopped_by(
+    notebook: Path,   # of a phase that did not finish, kept by the engine
+) -> str:             # "" where there is none
+    "The error that stopped a phase, in one line."
+    kept = read_json(notebook, None)
+    errors = [o for cell in (kept or {}).get("cells", []) for o in cell.get("outputs", []) if o.get("output_type") == "error"]
+    if errors:
+        return f"{errors[0].get('ename')}: {errors[0].get('evalue')}"
+    return "" if kept is None else "It was ended before it had finished."
+
+
 def final_answer(
     run: Evidence,
 ) -> tuple[str, str]:   # verdict, sentence
@@ -233,9 +244,8 @@ def _strip(run: Evidence) -> list[dict[str, str]]:
 def _tile(name: str, phase: Phase | None, run: Evidence) -> dict[str, str]:
     tile = {"name": name, "number": name.split("_")[0], "room": room_of(name).replace("_", " ")}
     if phase is None:
-        failed = (run.manifest.get("phases") or {}).get(name) or {}
-        why = failed.get("error") if isinstance(failed, Mapping) else None
-        word, answer = ("stopped", str(why)) if why else ("not run", "No evidence yet.")
+        why = stopped_by(run.folder / "failed" / f"{name}.ipynb")
+        word, answer = ("stopped", why) if why else ("not run", "No evidence yet.")
         return {**tile, "css": "ph-no-go" if why else "ph-none", "icon": "✕" if why else "·", "word": word, "link": "",
                 "question": QUESTIONS.get(name, name), "answer": clean(answer, 400)}
     state = _state(phase.verdict)

@@ -95,8 +95,11 @@ def start(rules: Rules) -> State:
     "A rollout before its first request."
     a = rules.part
     return State(
-        worse=Bet((1 + rules.worse_by) / 2, False, a), better=tuple(Bet((1 + rules.margin(i)) / 2, True, a) for i in range(len(rules.stages))),
-        errors=Errors(a), limit=Bet(rules.errors_max, False, a), latency=Bet(SLOW_SHARE, False, a),
+        worse=Bet((1 + rules.worse_by) / 2, False, a),
+        better=tuple(Bet((1 + rules.margin(i)) / 2, True, a) for i in range(len(rules.stages))),
+        errors=Errors(a),
+        limit=Bet(rules.errors_max, False, a),
+        latency=Bet(SLOW_SHARE, False, a),
     )
 
 
@@ -112,7 +115,15 @@ def from_frame(frame: pl.DataFrame) -> State:
         told = json.loads(frame["state"][0])
         bets = {k: Bet(**told[k]) for k in ("worse", "limit", "latency")}
         errors = Errors(**{**told["errors"], "logs": tuple(told["errors"]["logs"])})
-        return State(**{**told, **bets, "errors": errors, "shares": tuple(told["shares"]), "better": tuple(Bet(**b) for b in told["better"])})
+        return State(
+            **{
+                **told,
+                **bets,
+                "errors": errors,
+                "shares": tuple(told["shares"]),
+                "better": tuple(Bet(**b) for b in told["better"]),
+            }
+        )
     except (KeyError, TypeError, ValueError, IndexError, pl.exceptions.PolarsError) as error:
         raise InputError(f"this is no rollout's state ({error!r}); start the rollout again") from error
 
@@ -149,13 +160,30 @@ def review(
     state, counts = _learn(replace(state, shares=(*state.shares, share)), requests, rules, now)
     decision, why = _decide(state, rules, now)
     assert state.worse and state.errors and state.limit and state.latency
-    record = Decision(now, share, *counts[:2], state.outcomes, state.mean, state.worse.evidence, state.better[state.stage].evidence, *counts[2:],
-                      max(state.errors.evidence, state.limit.evidence), "over" if state.latency.rejected else "within", decision, why)
+    record = Decision(
+        now,
+        share,
+        *counts[:2],
+        state.outcomes,
+        state.mean,
+        state.worse.evidence,
+        state.better[state.stage].evidence,
+        *counts[2:],
+        max(state.errors.evidence, state.limit.evidence),
+        "over" if state.latency.rejected else "within",
+        decision,
+        why,
+    )
     if decision == "roll back":
         return replace(state, status="rolled back", stage=0), record
     if decision == "promote":
         last = state.stage == len(rules.stages) - 1
-        return replace(state, status="promoted" if last else "running", stage=state.stage if last else state.stage + 1, since=now + 1), record
+        return replace(
+            state,
+            status="promoted" if last else "running",
+            stage=state.stage if last else state.stage + 1,
+            since=now + 1,
+        ), record
     return state, record
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #57659d6a
@@ -186,7 +214,10 @@ def _decide(state: State, rules: Rules, now: int) -> tuple[str, str]:
     if state.worse.rejected:
         return "roll back", f"worse by {state.mean or 0:.4f} on {state.outcomes:,} outcomes, {rules.worse_by:g} is tolerated"
     if state.errors.rejected:
-        return "roll back", f"{state.errors.new:,} errors, more than its share beside {state.errors.old:,} of the old model in the same windows"
+        return (
+            "roll back",
+            f"{state.errors.new:,} errors, more than its share beside {state.errors.old:,} of the old model in the same windows",
+        )
     if state.limit.rejected:
         return "roll back", f"{state.errors.new:,} errors in {state.served:,} requests, {rules.errors_max:.2%} are tolerated"
     if state.latency.rejected:

@@ -86,6 +86,14 @@ def split_table(
     for share in stages:
         obtained, n = float((each < share).mean() * 100) if len(each) else math.nan, len(each)
         sd = math.sqrt(max(share * (100 - share), 1e-9) / max(n, 1))
-        rows.append({"stage": float(share), "subjects": n, "share of subjects": obtained, "share of requests": float((place < share).mean() * 100) if n else math.nan,
-                     "off by": obtained - share, "mismatch": bool(n and abs(obtained - share) > max(4 * sd, 1e-9))})
+        rows.append(
+            {
+                "stage": float(share),
+                "subjects": n,
+                "share of subjects": obtained,
+                "share of requests": float((place < share).mean() * 100) if n else math.nan,
+                "off by": obtained - share,
+                "mismatch": bool(n and abs(obtained - share) > max(4 * sd, 1e-9)),
+            }
+        )
     return pl.DataFrame(rows)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['GROSS', 'SLACK', 'TIMED', 'FEW', 'WINDOWS', 'WORSE', 'SIMULATED', 'BASE_ERRORS', 'Trial', 'prepare',
-           'compare_answers', 'time_requests', 'requests_of', 'rules_of', 'quality_difference', 'share_reached',
-           'share_gap', 'rollback_rate', 'served_before_rollback', 'rolled_back', 'cpu_quantile', 'check_split',
-           'Outcome', 'roll_out', 'decision_table', 'stage_table', 'show_path', 'claim_rollout', 'try_no_difference',
-           'drill', 'faults', 'resume_drill', 'runbook', 'tell']
+           'difference_seen', 'compare_answers', 'time_requests', 'requests_of', 'rules_of', 'quality_difference',
+           'share_reached', 'share_gap', 'rollback_rate', 'served_before_rollback', 'rolled_back', 'cpu_quantile',
+           'check_split', 'Outcome', 'roll_out', 'decision_table', 'stage_table', 'show_path', 'claim_rollout',
+           'try_no_difference', 'drill', 'faults', 'resume_drill', 'runbook', 'tell']
 
 # %% ../../nbs/lib/rollout/04_trial.ipynb #fb3b4edc
 GROSS = ("answers of other requests", "fails in 5 % of requests")   # faults that must be found
@@ -98,7 +98,21 @@ def prepare(
     latencies = time_requests(rows, windows, models, run.rng("rollout timing"))
     run.save("rollout/latencies", latencies, timing=True)
     trial = Trial("", requests, latencies, rules, subjects, salt, days, run.problem.deploy.latency_p99_ms, loss)
-    return replace(trial, shown=_introduce(trial, run.problem.rollout.slice))
+    shown = _introduce(trial, run.problem.rollout.slice)
+    if not difference_seen(requests):
+        shown = stack(
+            note(
+                "The candidate answers exactly as the live model does: there is nothing to gain from it, and nothing to lose.",
+                "warn",
+            ),
+            shown,
+        )
+    return replace(trial, shown=shown)
+
+
+def difference_seen(requests: pl.DataFrame) -> bool:
+    "Whether the two models ever answered differently."
+    return bool((requests["difference"] != 0).any())
 
 
 def _windows(frame: pl.DataFrame, days_per_stage: float, delay_days: float) -> tuple[np.ndarray, list[str], int, int]:
@@ -109,7 +123,12 @@ def _windows(frame: pl.DataFrame, days_per_stage: float, delay_days: float) -> t
         first = day.min()
         assert isinstance(first, dt.date)
         windows = ((day - first).dt.total_days()).to_numpy().astype(int)
-        return windows, [(first + dt.timedelta(days=i)).isoformat() for i in range(int(windows.max()) + 1)], math.ceil(days_per_stage), math.ceil(delay_days)
+        return (
+            windows,
+            [(first + dt.timedelta(days=i)).isoformat() for i in range(int(windows.max()) + 1)],
+            math.ceil(days_per_stage),
+            math.ceil(delay_days),
+        )
     order = np.arange(len(frame)) if stamp is None else np.argsort(np.argsort(stamp.to_numpy(), kind="stable"), kind="stable")
     count = min(max(len(frame) // 20, 1), 5 * WINDOWS)
     return order * count // len(frame), [f"part {i + 1} of {count}" for i in range(count)], WINDOWS, 1
@@ -147,7 +166,11 @@ def _spoilt(task: str, target: np.ndarray, answer: np.ndarray, other: np.ndarray
     low, high = 0.0, 1.0
     for _ in range(25):
         share = (low + high) / 2
-        low, high = (share, high) if losses(task, target, (1 - share) * answer + share * answer[other], scale).mean() < wanted else (low, share)
+        low, high = (
+            (share, high)
+            if losses(task, target, (1 - share) * answer + share * answer[other], scale).mean() < wanted
+            else (low, share)
+        )
     return (1 - high) * answer + high * answer[other]
 
 
@@ -176,15 +199,20 @@ def _cpu_ms(model: Any, row: dict[str, Any]) -> float:
 
 def _introduce(trial: Trial, slice_: Mapping[str, str]) -> Html:
     rules, n = trial.rules, len(trial.requests)
-    return facts({
-        "traffic": f"{n:,} requests of {trial.subjects.n_unique():,} subjects, {trial.days[0]} to {trial.label(int(trial.requests['window'].max()))}",  # type: ignore[arg-type]
-        "slice": ", ".join(f"{k} = {v}" for k, v in slice_.items()) or "all requests",
-        "live now, and candidate": "the default model, the trained model",
-        "stages": " → ".join(f"{s:g} %" for s in rules.stages) + f", each at least {rules.windows_per_stage} reviews, one review a {'day' if '-' in trial.days[0] else 'part'}",
-        "compared on": trial.loss, "tolerated": f"worse by {rules.worse_by:g}, errors {rules.errors_max:.2%}, 1 % of requests over {trial.limit_ms:g} ms",
-        "outcomes known after": f"{rules.outcome_delay} reviews",
-        "error budget": f"{rules.alpha:.0%} for the whole rollout, {rules.part:.1%} for each of five tests, however often they are looked at",
-    }, "The rollout")
+    return facts(
+        {
+            "traffic": f"{n:,} requests of {trial.subjects.n_unique():,} subjects, {trial.days[0]} to {trial.label(int(trial.requests['window'].max()))}",  # type: ignore[arg-type]
+            "slice": ", ".join(f"{k} = {v}" for k, v in slice_.items()) or "all requests",
+            "live now, and candidate": "the default model, the trained model",
+            "stages": " → ".join(f"{s:g} %" for s in rules.stages)
+            + f", each at least {rules.windows_per_stage} reviews, one review a {'day' if '-' in trial.days[0] else 'part'}",
+            "compared on": trial.loss,
+            "tolerated": f"worse by {rules.worse_by:g}, errors {rules.errors_max:.2%}, 1 % of requests over {trial.limit_ms:g} ms",
+            "outcomes known after": f"{rules.outcome_delay} review{'s' if rules.outcome_delay != 1 else ''}",
+            "error budget": f"{rules.alpha:.0%} for the whole rollout, {rules.part:.1%} for each of five tests, however often they are looked at",
+        },
+        "The rollout",
+    )
 
 # %% ../../nbs/lib/rollout/04_trial.ipynb #4008d836
 def requests_of(
@@ -196,7 +224,9 @@ def requests_of(
     slow = np.full(len(requests), np.nan)
     if latencies is not None and len(latencies):
         slow[latencies["at"].to_numpy()] = latencies["new_ms"].to_numpy() > limit_ms
-    window, place, difference, new_error, old_error = (requests[n].to_numpy() for n in ("window", "place", "difference", "new_error", "old_error"))
+    window, place, difference, new_error, old_error = (
+        requests[n].to_numpy() for n in ("window", "place", "difference", "new_error", "old_error")
+    )
     return Requests(window, place, difference, new_error, old_error, slow)
 
 
@@ -291,9 +321,19 @@ def check_split(
     gap = run.claim("share_gap", of="rollout/split", by=share_gap, on="production", unit="pp", better="lower", n=trial.subjects.n_unique(),
                     title="largest distance between asked and obtained share of subjects")
     broken = split.filter("mismatch")
-    run.require("Traffic is split as asked", broken.is_empty(), f"within {gap.value:.2f} percentage points of subjects", "mend the routing; no comparison may be believed")
-    return table(split.with_columns(pl.when("mismatch").then(pl.lit("no-go")).otherwise(pl.lit("go")).alias("mismatch")).rename({"mismatch": "verdict"}),
-                 "Asked and obtained share of each stage", units={"stage": "%", "share of subjects": "%", "share of requests": "%", "off by": "pp"})
+    run.require(
+        "Traffic is split as asked",
+        broken.is_empty(),
+        f"within {gap.value:.2f} percentage points of subjects",
+        "mend the routing; no comparison may be believed",
+    )
+    return table(
+        split.with_columns(pl.when("mismatch").then(pl.lit("no-go")).otherwise(pl.lit("go")).alias("mismatch")).rename(
+            {"mismatch": "verdict"}
+        ),
+        "Asked and obtained share of each stage",
+        units={"stage": "%", "share of subjects": "%", "share of requests": "%", "off by": "pp"},
+    )
 
 # %% ../../nbs/lib/rollout/04_trial.ipynb #a0d5263e
 @dataclass(frozen=True)
@@ -323,14 +363,34 @@ def roll_out(
     run.save("rollout/state", to_frame(course.state))
     last = course.decisions[-1]
     because = f"on {trial.label(last.window)} at {last.share:g} %: {last.why}"
-    run.decide("what the rollout does", options=[
-        {"option": "promote", "asks for": f"at most {trial.rules.worse_by:g} worse, shown with evidence {1 / trial.rules.part:.0f}", "evidence": last.evidence_enough},
-        {"option": "roll back", "asks for": f"worse, failing or slow with evidence {1 / trial.rules.part:.0f}", "evidence": max(last.evidence_worse, last.evidence_errors)},
-        {"option": "hold", "asks for": "neither", "evidence": None},
-    ], chose=course.outcome, because=because)
+    run.decide(
+        "what the rollout does",
+        options=[
+            {
+                "option": "promote",
+                "asks for": f"at most {trial.rules.worse_by:g} worse, shown with evidence {1 / trial.rules.part:.0f}",
+                "evidence": last.evidence_enough,
+            },
+            {
+                "option": "roll back",
+                "asks for": f"worse, failing or slow with evidence {1 / trial.rules.part:.0f}",
+                "evidence": max(last.evidence_worse, last.evidence_errors),
+            },
+            {"option": "hold", "asks for": "neither", "evidence": None},
+        ],
+        chose=course.outcome,
+        because=because,
+    )
     run.audit(f"rollout.{course.outcome.replace(' ', '_')}", share=last.share, window=trial.label(last.window), why=last.why)
     kind = {"promote": "go", "roll back": "no-go"}.get(course.outcome, "inconclusive")
-    shown = stack(note(f"{course.outcome.capitalize()}: {because}.", kind), table(stages, "Each stage, and the decision that ended it", units={"share": "%"}))
+    shown = stack(
+        note(f"{course.outcome.capitalize()}: {because}.", kind),
+        table(
+            stages.select("share", "from", "to", "new", "outcomes", "difference", "latency", "decision", "why"),
+            "Each stage, and the decision that ended it",
+            units={"share": "%"},
+        ),
+    )
     return Outcome(course, stages, shown)
 
 
@@ -345,7 +405,13 @@ def decision_table(
     trial: Trial,
 ) -> pl.DataFrame:       # a row a review
     "Every review with its numbers."
-    names = {"evidence_worse": "evidence worse", "evidence_enough": "evidence enough", "new_errors": "errors new", "old_errors": "errors old", "evidence_errors": "evidence errors"}
+    names = {
+        "evidence_worse": "evidence worse",
+        "evidence_enough": "evidence enough",
+        "new_errors": "errors new",
+        "old_errors": "errors old",
+        "evidence_errors": "evidence errors",
+    }
     frame = pl.DataFrame([{"day": trial.label(d.window), **asdict(d)} for d in course.decisions], infer_schema_length=None)
     return frame.with_columns(pl.col("mean").cast(pl.Float64)).rename(names)
 
@@ -360,11 +426,25 @@ def stage_table(
         if not groups or groups[-1][-1].share != decision.share:
             groups.append([])
         groups[-1].append(decision)
-    rows = [{
-        "share": g[0].share, "from": trial.label(g[0].window), "to": trial.label(g[-1].window), "new": sum(d.new for d in g), "old": sum(d.old for d in g),
-        "outcomes": g[-1].outcomes, "difference": g[-1].mean, "p worse": min(1.0, 1 / g[-1].evidence_worse), "p not good enough": min(1.0, 1 / g[-1].evidence_enough),
-        "errors new": sum(d.new_errors for d in g), "errors old": sum(d.old_errors for d in g), "latency": g[-1].latency, "decision": g[-1].decision, "why": g[-1].why,
-    } for g in groups]
+    rows = [
+        {
+            "share": g[0].share,
+            "from": trial.label(g[0].window),
+            "to": trial.label(g[-1].window),
+            "new": sum(d.new for d in g),
+            "old": sum(d.old for d in g),
+            "outcomes": g[-1].outcomes,
+            "difference": g[-1].mean,
+            "p worse": min(1.0, 1 / g[-1].evidence_worse),
+            "p not good enough": min(1.0, 1 / g[-1].evidence_enough),
+            "errors new": sum(d.new_errors for d in g),
+            "errors old": sum(d.old_errors for d in g),
+            "latency": g[-1].latency,
+            "decision": g[-1].decision,
+            "why": g[-1].why,
+        }
+        for g in groups
+    ]
     return pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.col("difference").cast(pl.Float64))
 
 
@@ -405,15 +485,60 @@ def claim_rollout(
     of = ["rollout/requests", "rollout/latencies"]
     quality = run.claim("quality_difference", of=of, by=quality_difference, using=using, on="production", better="lower",
                         title=f"{trial.loss.split(' as ')[0]}, new minus old, on what the new model served")
-    reached = run.claim("share_reached", of=of, by=share_reached, using=using, on="production", unit="%", better="higher", title="share of traffic at the end")
-    cpu = run.claim("cpu_p99_ms", of="rollout/latencies", by=cpu_quantile, using={"q": 0.99}, on="production", unit="ms", better="lower", title="CPU time of one row, 99th percentile")
-    run.check("Not worse than tolerated, at any look (rollout.worse_by)", quality, at_most=trial.rules.worse_by, bound="high", why=outcome.course.decisions[-1].why)
+    reached = run.claim(
+        "share_reached",
+        of=of,
+        by=share_reached,
+        using=using,
+        on="production",
+        unit="%",
+        better="higher",
+        title="share of traffic at the end",
+    )
+    cpu = run.claim(
+        "cpu_p99_ms",
+        of="rollout/latencies",
+        by=cpu_quantile,
+        using={"q": 0.99},
+        on="production",
+        unit="ms",
+        better="lower",
+        title="CPU time of one row, 99th percentile",
+    )
+    run.check(
+        "Not worse than tolerated, at any look (rollout.worse_by)",
+        quality,
+        at_most=trial.rules.worse_by,
+        bound="high",
+        why=outcome.course.decisions[-1].why,
+    )
     run.check("Reached all traffic", reached, at_least=100, bound="low", why=outcome.course.decisions[-1].why)
     state = outcome.course.state
-    run.require("No guardrail was hit", outcome.course.outcome != "roll back", f"{state.errors.new if state.errors else 0} errors in {state.served:,} requests of the new model",
-                outcome.course.decisions[-1].why, limit="no rollback")
-    end = estimates([quality, reached, cpu], "What the rollout measured", {"quality_difference": trial.rules.worse_by, "share_reached": 100, "cpu_p99_ms": trial.limit_ms})
-    return stack(headline([("difference to the live model", f"{quality.value:+.4f}" if math.isfinite(quality.value) else "not measured", quality, trial.rules.worse_by)]), end)
+    run.require(
+        "No guardrail was hit",
+        outcome.course.outcome != "roll back",
+        f"{state.errors.new if state.errors else 0} errors in {state.served:,} requests of the new model",
+        outcome.course.decisions[-1].why,
+        limit="no rollback",
+    )
+    end = estimates(
+        [quality, reached, cpu],
+        "What the rollout measured",
+        {"quality_difference": trial.rules.worse_by, "share_reached": 100, "cpu_p99_ms": trial.limit_ms},
+    )
+    return stack(
+        headline(
+            [
+                (
+                    "difference to the live model",
+                    f"{quality.value:+.4f}" if math.isfinite(quality.value) else "not measured",
+                    quality,
+                    trial.rules.worse_by,
+                )
+            ]
+        ),
+        end,
+    )
 
 # %% ../../nbs/lib/rollout/04_trial.ipynb #ae606089
 SIMULATED = 200
@@ -429,18 +554,34 @@ def try_no_difference(
         return _skipped(run, trial, "False alarms")
     random, traffic = run.rng("rollout without difference"), requests_of(trial.requests)
     n, rows = len(trial.requests), []
+    noise = traffic.difference if difference_seen(trial.requests) else trial.requests[f"worse_{WORSE[-1]}"].to_numpy()
     for number in range(SIMULATED):
-        same = replace(traffic, place=(traffic.place + random.random() * 100) % 100, difference=traffic.difference * random.choice([-1, 1], n),
+        same = replace(traffic, place=(traffic.place + random.random() * 100) % 100, difference=noise * random.choice([-1, 1], n),
                        new_error=random.random(n) < BASE_ERRORS, old_error=random.random(n) < BASE_ERRORS)
         course = follow(same, trial.rules)
         rows.append({"rollout": number, "outcome": course.outcome, "served": course.state.served, "reviews": len(course.decisions)})
     frame = pl.DataFrame(rows)
     run.save("rollout/false_alarms", frame)
-    rate = run.claim("false_rollbacks", of="rollout/false_alarms", by=rollback_rate, on="production, signs turned", better="lower", title="rollouts of an equal model that were rolled back")
+    rate = run.claim(
+        "false_rollbacks",
+        of="rollout/false_alarms",
+        by=rollback_rate,
+        on="production, signs turned",
+        better="lower",
+        title="rollouts of an equal model that were rolled back",
+    )
     run.check("False rollbacks stay within the error budget (rollout.alpha)", rate, at_most=trial.rules.alpha)
     counts = {o: int((frame["outcome"] == o).sum()) for o in ("promote", "hold", "roll back")}
-    return stack(estimates([rate], "Rollouts of a model that is no different, looked at every day", {"false_rollbacks": trial.rules.alpha}),
-                 note(f"Of {SIMULATED} such rollouts {counts['promote']} were promoted, {counts['hold']} held, {counts['roll back']} rolled back."))
+    return stack(
+        estimates(
+            [rate],
+            "Rollouts of a model that is no different, looked at every day",
+            {"false_rollbacks": trial.rules.alpha},
+        ),
+        note(
+            f"Of {SIMULATED} such rollouts {counts['promote']} were promoted, {counts['hold']} held, {counts['roll back']} rolled back."
+        ),
+    )
 
 
 def _skipped(run: Run, trial: Trial, what: str) -> Html:
@@ -461,17 +602,56 @@ def drill(
     for fault, worse in faults(trial.requests, random).items():
         course = follow(worse, trial.rules)
         last = course.decisions[-1]
-        rows.append({"fault": fault, "mean difference": float(worse.difference.mean()), "outcome": course.outcome, "at": last.share,
-                     "after reviews": len(course.decisions), "served": course.state.served, "why": last.why})
+        mean = float(worse.difference.mean())
+        rows.append(
+            {
+                "fault": fault,
+                "mean difference": mean,
+                "times tolerated": mean / trial.rules.worse_by if trial.rules.worse_by else None,
+                "outcome": course.outcome,
+                "at": last.share,
+                "after reviews": len(course.decisions),
+                "served": course.state.served,
+                "why": last.why,
+            }
+        )
     frame = pl.DataFrame(rows)
     run.save("rollout/drill", frame)
-    claims = [run.claim(f"served_before_rollback_{i}", of="rollout/drill", by=served_before_rollback, using={"fault": fault}, on="production, with a fault", better="lower",
-                        title=f"requests served before rollback: {fault}") for i, fault in enumerate(GROSS)]
-    run.check("Broken models are rolled back", rolled_back(frame), at_least=1, bound="low",
-              why="; ".join(f"{c.title.partition(': ')[2]}: {f'after {c.value:,.0f} requests' if math.isfinite(c.value) else 'too little traffic to tell'}" for c in claims))
+    claims = [
+        run.claim(
+            f"served_before_rollback_{i}",
+            of="rollout/drill",
+            by=served_before_rollback,
+            using={"fault": fault},
+            on="production, with a fault",
+            better="lower",
+            title=f"requests served before rollback: {fault}",
+        )
+        for i, fault in enumerate(GROSS)
+    ]
+    run.check(
+        "Broken models are rolled back",
+        rolled_back(frame),
+        at_least=1,
+        bound="low",
+        why="; ".join(
+            f"{c.title.partition(': ')[2]}: {f'after {c.value:,.0f} requests' if math.isfinite(c.value) else 'too little traffic to tell'}"
+            for c in claims
+        ),
+    )
     never = frame.filter(pl.col("mean difference") > 2 * trial.rules.worse_by)["outcome"] != "promote"
-    run.require("A model twice as bad as tolerated is never promoted", bool(never.all()), f"{int(never.sum())} of {len(never)} were not", "look at the stages' margins")
-    return table(frame, "Models that are worse on purpose, and what became of them", units={"at": "%"})
+    run.require(
+        "A model twice as bad as tolerated is never promoted",
+        bool(never.all()),
+        f"{int(never.sum())} of {len(never)} were not",
+        "look at the stages' margins",
+    )
+    return stack(
+        table(frame, "Models that are worse on purpose, and what became of them", units={"at": "%"}),
+        note(
+            f"A model about as bad as tolerated ({trial.rules.worse_by:g}, rollout.worse_by) may be promoted; who wants to be stricter lowers that."
+        ),
+    )
 
 
 def faults(
@@ -499,9 +679,18 @@ def resume_drill(
     second = follow(traffic, trial.rules, from_frame(to_frame(first.state)))
     share, again = trial.rules.stages[first.state.stage], second.decisions[0].share
     same = first.decisions + second.decisions == outcome.course.decisions
-    run.require("A killed rollout resumes where it stood", same and again == share, f"stopped at {share:g} %, resumed at {again:g} %, the same decisions" if same else "other decisions than without the stop", "look at the stored state")
-    return note(f"Stopped after {middle} reviews at {share:g} %; another controller, started from the stored state, resumed at {again:g} % and took {'the same' if same else 'other'} decisions.",
-                "go" if same else "no-go")
+    run.require(
+        "A killed rollout resumes where it stood",
+        same and again == share,
+        f"stopped at {share:g} %, resumed at {again:g} %, the same decisions"
+        if same
+        else "other decisions than without the stop",
+        "look at the stored state",
+    )
+    return note(
+        f"Stopped after {middle} reviews at {share:g} %; another controller, started from the stored state, resumed at {again:g} % and took {'the same' if same else 'other'} decisions.",
+        "go" if same else "no-go",
+    )
 
 # %% ../../nbs/lib/rollout/04_trial.ipynb #85785689
 def runbook(
@@ -512,13 +701,25 @@ def runbook(
     rules, name = trial.rules, run.problem.problem.name
     folder = f"outputs/{run.folder.parent.name}/{run.folder.name}"
     steps = [
-        ("Start", f"serve the live model and the candidate side by side; route by the hash of {run.problem.rollout.subject or 'the request'}; begin at {rules.stages[0]:g} %"),
+        (
+            "Start",
+            f"serve the live model and the candidate side by side; route by the hash of {run.problem.rollout.subject or 'the request'}; begin at {rules.stages[0]:g} %",
+        ),
         ("Look", f"once a review; {rules.windows_per_stage} reviews a stage at least; looking more often does no harm"),
         ("Go forward", "only when the controller says promote; the numbers behind it are in rollout/decisions"),
-        ("Go back", "set the share to 0: every subject is answered by the live model from its next request on; nothing is restarted"),
+        (
+            "Go back",
+            "set the share to 0: every subject is answered by the live model from its next request on; nothing is restarted",
+        ),
         ("Hold", "without evidence nothing moves; more traffic or a wider slice brings evidence, impatience does not"),
-        ("If the service is down", f"`pilothouse serve {folder}` verifies the package and starts it; exit code 3 means that the package was changed: restore it, do not force it"),
-        ("After a rollback", "keep rollout/requests; find the window and the guardrail in rollout/decisions; the audit trail has who and when"),
+        (
+            "If the service is down",
+            f"“pilothouse serve {folder}” verifies the package and starts it; exit code 3 means that the package was changed: restore it, do not force it",
+        ),
+        (
+            "After a rollback",
+            "keep rollout/requests; find the window and the guardrail in rollout/decisions; the audit trail has who and when",
+        ),
     ]
     text = "\n".join([f"# Runbook: rolling out {name}", "", *(f"{i}. **{what}.** {how}." for i, (what, how) in enumerate(steps, 1))]) + "\n"
     run.save("rollout/runbook", text)
@@ -535,6 +736,17 @@ def tell(
     course, last = outcome.course, outcome.course.decisions[-1]
     n, mean = course.state.served, course.state.mean
     idle = " (too little traffic for evidence)" if course.outcome == "hold" else ""
-    word = {"promote": "Promoted to all traffic", "roll back": f"Rolled back at {last.share:g} %", "hold": f"Held at {last.share:g} %{idle}"}[course.outcome]
-    difference = "no outcome known yet" if mean is None else f"{trial.loss.split(' as ')[0]} {abs(mean):.4f} {'better' if mean < 0 else 'worse'} than the live model on {course.state.outcomes:,} outcomes"
+    word = {
+        "promote": "Promoted to all traffic",
+        "roll back": f"Rolled back at {last.share:g} %",
+        "hold": f"Held at {last.share:g} %{idle}",
+    }[course.outcome]
+    same = not difference_seen(trial.requests)
+    difference = (
+        "no outcome known yet"
+        if mean is None
+        else "it answers exactly as the live model does"
+        if same
+        else f"{trial.loss.split(' as ')[0]} {abs(mean):.4f} {'better' if mean < 0 else 'worse'} than the live model on {course.state.outcomes:,} outcomes"
+    )
     return f"{word} on {trial.label(last.window)} after {len(course.decisions)} reviews: {difference}; it answered {n:,} of {len(trial.requests):,} requests."

@@ -132,7 +132,7 @@ def check_answer(
     answer: np.ndarray,   # what a family predicted
 ) -> np.ndarray:          # the same
     "Refuse an answer that is no number; raises `InputError`."
-    bad = ~np.isfinite(answer).reshape(len(answer), -1).all(axis=1)
+    bad = ~np.isfinite(answer if answer.ndim == 1 else answer.sum(axis=1))
     if bad.any():
         raise InputError(f"the model's answer for row {bad.argmax()} is not finite ({bad.sum()} such rows); train it again")
     return answer
