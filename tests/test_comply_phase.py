@@ -89,6 +89,20 @@ def test_a_forbidden_column_and_its_proxy_are_named(project, monkeypatch):
     assert found["verdict"] == "no-go" and "country" in found["why"]
 
 
+def test_a_spare_input_is_proposed_only_when_it_costs_nothing(project, monkeypatch):
+    make_project(project)
+    run = earlier_phases(project, "binary", None)
+    judge = open_run("05_evaluate", "params/shop.yml", run)
+    judge.save("evaluate/importance", pl.DataFrame({"column": ["price", "country"], "loss": [0.1, 0.0], "low": [0.08, -0.01], "high": [0.12, 0.01]}))
+    judge.save("evaluate/predictions", pl.read_parquet(run / "05_evaluate/predictions.parquet"))
+    judge.conclude("It is so.")
+    judge.finish()
+    execute(NOTEBOOK)
+    decision = records(run, "09_comply", "decisions")[0]
+    assert decision["what"] == "inputs to propose" and decision["chose"] == "all"       # the country is needed, whatever was said
+    assert {c["name"]: c for c in records(run, "09_comply", "claims")}["cost_of_fewer"]["high"] > 0.01
+
+
 def test_a_wide_gap_is_no_go(project):
     make_project(project, extra="  time: day\nevaluate: {cohorts: [country], cohort_gap: 0.05}\n")
     run = earlier_phases(project, "binary", None)

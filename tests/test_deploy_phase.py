@@ -54,7 +54,7 @@ def test_a_good_package_goes(tmp_path: Path) -> None:
 
 def test_the_same_content_is_the_same_package(tmp_path: Path) -> None:
     from pipeline.core.run import open_run
-    from pipeline.deploy.proof import pack
+    from pipeline.deploy.packing import pack
 
     world.build(tmp_path, "multiclass", 400, "linear")
     with world.at(tmp_path):

@@ -18,8 +18,11 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.data.contract import target_values
 from pipeline.deploy.batch import predict_all, read_rows, write_rows
 from pipeline.deploy.predict import Predictor
-from pipeline.deploy.schema import Schema, check_frame, make_schema
-from pipeline.deploy.service import OPEN, Limits, Service, check_binding, read_secret
+from pipeline.deploy.frames import check_frame
+from pipeline.deploy.schema import Schema, make_schema
+from pipeline.deploy.handler import OPEN, Service
+from pipeline.deploy.requests import Limits
+from pipeline.deploy.service import check_binding, read_secret
 from pipeline.deploy.staging import answers_frame, as_rows, compare
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting

@@ -55,6 +55,17 @@ def test_rows_without_times(project):
     assert records(run, "08_monitor", "answer")["verdict"] == "go"
 
 
+@pytest.mark.parametrize("clock", [
+    pl.col("__time").cast(pl.Date), pl.col("__time").dt.replace_time_zone("America/New_York", ambiguous="earliest", non_existent="null").forward_fill(),
+    pl.col("__time").cast(pl.Datetime("ms")), pl.col("__time").dt.epoch("s"),
+], ids=["dates", "zone", "milliseconds", "numbers"])
+def test_any_kind_of_time(project, clock):
+    make_project(project)
+    run = earlier_phases(project, "binary", rows(1500, LATER, seed=3, first=9000).with_columns(clock), clock=clock)
+    names = execute(NOTEBOOK)
+    assert names["found"].windows.height >= 4 and records(run, "08_monitor", "answer")["verdict"] == "go"
+
+
 @pytest.mark.parametrize("production", [None, rows(10, LATER).clear()], ids=["absent", "empty"])
 def test_without_production_it_says_so(project, production):
     make_project(project)

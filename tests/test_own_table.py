@@ -109,6 +109,7 @@ def test_no_page_names_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def named(rng: np.random.Generator) -> pl.DataFrame:
         frame = binary(rng)
         rare = [f"canary-town-{i}" if i % 100 == 0 else "Linz" for i in range(frame.height)]
+        frame = frame.with_columns(nick=pl.Series([f"canary-nick-{i // 2}" for i in range(600)]))
         return frame.with_columns(customer=pl.Series([f"canary-{i:04}" for i in range(600)]), email=pl.Series([f"canary{i % 590}@example.org" for i in range(600)]), town=pl.Series(rare))
 
     begin(tmp_path, Runs("named", "churned", "binary", named))

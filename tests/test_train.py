@@ -154,7 +154,6 @@ def test_one_column_even_an_empty_one_is_enough(family: str, columns: list[str])
     assert np.isfinite(train_model(family, frame, target, narrow, Fitting(QUICK[family])).predict(frame)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_thousand_columns(family: str) -> None:
     random = np.random.default_rng(0)

@@ -15,19 +15,19 @@ import polars as pl
 from .access import access_table, allowed, look_at_modes
 from .attack import LEAKS, membership_auc, membership_frame
 from .erasure import affected_models, can_be_sought, certify, erase_folder, pick_subject, rows_left, rows_of
-from .minimise import find_proxies, judge_columns
+from .minimise import TOLERATED, cost_of_fewer, find_proxies, judge_columns, spare_inputs, without_inputs
 from .traces import find_traces
 from .trail import last_entries, try_tampering
 from ..core import audit
 from ..core.display import bars, estimates, facts, note, stack, table
-from ..core.errors import IntegrityError
+from ..core.errors import InputError, IntegrityError
 from ..core.run import Run, phase_folders, read_receipt
 from ..core.store import digest_bytes
 
 # %% auto #0
-__all__ = ['DRILL_SCHEMA', 'count_forbidden', 'count_droppable', 'look_at_columns', 'look_at_gaps', 'look_at_access',
-           'try_attack', 'Drill', 'traces_left', 'rows_erased', 'drill_erasure', 'show_erasure', 'show_models',
-           'check_trail', 'answer']
+__all__ = ['SMALL', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns', 'try_fewer_inputs', 'look_at_gaps',
+           'look_at_access', 'try_attack', 'Drill', 'traces_left', 'rows_erased', 'drill_erasure', 'show_erasure',
+           'show_models', 'check_trail', 'answer']
 
 # %% ../../nbs/lib/comply/07_case.ipynb #7f18e255
 def count_forbidden(
@@ -37,11 +37,11 @@ def count_forbidden(
     return float(columns.filter((pl.col("role") == "feature") & pl.col("proposal").str.starts_with("remove")).height)
 
 
-def count_droppable(
+def count_spare(
     columns: pl.DataFrame,     # comply/columns
 ) -> float:
-    "Inputs without a measurable need."
-    return float(columns.filter(pl.col("proposal").str.starts_with("drop")).height)
+    "Inputs without a measurable need alone."
+    return float(columns.filter(pl.col("proposal").str.starts_with("try without")).height)
 
 
 def look_at_columns(run: Run) -> Any:
@@ -54,7 +54,7 @@ def look_at_columns(run: Run) -> Any:
     run.save("comply/columns", columns)
     run.save("comply/proxies", proxies)
     used = run.claim("forbidden_inputs", of="comply/columns", by=count_forbidden, better="lower", on="training rows", title="inputs that are forbidden or stand in for a forbidden column")
-    spare = run.claim("droppable_inputs", of="comply/columns", by=count_droppable, better="lower", on="holdout", title="inputs without a measurable need")
+    spare = run.claim("spare_inputs", of="comply/columns", by=count_spare, better="lower", on="holdout", title="inputs without a measurable need alone")
     unseen = [c for c in forbidden if c not in train.columns]
     if forbidden:
         named = columns.filter(pl.col("proposal").str.starts_with("remove"))["column"].to_list()
@@ -62,12 +62,61 @@ def look_at_columns(run: Run) -> Any:
     else:
         run.not_applicable("No forbidden column and no proxy is an input", "comply.forbidden names none")
     told = {"forbidden": ", ".join(forbidden) or "none declared (comply.forbidden)", "subject": subject or "none declared (comply.subject)",
-            "without measurable need": ", ".join(columns.filter(pl.col("proposal").str.starts_with("drop"))["column"]) or "none"}
+            "without measurable need alone": ", ".join(columns.filter(pl.col("proposal").str.starts_with("try without"))["column"]) or "none"}
     if unseen:
         told["proxies not measured"] = f"{', '.join(unseen)}: removed before training, so nothing is left to compare with"
     shown = columns.select("column", "role", "needed", pl.col("need").alias("loss when shuffled"), "person", pl.col("singles_out").alias("singles out"), "proposal")
-    return stack(estimates([used, spare], "Inputs that should go"), facts(told, "What was declared and found"),
+    return stack(estimates([used, spare], "Inputs that should go", {"forbidden_inputs": 0.0} if forbidden else None), facts(told, "What was declared and found"),
                  table(shown, "Columns by need and by person", formats={"loss when shuffled": ".4f", "singles out": ".0%"}, rows=60))
+
+# %% ../../nbs/lib/comply/07_case.ipynb #d2f3a36e
+SMALL: dict[str, Any] = {"rounds": 40, "num_leaves": 31, "learning_rate": 0.15, "max_bin": 63}
+
+
+def try_fewer_inputs(run: Run) -> Any:
+    "Train a small model with and without the spare inputs, claim the cost, decide what to propose."
+    spare, schema = spare_inputs(run.load("comply/columns")), {"day": pl.Int64, "all": pl.Float64, "fewer": pl.Float64}
+    contract = run.load("data/contract")
+    if not spare or len(spare) == len(contract["features"]):
+        run.save("comply/fewer", pl.DataFrame(schema=schema))
+        return note("No input is spare alone, so none is left out." if not spare else "No input has a measurable need alone; which may go cannot be told from this.")
+    try:
+        compared = _compared(run, contract, spare)
+    except InputError as error:
+        run.save("comply/fewer", pl.DataFrame(schema=schema))
+        return note(f"Fewer inputs were not tried: {error}.")
+    run.save("comply/fewer", compared)
+    cost = run.claim("cost_of_fewer", of="comply/fewer", by=cost_of_fewer, using={"seed": run.seed}, on="newest validation rows", better="lower",
+                     title=f"extra loss without {len(spare)} inputs, as a share of the loss")
+    drop = cost.high is not None and cost.high <= TOLERATED
+    because = f"leaving {len(spare)} inputs out costs {cost.value:.2%} of the loss" + ("" if cost.high is None else f" ({cost.low:.2%} to {cost.high:.2%})") + f"; {TOLERATED:.0%} is tolerated"
+    left = len(contract["features"]) - len(spare)
+    run.decide("inputs to propose", options=[{"option": "all", "inputs": len(contract["features"]), "extra_loss": 0.0}, {"option": "fewer", "inputs": left, "extra_loss": cost.value}],
+               chose="fewer" if drop else "all", because=because)
+    return stack(estimates([cost], "What leaving the spare inputs out together costs", {cost.name: TOLERATED}),
+                 note(f"{because[:1].upper()}{because[1:]}: " + ("they are proposed for removal before the next training." if drop else "they stay until that is shown.")))
+
+# %% ../../nbs/lib/comply/07_case.ipynb #268814ac
+def _compared(run: Run, contract: dict[str, Any], spare: list[str]) -> pl.DataFrame:
+    from pipeline.data.contract import target_values
+    from pipeline.data.splits import fold_rows
+    from pipeline.monitor.outcomes import loss_of, prediction_frame
+    from pipeline.train.models import train_model
+    from pipeline.train.protocol import Fitting
+
+    frame, ordered = run.load("data/train"), bool(run.load("data/splits").get("ordered"))
+    known, newer = fold_rows(frame, int(frame["__fold"].max()), ordered)  # type: ignore[arg-type]
+    train, valid = frame[known], frame[newer]
+    if min(len(known), len(newer)) < 50:
+        raise InputError(f"{len(known)} and {len(newer)} rows are too few to compare on")
+    y, classes = target_values(valid, contract), list(contract["classes"])
+    losses = {}
+    for name, told in {"all": contract, "fewer": without_inputs(contract, spare)}.items():
+        model = train_model("trees", train, target_values(train, contract), told, Fitting(config=SMALL, seed=run.seed, threads=1))
+        losses[name] = loss_of(prediction_frame(valid, model.predict(valid), y, classes))
+    dated = "__time" in valid.columns and valid["__time"].dtype.is_temporal()
+    day = valid["__time"].cast(pl.Date).rank("dense").cast(pl.Int64) if dated else pl.Series(range(valid.height), dtype=pl.Int64)
+    return pl.DataFrame({"day": day, **losses})
 
 # %% ../../nbs/lib/comply/07_case.ipynb #db56501e
 def look_at_gaps(run: Run) -> Any:
@@ -88,7 +137,7 @@ def look_at_gaps(run: Run) -> Any:
     run.save("comply/gaps", rows)
     widest = rows.sort("gap", descending=True).row(0, named=True)
     chart = bars(rows, "by", "gap", f"The widest gap is {widest['gap']:.3f}, between {widest['by']} groups; {limit:g} is tolerated", low="low", high="high", xlabel="gap between best and worst group", limit=limit)
-    return stack(chart, estimates(claims, "Gaps between cohorts"))
+    return stack(chart, estimates(claims, "Gaps between cohorts", {c.name: limit for c in claims}))
 
 # %% ../../nbs/lib/comply/07_case.ipynb #505360ec
 def look_at_access(run: Run) -> Any:
@@ -134,7 +183,7 @@ def try_attack(run: Run) -> Any:
         run.not_applicable(title, "fewer than 20 rows of each kind")
     else:
         run.check(title, claim, at_most=LEAKS)
-    return estimates([claim], "Membership inference by loss")
+    return estimates([claim], "Membership inference by loss", {claim.name: LEAKS})
 
 # %% ../../nbs/lib/comply/07_case.ipynb #69c17aef
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ import polars as pl
 
 from .pii import find_pii
 from ..core.metrics import metric_or_none
+from ..core.run import Estimate
+from ..monitor.retraining import gain
 
 # %% auto #0
-__all__ = ['PROXY', 'GROUPS', 'MOST_ROWS', 'MOST_VALUES', 'COLUMN_SCHEMA', 'proxy_auc', 'find_proxies', 'singles_out',
-           'judge_columns']
+__all__ = ['PROXY', 'GROUPS', 'MOST_ROWS', 'MOST_VALUES', 'COLUMN_SCHEMA', 'TOLERATED', 'proxy_auc', 'find_proxies',
+           'singles_out', 'judge_columns', 'spare_inputs', 'without_inputs', 'cost_of_fewer']
 
 # %% ../../nbs/lib/comply/02_minimise.ipynb #f42f7c3e
 PROXY = 0.9         # an AUC above this is a proxy
@@ -121,7 +123,36 @@ def _propose(role: str, needed: str, ties: list[str]) -> str:
     if role == "feature" and any(t.startswith("gives") for t in ties):
         return "remove or justify: it stands in for a forbidden column"
     if role == "feature" and needed == "not shown":
-        return "drop: no measurable need"
+        return "try without: no measurable need alone"
     if ties and role == "feature":
         return "coarsen or justify: it points at a person"
     return "keep for requests and checks, not as an input" if ties else "keep"
+
+# %% ../../nbs/lib/comply/02_minimise.ipynb #299e5e64
+TOLERATED = 0.01    # share of the loss that fewer inputs may cost
+
+
+def spare_inputs(
+    columns: pl.DataFrame,     # from `judge_columns`
+) -> list[str]:
+    "Inputs without a measurable need alone."
+    return columns.filter(pl.col("proposal").str.starts_with("try without"))["column"].to_list()
+
+
+def without_inputs(
+    contract: dict[str, Any],  # data/contract
+    spare: list[str],
+) -> dict[str, Any]:
+    "The same contract for fewer inputs."
+    return contract | {"features": [f for f in contract["features"] if f not in spare],
+                       "columns": [c for c in contract["columns"] if c["name"] not in spare or c["role"] != "feature"]}
+
+
+def cost_of_fewer(
+    compared: pl.DataFrame,    # day, all, fewer: losses on the same rows
+    seed: int = 0,
+) -> Estimate:                 # share of the loss; negative: fewer inputs lose less
+    "What leaving the spare inputs out costs, as a share of the loss, drawn by whole days."
+    lost, scale = gain(compared, "all", against="fewer", seed=seed), float(compared["all"].mean() or 1.0)  # type: ignore[arg-type]
+    low, high = (None if end is None else end / scale for end in (lost.low, lost.high))
+    return Estimate(lost.value / scale, low, high, lost.n)

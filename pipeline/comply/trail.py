@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,5 +80,5 @@ def last_entries(
 # %% ../../nbs/lib/comply/06_trail.ipynb #6b042f90
 def _about(details: dict[str, object]) -> str:
     "The plain words of an entry, without digests."
-    told = [f"{k}: {v}" for k, v in details.items() if k not in ("sha256", "signature", "content") and isinstance(v, str | int | float | bool)]
+    told = [f"{k}: {v}" for k, v in details.items() if isinstance(v, str | int | float | bool) and not re.fullmatch(r"[0-9a-f]{32,}", str(v))]
     return "; ".join(told)[:160]

@@ -13,11 +13,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import polars as pl
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, suggest
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'readable', 'Html',
@@ -120,7 +121,7 @@ border-bottom:1px solid var(--line);max-width:32em;white-space:normal;overflow-w
 .ph.ph tbody tr{background:none}
 .ph.ph td.ph-num,.ph.ph th.ph-num{text-align:right;white-space:nowrap}
 .ph.ph tbody .ph-short{white-space:nowrap;min-width:0}
-.ph.ph tbody .ph-mid{min-width:10em}
+.ph.ph tbody .ph-mid{min-width:9em}
 .ph.ph tbody .ph-long{min-width:17em}
 .ph.ph-headline dt::first-letter,.ph.ph-est tbody th::first-letter{text-transform:uppercase}
 .ph-more,.ph-unit,.ph-sub{color:var(--muted);font-weight:400;font-size:.8125rem}
@@ -247,6 +248,8 @@ def table(
     small: tuple[str, int] | None = None,                # (count column, k): hide numbers of rows counting under k
 ) -> Html:
     "A table for people. Says how many rows it leaves out; hides the numbers of cells too small to publish."
+    import polars as pl
+
     frame = frame if isinstance(frame, pl.DataFrame) else _frame_of(frame)
     if small and small[0] not in frame.columns:
         near = suggest(small[0], frame.columns)
@@ -287,12 +290,16 @@ class _Column:
 
 
 def _frame_of(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    import polars as pl
+
     named = [{str(k): v for k, v in row.items()} for row in rows]
     keys = dict.fromkeys(k for row in named for k in row)
     return pl.DataFrame([_series(k, [_plain(row.get(k)) for row in named]) for k in keys])
 
 
 def _series(name: str, values: list[Any]) -> pl.Series:
+    import polars as pl
+
     present = [v for v in values if v is not None]
     if present and all(_is_number(v) for v in present):
         return pl.Series(name, values, pl.Float64 if any(isinstance(v, float) for v in present) else None, strict=False)
@@ -318,9 +325,13 @@ def _column(series: pl.Series, spec: str) -> _Column:
     if words and all(isinstance(v, str) and v in VERDICTS for v in words):
         return _Column([badge(v) if v else MISSING for v in values], False, False)
     texts = [text_of(v) for v in values]
+    return _Column([esc(t) for t in texts], False, bool(words), width=width_of(texts))
+
+
+def width_of(texts: Iterable[str]) -> str:
+    "How much room texts ask for: short, mid or long."
     longest = max(map(len, texts), default=0)
-    width = "short" if longest <= 18 else "mid" if longest <= 44 else "long"
-    return _Column([esc(t) for t in texts], False, bool(words), width=width)
+    return "short" if longest <= 18 else "mid" if longest <= 44 else "long"
 
 
 def text_of(value: Any) -> str:
@@ -335,7 +346,7 @@ def text_of(value: Any) -> str:
         return value.strftime("%Y-%m-%d" if value.time() == dt.time() else "%Y-%m-%d %H:%M")
     if isinstance(value, int | float):
         return number(value)
-    if isinstance(value, list | tuple | set | pl.Series):
+    if isinstance(value, list | tuple | set) or hasattr(value, "to_list"):
         return ", ".join(text_of(v) for v in value)
     if isinstance(value, Mapping):
         return "; ".join(f"{k}: {text_of(v)}" for k, v in value.items())
@@ -435,7 +446,8 @@ def estimates(
     limits: Mapping[str, float] | None = None,    # claim name -> limit, where the claim carries none
 ) -> Html:
     "Claims as a table, with their intervals drawn against their limits."
-    body = "".join(_estimate_row(claim, (limits or {}).get(str(part(claim, "name", "")))) for claim in claims)
+    width = width_of(str(part(claim, "title") or part(claim, "name", "")) for claim in claims)
+    body = "".join(_estimate_row(claim, (limits or {}).get(str(part(claim, "name", ""))), width) for claim in claims)
     heads = {"claim": "", "value": "num", "interval": "num", "limit": "num", "drawn": "", "rows": "num", "on": ""}
     head = "".join(f'<th scope="col"{" class=ph-num" if kind else ""}>{name}</th>' for name, kind in heads.items())
     rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
@@ -453,7 +465,7 @@ def _big(label: str, text: str, estimate: Any = None, limit: float | None = None
     return f'<div><dt>{esc(label)}</dt><dd><span class="ph-big">{esc(text)}</span>{bar}{below}</dd></div>'
 
 
-def _estimate_row(claim: Any, limit: float | None) -> str:
+def _estimate_row(claim: Any, limit: float | None, width: str) -> str:
     value, low, high, n = (part(claim, name) for name in ("value", "low", "high", "n"))
     unit = part(claim, "unit", "") or ""
     limit = part(claim, "limit") if limit is None else limit
@@ -463,7 +475,7 @@ def _estimate_row(claim: Any, limit: float | None) -> str:
     numbers = [number(value, spec, unit), between, number(limit, spec)]
     row = "".join(f'<td class="ph-num">{esc(text)}</td>' for text in numbers)
     row += f'<td>{interval_bar(value, low, high, limit) or MISSING}</td><td class="ph-num">{esc(number(n, ",.0f"))}</td>'
-    return f'<tr><th scope="row" class="ph-mid">{esc(title)}</th>{row}<td class="ph-short">{esc(part(claim, "on") or MISSING)}</td></tr>'
+    return f'<tr><th scope="row" class="ph-{width}">{esc(title)}</th>{row}<td class="ph-mid">{esc(part(claim, "on") or MISSING)}</td></tr>'
 
 # %% ../../nbs/lib/core/06_display.ipynb #7989c76d
 def verdict(

@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,6 +104,8 @@ def swap_folder(
     final: Path,   # the name it gets
 ) -> None:
     "Flush every file of `new`, then let it take the final name; an older folder of that name goes last."
+    from concurrent.futures import ThreadPoolExecutor
+
     with disk_errors(f"putting {final.name} in place"):
         with ThreadPoolExecutor(8) as together:   # the disk commits many as fast as one
             list(together.map(sync_path, [new, *new.rglob("*")]))

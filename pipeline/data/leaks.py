@@ -30,10 +30,14 @@ def bin_codes(
     if values.dtype == pl.String:
         return values.rank("dense").fill_null(0).to_numpy().astype(np.int64)
     numbers = values.cast(pl.Int64 if values.dtype == pl.Datetime else pl.Float64)
-    codes = numbers.rank("dense").fill_null(0).to_numpy().astype(np.int64)
-    if codes.max(initial=0) > bins:
-        ranks = numbers.rank("min").fill_null(0).to_numpy().astype(float)
-        codes = np.where(codes == 0, 0, 1 + (ranks - 1) * bins // max(len(values), 1)).astype(np.int64)
+    known = numbers.is_not_null().to_numpy() if numbers.null_count() else np.ones(len(numbers), bool)
+    levels, inverse, rows = np.unique(numbers.to_numpy()[known], return_inverse=True, return_counts=True)
+    codes = np.zeros(len(numbers), np.int64)
+    if len(levels) > bins:   # the quantile at which a value begins
+        below = np.cumsum(rows) - rows
+        codes[known] = 1 + (below * bins // len(numbers))[inverse]
+    else:
+        codes[known] = 1 + inverse
     return codes
 
 

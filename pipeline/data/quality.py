@@ -139,7 +139,7 @@ def _column_faults(name: str, kind: Kind, row: dict[str, Any], raw: pl.Series, v
         return note(name, "constant", height, f"always {row['usual']}{' where it is not missing' if missing else ''}", "delete the column")
     if row["usual_share"] and row["usual_share"] > 0.99:
         note(name, "nearly constant", round(row["usual_share"] * height), f"{row['usual_share']:.2%} are {row['usual']}", "ask whether the rest is real")
-    if why := looks_like_id(values, kind):
+    if row["distinct"] == height and (why := looks_like_id(values, kind)):
         note(name, "identifier", height, why, "declare it as role: id; no model can use it")
     if raw.dtype.is_float() and (unreal := int((~raw.is_finite()).fill_null(False).sum())):
         note(name, "NaN or infinite", unreal, f"{unreal:,} values", "leave unknown values empty")

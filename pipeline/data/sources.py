@@ -36,7 +36,7 @@ def tidy_names(
     file: str,               # for messages
 ) -> list[str]:              # NFC, stripped, unique, without hidden signs
     "Names of columns that mean one thing each; raises `InputError` naming the column."
-    tidy = [unicodedata.normalize("NFC", name).strip() or f"unnamed_{i}" for i, name in enumerate(names, 1)]
+    tidy = [unicodedata.normalize("NFC", name).strip().translate(_ESCAPED) or f"unnamed_{i}" for i, name in enumerate(names, 1)]
     for position, name in enumerate(tidy, 1):
         hidden = sorted({f"U+{ord(sign):04X}" for sign in name if unicodedata.category(sign) in _HIDDEN})
         if hidden:
@@ -52,6 +52,7 @@ def tidy_names(
     return tidy
 
 # %% ../../nbs/lib/data/00_sources.ipynb #42d12f3e
+_ESCAPED = str.maketrans({'"': "'", "\\": "/"})
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
@@ -135,7 +136,11 @@ def _checked(table: Table, file: str) -> Table:
     frame = table.frame.rename(dict(zip(table.frame.columns, names))) if names != table.frame.columns else table.frame
     if frame.height == 0:
         raise InputError(f"{file} has a header of {frame.width} columns and no rows; give a file with at least one row")
-    return Table(frame, table.notes)
+    return Table(frame, (*table.notes, *_renamed(table.frame.columns, names, file)))
+
+
+def _renamed(given: Sequence[str], names: Sequence[str], file: str) -> list[str]:
+    return [f"{file}: column {old} is called {new} here" for old, new in zip(given, names) if '"' in old or "\\" in old]
 
 
 def _read_parquet(path: Path) -> Table:
@@ -191,6 +196,7 @@ def _read_csv(data: bytes, file: str) -> Table:
     if left_open:
         raise InputError(f"{file}:{left_open}: a quote opened here is never closed; the file may have been cut: get it again from its source")
     names = tidy_names(header, file)
+    notes += _renamed(header, names, file)
     odd = np.flatnonzero(cells != len(names))
     if len(odd):
         cut = " (the last line: the file may have been cut)" if odd[0] == len(cells) - 1 else ""

@@ -18,7 +18,7 @@ from ..core.errors import InputError, suggest
 from ..core.problem import Problem, Task, check_name, parse_problem, read_yaml
 from ..core.store import write_whole
 from .contract import learn, looks_like_id, read_as_declared, target_of
-from .sources import read_table
+from .sources import read_table, tidy_names
 from .splits import take_apart, time_dependence
 from .targets import OPPOSITES, check_target, class_names
 from .types import Kind, guess_type, typed
@@ -282,6 +282,7 @@ def start_problem(
         raise InputError(f"{params_dir.name}/{destination.name} exists; choose another name or pass --force to replace it")
     file = Path(file)
     table = read_table(file).frame
+    target = tidy_names([target], "target")[0]
     if target not in table.columns:
         raise InputError(f"{file.name} has no column '{target}'{suggest(target, table.columns[:200])}")
     found = guess(table, target)

@@ -70,6 +70,7 @@ class PilothouseEngine(Engine):
         autosave_cell_every: int = 10, **kwargs: Any,
     ) -> Any:
         "papermill's entry: run the notebook and keep its state."
+        kwargs.pop("prepared", lambda: None)()
         given = nb.metadata.get("papermill", {}).get("parameters", {})
         if given:
             check_parameters(given, declared_parameters(nb, str(kwargs.get("input_path", "notebook"))))
@@ -171,18 +172,41 @@ def run_notebook(
     "Execute through papermill; raises what the phase raised, with the cell named."
     used = used or Used()
     check_parameters(parameters, declared_parameters(read_notebook(notebook), notebook.stem), notebook.stem)
+    turn = _Turn()
     try:
         load_papermill().execute_notebook(
-            str(notebook), str(output), parameters, engine_name="pilothouse", kernel_name="python3", progress_bar=False,
-            kernel=kernel, limits=limits, on_cell=on_cell, used=used,
+            _literal(notebook), _literal(output), parameters, engine_name="pilothouse", kernel_name="python3", progress_bar=False,
+            kernel=kernel, limits=limits, on_cell=on_cell, used=used, prepared=turn.end,
         )
     except PapermillExecutionError as error:
         raise _as_told(error, notebook.stem, used) from error
     except EnvironmentFault as error:
         raise EnvironmentFault(f"{notebook.stem} was stopped in cell {used.cell} of {used.cells}: {error}") from error
+    finally:
+        turn.end()
     return used
 
 # %% ../../nbs/lib/engine/04_execute.ipynb #5080ffac
+class _Turn:
+    "papermill prepares one notebook at a time: the formatter that it uses is not made for threads."
+
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.lock.acquire()
+        self.ended = False
+
+    def end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.lock.release()
+
+
+def _literal(path: Path) -> str:
+    "papermill fills braces in a path from the parameters; these are the path's own."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _as_told(error: PapermillExecutionError, phase: str, used: Used) -> PilothouseError:
     kind = getattr(errors, error.ename, None)
     told = " ".join(str(error.evalue).split())

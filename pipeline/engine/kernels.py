@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import secrets
@@ -174,6 +175,7 @@ class KernelPool:
             **({name: str(threads) for name in limits} if threads else {}), **(environment or {}),
         }
         self._ahead: dict[str, Kernel] = {}
+        self._numbers = itertools.count(1)
         self._taken: set[str] = set()
         self._used: list[Kernel] = []
         self._lock, self._telling = threading.Lock(), threading.Lock()
@@ -236,8 +238,8 @@ class KernelPool:
     # -- behind the scenes
 
     def _start(self, imports: Sequence[str]) -> Kernel:
-        self.started += 1
-        name, mark = f"k{self.started}-{secrets.token_hex(3)}", f"{self.mark}.{self.started}."
+        number = next(self._numbers)   # from several threads at once: two kernels with one mark would die together
+        self.started, name, mark = number, f"k{number}-{secrets.token_hex(3)}", f"{self.mark}.{number}."
         connection: dict[str, str | int] = {
             "transport": "ipc", "ip": str(self.private / name), "key": secrets.token_hex(32), "signature_scheme": "hmac-sha256",
             "shell_port": 1, "iopub_port": 2, "stdin_port": 3, "control_port": 4, "hb_port": 5, "kernel_name": "python3",

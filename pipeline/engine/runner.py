@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +280,8 @@ class _Work:
         if len(stale) == 1:
             self._run_phase(*stale[0])
             return
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(min(jobs, len(stale))) as threads:
             running = [threads.submit(self._run_phase, *one) for one in stale]
             try:

@@ -147,7 +147,7 @@ RULES: dict[str, Callable[[Windows, pl.DataFrame, Rule], Found]] = {
     "scores drifted": _drifted("scores"),
     "outcomes drifted": _drifted("outcomes"),
     "loss unusual": _crossed("loss_chance", -1, "loss"),
-    "loss risen": _crossed("loss_low", 1, "the loss, less its noise,"),
+    "loss risen": _crossed("loss_low", 1, "loss, beyond its noise"),
     "metric too low": _crossed("high", -1, "the metric's whole interval"),
     "metric too high": _crossed("low", 1, "the metric's whole interval"),
 }

@@ -23,7 +23,11 @@ def _label(found: Look) -> str:
 
 
 def _outcome_name(found: Look) -> str:
-    return "mean outcome" if not found.classes else f"share of {found.classes[1]}" if len(found.classes) == 2 else "share of the commonest class"
+    if not found.classes:
+        return f"mean {found.target}"
+    if len(found.classes) > 2:
+        return "share of the commonest class"
+    return f"share of {found.target}" if found.classes[1].lower() in ("true", "yes", "1", "y") else f"share of {found.classes[1]}"
 
 
 def _dated(found: Look) -> pl.Expr:
@@ -52,7 +56,7 @@ def show_windows(found: Look) -> Any:
         pl.col("outcome").alias(_outcome_name(found)), pl.col("metric").alias(_label(found)), "low", "high",
         pl.col("window").replace_strict(alarms, default=0, return_dtype=pl.Int64).alias("alarms opened"),
     )
-    return table(rows, "Production, window by window; low and high hold the metric with 95 %", rows=60,
+    return table(rows, "Production, window by window; low and high hold the metric with 95 %", rows=60, small=("n", 10),
                  formats={"mean score": ".3f", _outcome_name(found): ".3f", _label(found): ".3f", "low": ".3f", "high": ".3f"})
 
 

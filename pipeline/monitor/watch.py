@@ -119,6 +119,7 @@ class Look:
     served: str = "the released model"
     using: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    target: str = "outcome"
     limit: float | None = None
     loss: float | None = None                     # on the rows that approved the model
     learned_until: dt.datetime | None = None
@@ -192,7 +193,7 @@ def look(
     raised = apply_rules(table, found, rules, monitor.outcome_delay_days)
     until = _moment(train[TIME].max()) if TIME in train.columns and is_calendar(train[TIME]) else None
     run.save("monitor/predictions", known)
-    return _saved(run, Look("", plan["metric"], plan["better"], days, monitor.window_days, calendar, how, chance, served, using, classes, limit, loss, until,
+    return _saved(run, Look("", plan["metric"], plan["better"], days, monitor.window_days, calendar, how, chance, served, using, classes, contract["target"], limit, loss, until,
                             table, found, raised, rules, model, production))
 
 # %% ../../nbs/lib/monitor/06_watch.ipynb #e7f37749

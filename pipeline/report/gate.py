@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from ..core.display import Html, clean, estimates, note, table
+from ..core.display import Html, clean, estimates, note, readable, table
 from ..core.run import Estimate, Run
 from .evidence import Evidence, read_run
 from .readiness import RUBRIC, level, ml_test_score, section_scores
@@ -44,7 +44,7 @@ def criteria_of(
     seen = {row["phase"] for row in rows}
     absent = [(name, "it has not run") for name in evidence.missing if name < before]
     absent += [(phase.name, "it kept no criterion") for phase in evidence.phases if phase.name not in seen]
-    rows += [{"phase": name, "criterion": "the phase has criteria", "verdict": "inconclusive", "found": why, "limit": "at least 1", "remark": ""} for name, why in absent]
+    rows += [{"phase": name, "criterion": f"{name.replace('_', ' ')}: {why}", "verdict": "inconclusive", "found": "no evidence", "limit": "one criterion", "remark": ""} for name, why in absent]
     names = ("phase", "criterion", "verdict", "found", "limit", "remark")
     return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String)).sort("phase", maintain_order=True)
 
@@ -71,7 +71,7 @@ def judge_phases(
         bad = own.filter(pl.col("verdict").is_in(["no-go", "inconclusive"]))["criterion"].to_list()
         called = phase.replace("_", " ")
         claim = run.claim(f"unmet_{phase}", of="report/criteria", by=unmet, using={"phase": phase}, on="criteria", better="lower", title=f"{called}: criteria not met")
-        check = run.check(f"{called} holds", claim, at_most=0, bound="high", why=_some(bad))
+        check = run.check(f"{called}: nothing failed, nothing open", claim, at_most=0, bound="high", why=_some(bad))
         rows.append({"phase": called, "verdict": check.verdict, "criteria": claim.n, "failed": int(claim.value), "open": int((claim.high or 0) - claim.value), "which": _some(bad) or None})
     return table(rows, "Each phase's criteria, failed and open", rows=60)
 
@@ -85,7 +85,8 @@ def judge_requirements(
     bad = matrix.filter(pl.col("verdict").is_in(["no-go", "inconclusive"]))["requirement"].to_list()
     run.check("every requirement is answered by evidence", claim, at_most=0, bound="high", why=_some(bad))
     ranked = matrix.sort(pl.col("verdict").replace_strict(SEVERITY, default=9, return_dtype=pl.Int8), maintain_order=True)
-    return table(ranked.select("asked", "verdict", "found", "limit", "phase", "evidence"), "Every requirement of the problem file and what answers it", rows=200)
+    shown = ranked.select("asked", "verdict", "limit", "found", evidence=pl.format("{}: {}", "phase", "evidence"))
+    return table(shown, "Every requirement of the problem file and what answers it", rows=200)
 
 
 def claim_readiness(
@@ -105,9 +106,9 @@ def _some(titles: Sequence[str], most: int = 3) -> str:
 def show_answers(
     evidence: Evidence,
 ) -> Html:
-    "Each phase's question and one-line answer."
-    rows = [{"phase": p.name.replace("_", " "), "verdict": p.verdict, "question": p.question, "answer": p.answer} for p in evidence.phases]
-    rows += [{"phase": name.replace("_", " "), "verdict": "inconclusive", "question": "", "answer": "has not run"} for name in evidence.missing if not name.startswith("10")]
+    "Each phase's verdict and one-line answer."
+    rows = [{"phase": p.name.replace("_", " "), "verdict": p.verdict, "answer": p.answer} for p in evidence.phases]
+    rows += [{"phase": name.replace("_", " "), "verdict": "inconclusive", "answer": "has not run"} for name in evidence.missing if not name.startswith("10")]
     return table(sorted(rows, key=lambda row: row["phase"]), "What each phase answers", rows=60)
 
 
@@ -165,7 +166,7 @@ def final_sentence(
 ) -> str:
     "The answer in one line."
     first = criteria.filter(pl.col("verdict") == "no-go").head(1)
-    why = "".join(f" First: {r['phase'].replace('_', ' ')}, {r['criterion']}: {r['found']}, limit {r['limit']}." for r in first.iter_rows(named=True))
+    why = "".join(f" First: {r['phase'].replace('_', ' ')}, {r['criterion']}: {readable(r['found'])}, limit {r['limit']}." for r in first.iter_rows(named=True))
     told = f"{state.capitalize()}: {_counted(criteria, 'criteria')}, {_counted(matrix, 'requirements')}; the ML Test Score is {score:g} of 7.{why}"
     return clean(told, 600)
 

@@ -151,5 +151,5 @@ def _item_row(row: Mapping[str, Any]) -> str:
     evidence = esc(row["evidence"])
     if re.fullmatch(r"\d\d_[a-z_]+", row["phase"] or ""):
         evidence = f'<a href="../{row["phase"]}/report.html">{esc(row["phase"].replace("_", " "))}</a>: {evidence}'
-    return (f'<tr><th scope="row" class="ph-short">{row["item"]}</th><td>{esc(row["test"])}</td>'
-            f'<td class="ph-num">{number(row["score"], ".1f")}</td><td>{esc(row["how"])}</td><td>{evidence}</td></tr>')
+    return (f'<tr><th scope="row" class="ph-short">{row["item"]}</th><td class="ph-mid">{esc(row["test"])}</td>'
+            f'<td class="ph-num">{number(row["score"], ".1f")}</td><td class="ph-mid">{esc(row["how"])}</td><td class="ph-long">{evidence}</td></tr>')

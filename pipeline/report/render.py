@@ -23,7 +23,7 @@ from .sections import SEVERITY, big_numbers, carrying, criteria, decided, senten
 from .story import story
 
 # %% auto #0
-__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'stopped_by', 'final_answer']
+__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'telling', 'stopped_by', 'final_answer']
 
 # %% ../../nbs/lib/report/05_render.ipynb #2bb15555
 PHASE = """
@@ -60,7 +60,7 @@ def render_phase(
     body = fill(
         PHASE, place=f"{sentence_case(phase.room)}, phase {phase.name.split('_')[0].lstrip('0') or '0'} of {place}", question=question or QUESTIONS.get(phase.name, phase.name),
         lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", phase.checks).html,
-        numbers=big_numbers(carrying(phase.claims, phase.checks)), blocks=blocks, criteria=criteria(phase.checks),
+        numbers=big_numbers(telling(read_run(run)) if phase.room == "report" else carrying(phase.claims, phase.checks)), blocks=blocks, criteria=criteria(phase.checks),
         decisions=decided(phase.decisions), unknowns=[clean(s, 400) for s in unknowns(phase.claims, phase.checks)],
         claims=_all_claims(phase.claims), origin=facts(origin(phase, manifest, prices_of(run)), "Where this page comes from").html,
         artifacts=_traces(phase),
@@ -185,13 +185,13 @@ def render_run(
     run = read_run(run_folder)
     leaves, place = run.leaves, f"{run_folder.parent.name} · {run_folder.name}"
     checks = [{**c, "title": f"{sentence_case(p.room)}: {c.get('title')}"} for p, c in run.checks() if p.room != "report"]
-    limited = _by_phase(run, lambda claim: claim.get("limit") is not None)
-    others = _by_phase(run, lambda claim: claim.get("limit") is None)
+    limited = _by_phase(run, lambda phase, claim: claim.get("limit") is not None and phase.room != "report")
+    others = _by_phase(run, lambda phase, claim: claim.get("limit") is None or phase.room == "report")
     costs, points = phase_costs(run.phases, prices or prices_of(run_folder)), [clean(s, 400) for s in _open_points(run)]
     state, sentence = final_answer(run)
     body = fill(
         RUN, place=place, question=str(leaves.get("problem.statement") or f"{sentence_case(run_folder.parent.name)}: go or no-go?"), kpi=_kpi(leaves),
-        verdict=verdict(state, sentence, checks).html, numbers=big_numbers(_telling(run)), phases=_strip(run),
+        verdict=verdict(state, sentence, checks).html, numbers=big_numbers(telling(run)), phases=_strip(run),
         limited=limited, others=others, others_n=others.count('<th scope="row"'),
         decisions=decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]),
         unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=cost_line(costs, _currency(run.manifest)),
@@ -203,6 +203,17 @@ def render_run(
     file = run_folder / "index.html"
     write_whole(file, page(f"{place}: {state}", body, trail, _foot({"finished": last})))
     return file
+
+
+def telling(run: Evidence) -> list[Mapping[str, Any]]:
+    "The three claims of a run: failed before open before passed, evaluation before the rest."
+    order = {"evaluate": 0, "rollout": 1, "monitor": 2, "deploy": 3, "comply": 4}
+    ranked: list[tuple[int, int, Mapping[str, Any]]] = []
+    for phase in run.phases:
+        judged = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in phase.checks if c.get("claim")}
+        if phase.room != "report":
+            ranked += [(judged[str(c["name"])], order.get(phase.room, 9), c) for c in phase.claims if c.get("name") in judged]
+    return [claim for *_, claim in sorted(ranked, key=lambda entry: entry[:2])[:3]]
 
 
 def stopped_by(
@@ -253,22 +264,11 @@ def _tile(name: str, phase: Phase | None, run: Evidence) -> dict[str, str]:
             "answer": clean(phase.answer, 600)}
 
 
-def _telling(run: Evidence) -> list[Mapping[str, Any]]:
-    "The three claims of a run: failed before open before passed, evaluation before the rest."
-    order = {"evaluate": 0, "rollout": 1, "monitor": 2, "deploy": 3, "comply": 4}
-    ranked: list[tuple[int, int, Mapping[str, Any]]] = []
-    for phase in run.phases:
-        judged = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in phase.checks if c.get("claim")}
-        if phase.room != "report":
-            ranked += [(judged[str(c["name"])], order.get(phase.room, 9), c) for c in phase.claims if c.get("name") in judged]
-    return [claim for *_, claim in sorted(ranked, key=lambda entry: entry[:2])[:3]]
-
-
-def _by_phase(run: Evidence, wanted: Callable[[Mapping[str, Any]], bool]) -> str:
+def _by_phase(run: Evidence, wanted: Callable[[Phase, Mapping[str, Any]], bool]) -> str:
     "Claims of a kind as a table a phase."
     parts = []
     for phase in run.phases:
-        claims = [c for c in phase.claims if wanted(c)]
+        claims = [c for c in phase.claims if wanted(phase, c)]
         if claims:
             parts.append(estimates(claims, f"{phase.name.split('_')[0]} {sentence_case(phase.room)}"))
     return stack(*parts).html if parts else ""
@@ -276,7 +276,7 @@ def _by_phase(run: Evidence, wanted: Callable[[Mapping[str, Any]], bool]) -> str
 
 def _open_points(run: Evidence) -> list[str]:
     said = [f"{name.replace('_', ' ')} has not run." for name in run.missing]
-    for phase in run.phases:
+    for phase in (p for p in run.phases if p.room != "report"):    # that one only counts the others' criteria
         said += [f"{sentence_case(phase.room)}: {sentence}" for sentence in unknowns(phase.claims, phase.checks)]
     return said
 

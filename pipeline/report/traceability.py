@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from ..core.display import readable
 from ..core.run import overall
 from .evidence import Evidence, Phase
 from ..scope.criteria import acceptance_table, constraints_table
@@ -139,7 +140,7 @@ def _answered(checks: Sequence[tuple[Phase, Mapping[str, Any]]]) -> dict[str, st
     verdict = overall([str(c.get("verdict")) for _, c in weighed]) if weighed else "not applicable"
     phase, check = next((p, c) for p, c in checks if c.get("verdict") == verdict)
     more = len(weighed or checks) - 1
-    return {"phase": phase.name.replace("_", " "), "evidence": str(check.get("title")) + (f" (and {more} more)" if more else ""), "found": str(check.get("found")), "verdict": verdict}
+    return {"phase": phase.name.replace("_", " "), "evidence": str(check.get("title")) + (f" (and {more} more)" if more else ""), "found": readable(str(check.get("found"))), "verdict": verdict}
 
 
 def _shown(wanted: re.Pattern[str], rooms: tuple[str, ...], run: Evidence) -> tuple[Phase, str, str] | None:

@@ -144,7 +144,8 @@ class Encoder:
         frame: pl.DataFrame,   # the columns in any order, others ignored
     ) -> np.ndarray:           # (rows, features), float64, NaN where missing
         "Encode a frame; a missing column, a wrong type or an infinite number raises `InputError` with its name."
-        absent = [name for name in self.columns if name not in frame.columns]
+        present = set(frame.columns)
+        absent = [name for name in self.columns if name not in present]
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise InputError(f"column {absent[0]!r}{more} is not in the frame; the model needs all its columns")
@@ -170,8 +171,10 @@ class Encoder:
         return matrix
 
     def _numbers(self, frame: pl.DataFrame, codings: list[Coding]) -> np.ndarray:
+        types = dict(frame.schema)
+
         def encode(some: list[Coding]) -> np.ndarray:
-            expressions = [e for c in some for e in _expressions(c, frame.schema[c.name])]
+            expressions = [e for c in some for e in _expressions(c, types[c.name])]
             named = [e.alias(f"f{place}") for place, e in enumerate(expressions)]
             return frame.select(named).fill_null(math.nan).to_numpy()
 
@@ -182,7 +185,7 @@ class Encoder:
                 try:
                     encode([coding])
                 except pl.exceptions.PolarsError as error:
-                    found = frame.schema[coding.name]
+                    found = types[coding.name]
                     asked = f"column {coding.name!r}: a {coding.type} was asked for"
                     raise InputError(f"{asked}, a {found} was found that cannot become one; mend its values") from error
             raise
@@ -226,13 +229,15 @@ def learn_encoder(
     contract: dict[str, Any],   # data/contract: `features`, and `columns` with name and type
 ) -> Encoder:
     "Learn how the contract's features become numbers."
-    types = {column["name"]: column["type"] for column in contract["columns"]}
-    return Encoder(tuple(_learn(frame, name, types[name]) for name in contract["features"]))
+    kinds = {column["name"]: column["type"] for column in contract["columns"]}
+    types = dict(frame.schema)
+    for name in contract["features"]:
+        if name not in types:
+            raise InputError(f"column {name!r} of the contract is not in the frame; prepare the data again")
+    return Encoder(tuple(_learn(frame, name, kinds[name], types[name].is_numeric()) for name in contract["features"]))
 
 
-def _learn(frame: pl.DataFrame, name: str, kind: str) -> Coding:
-    if name not in frame.columns:
-        raise InputError(f"column {name!r} of the contract is not in the frame; prepare the data again")
+def _learn(frame: pl.DataFrame, name: str, kind: str, numeric: bool) -> Coding:
     if kind == "category":
         counts = frame.select(pl.col(name).cast(pl.String).alias("level")).drop_nulls().group_by("level").len()
         if frame.height > 10_000:
@@ -244,6 +249,6 @@ def _learn(frame: pl.DataFrame, name: str, kind: str) -> Coding:
         seen = Counter(word for text in texts for word in set(_WORD.findall(text[:MAX_CHARACTERS].lower())))
         common = sorted((-n, word) for word, n in seen.items() if n >= 3 and n <= 0.6 * len(texts))[:MAX_WORDS]
         return Coding(name, "text", words={word: math.log((1 + len(texts)) / (1 - n)) + 1 for n, word in common})
-    if kind == "date" and frame.schema[name].is_numeric():
+    if kind == "date" and numeric:
         kind = "number"
     return Coding(name, kind)

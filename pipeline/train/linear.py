@@ -14,7 +14,7 @@ import numpy as np
 from .protocol import Fitting, OutOfTime, Shape, check_answer, pick_rows, probabilities
 
 # %% auto #0
-__all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'Design', 'learn_design', 'Linear', 'from_files', 'fit']
+__all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'Design', 'learn_design', 'add_by_owner', 'Linear', 'from_files', 'fit']
 
 # %% ../../nbs/lib/train/03_linear.ipynb #4fd4ee0b
 LEVELS = 40              # indicators for a category, at most
@@ -63,6 +63,20 @@ def learn_design(
     levels = [(i, code) for i in np.flatnonzero(sizes) for code in range(min(cap, sizes[i]))][:INDICATORS]
     return Design(len(sizes), numbers, mean[numbers], scale[numbers], flagged, np.array(levels, int).reshape(-1, 2))
 
+# %% ../../nbs/lib/train/03_linear.ipynb #bfd00442
+def add_by_owner(
+    parts: np.ndarray,    # (…, columns)
+    owners: np.ndarray,   # (columns,) from 0 to count - 1
+    count: int,           # owners there are
+) -> np.ndarray:          # (…, count)
+    "Sums over the columns of each owner; 0 for one without a column."
+    sums = np.zeros((*parts.shape[:-1], count))
+    if len(owners):
+        order = np.argsort(owners, kind="stable")
+        names, starts = np.unique(owners[order], return_index=True)
+        sums[..., names] = np.add.reduceat(parts[..., order], starts, axis=-1)
+    return sums
+
 # %% ../../nbs/lib/train/03_linear.ipynb #2b3cd05f
 @dataclass(frozen=True)
 class Linear:
@@ -89,10 +103,9 @@ class Linear:
     def contributions(self, matrix: np.ndarray) -> np.ndarray | None:
         "(rows, features + 1), or (rows, classes, features + 1); the last is the average row's score."
         gap = self.design.matrix(matrix) - self.centre
-        owned = np.zeros((len(self.design.owners), self.design.features))
-        owned[np.arange(len(owned)), self.design.owners] = 1
         base = self.centre @ self.coefficients + self.intercept
-        parts = [np.column_stack([(gap * c) @ owned, np.full(len(gap), b)]) for c, b in zip(self.coefficients.T, base)]
+        parts = [np.column_stack([add_by_owner(gap * c, self.design.owners, self.design.features), np.full(len(gap), b)])
+                 for c, b in zip(self.coefficients.T, base)]
         return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
     def to_files(self) -> dict[str, bytes]:

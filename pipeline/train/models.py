@@ -18,6 +18,7 @@ import polars as pl
 
 from ..core.errors import InputError, IntegrityError
 from .features import Encoder, learn_encoder
+from .linear import add_by_owner
 from .protocol import Estimator, Fitting, Shape, check_rows, fit, from_files
 
 # %% auto #0
@@ -85,9 +86,7 @@ class Model:
         parts = self.estimator.contributions(self.encoder.encode(frame))
         if parts is None:
             return None
-        owned = np.zeros((parts.shape[-1], len(self.features) + 1))
-        owned[np.arange(parts.shape[-1]), np.append(self.encoder.owners, len(self.features))] = 1
-        return parts @ owned
+        return add_by_owner(parts, np.append(self.encoder.owners, len(self.features)), len(self.features) + 1)
 
     def score(self, frame: pl.DataFrame) -> np.ndarray:
         "(rows,) or (rows, classes): log-odds or numbers before they become probabilities."

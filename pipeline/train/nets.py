@@ -132,7 +132,9 @@ def _train(shape: Shape, data: tuple[Any, ...], config: dict[str, Any], fitting:
     import torch
 
     torch.manual_seed(fitting.seed)
-    module = _module(shape, data, config, fitting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # a table of constants leaves a layer without inputs
+        module = _module(shape, data, config, fitting)
     done = _restore(module, fitting.checkpoint)
     fitting.cache["resumed"] = done
     if done < config["epochs"]:
