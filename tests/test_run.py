@@ -49,7 +49,7 @@ def test_a_phase_appears_when_it_is_finished_and_not_before(place):
     assert sorted(p.name for p in folder.iterdir()) == ["answer.json", "checks.json", "claims.json", "decisions.json", "receipt.json", "train.parquet"]
     later = opened("04_train")
     assert later.load("data/train").height == 2
-    later.has("data/production")
+    assert later.has("data/train") and not later.has("data/production") and not later.has("train/model")
     receipt = read_receipt(finish(later))
     assert receipt["loaded"] == {"data/train": read_receipt(folder)["outputs"]["data/train"]["sha256"], "data/production": ""}
     assert set(receipt["modules"]) >= {"pipeline.core.run", "pipeline.core.problem"} and receipt["python"].startswith("cpython 3")

@@ -54,11 +54,18 @@ class DrawnBehind:
     "Pages drawn by a process of their own."
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from pipeline.cli.pages import serve; serve(sys.stdin, sys.stdout)"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )
+        self._started: subprocess.Popen[str] | None = None
         self.asked = 0
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        "Started with the first order, when the first kernel has its start behind it."
+        if self._started is None:
+            self._started = subprocess.Popen(
+                [sys.executable, "-c", "import sys; from pipeline.cli.pages import serve; serve(sys.stdin, sys.stdout)"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )
+        return self._started
 
     def phase(self, folder: Path) -> None:
         "Order the page of a phase."
@@ -78,6 +85,8 @@ class DrawnBehind:
 
     def stop(self) -> None:
         "End the process; nothing is half-drawn, because pages are renamed into place."
+        if self._started is None:
+            return
         if self.process.stdin:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()

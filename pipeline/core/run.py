@@ -243,7 +243,8 @@ class Run:
     def has(self, name: str) -> bool:
         "True where an earlier phase (or this one) saved such an artifact."
         found = self._find(name)
-        self._loaded.setdefault(name, found[1].sha256 if found else "")
+        if name.partition("/")[0] != self.room:
+            self._loaded.setdefault(name, found[1].sha256 if found else "")
         return found is not None
 
     def load(self, name: str) -> Any:

@@ -171,7 +171,7 @@ class KernelPool:
         self.private = Path(tempfile.mkdtemp(prefix="pilothouse-"))   # mode 0700
         limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
         self.environment = {
-            **os.environ, "PYTHONHASHSEED": "0", "JPY_PARENT_PID": str(os.getpid()), "IPYTHONDIR": str(self.private / "ipython"),
+            **os.environ, "PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE", "JPY_PARENT_PID": str(os.getpid()), "IPYTHONDIR": str(self.private / "ipython"),
             **({name: str(threads) for name in limits} if threads else {}), **(environment or {}),
         }
         self._ahead: dict[str, Kernel] = {}

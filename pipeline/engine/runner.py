@@ -72,13 +72,15 @@ class LocalExecutor:
         self.settings = settings
         self.pool: KernelPool = KernelPool(settings.spares, environment, settings.threads, settings.root)
         self._coming: list[tuple[str, Sequence[str]]] = []
-        self._loading = threading.Thread(target=_load_execute, daemon=True)
+        self._loading = threading.Thread(target=self._load, daemon=True)
 
     def prepare(self, coming: Sequence[tuple[str, Sequence[str]]]) -> None:
         self._coming = list(coming)
-        self.pool.prepare(coming)
         if not self._loading.ident:
-            self._loading.start()   # papermill is imported while the first kernels start
+            self.pool.prepare(self._coming[:1])   # the first kernel and papermill have the machine to themselves
+            self._loading.start()
+        else:
+            self.pool.prepare(self._coming)
 
     def run(self, task: Task, on_cell: Callable[[int, int], None]) -> dict[str, Any]:
         self._loading.join()
@@ -95,14 +97,16 @@ class LocalExecutor:
     def close(self) -> None:
         self.pool.close()
 
+    def _load(self) -> None:
+        "Import papermill while the first kernel starts; then start the spares."
+        import pipeline.engine.execute  # noqa: F401
+
+        self.pool.prepare(self._coming)
+
     def _limits(self) -> Limits:
         from pipeline.engine.client import Limits
 
         return Limits(self.settings.phase_minutes * 60, self.settings.phase_memory_gb * 1024, self.settings.phase_output_mb)
-
-
-def _load_execute() -> None:
-    import pipeline.engine.execute  # noqa: F401
 
 # %% ../../nbs/lib/engine/09_runner.ipynb #c8ee3a64
 Sink = Callable[[dict[str, Any]], None]

@@ -176,8 +176,7 @@ def kedro() -> Tool:
         (folder / "pyproject.toml").write_text('[tool.kedro]\npackage_name = "chain"\nproject_name = "chain"\nkedro_init_version = "KEDRO"\nsource_dir = "src"\n'.replace("KEDRO", version("kedro", "kedro")))
         (package / "__init__.py").write_text("")
         (package / "settings.py").write_text("")
-        catalog = "".join(f"v{i}:\n  type: kedro.io.MemoryDataset\n" if False else "" for i in NUMBERS)
-        (folder / "conf" / "base" / "catalog.yml").write_text(catalog)
+        (folder / "conf" / "base" / "catalog.yml").write_text("")
         links = {i: given(i) for i in NUMBERS}
         (package / "pipeline_registry.py").write_text(
             f"import papermill as pm\nfrom kedro.pipeline import node, pipeline\nLINKS = {links!r}\n"
@@ -216,7 +215,7 @@ def dagstermill() -> Tool:
         for i in NUMBERS:   # dagstermill injects its own parameters; the link reads its place from the cell
             plain_notebook(folder / f"p{i}.ipynb")
             content = json.loads((folder / f"p{i}.ipynb").read_text())
-            content["cells"][1:1] = [cell("\n".join(f"{k} = {v!r}" for k, v in given(i).items()), number=90)]
+            content["cells"][1:1] = [cell("\n".join(f"{k} = {v!r}" for k, v in {"budget": "60", **given(i)}.items()), number=90)]
             (folder / f"p{i}.ipynb").write_text(json.dumps(content))
         (folder / "jobs.py").write_text(
             "from dagster import In, Nothing, Out, fs_io_manager, job\nfrom dagstermill import ConfigurableLocalOutputNotebookIOManager, define_dagstermill_op\n"
@@ -239,7 +238,8 @@ class Spent:
 
 def run(tool: Tool, folder: Path) -> Spent:
     "One run to its end; raises with the tool's last words when it fails."
-    environment = {**os.environ, **tool.environment, "DAGSTER_HOME": str(folder / "home")}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}   # everyone may keep bytecode
+    environment = {**environment, **tool.environment, "DAGSTER_HOME": str(folder / "home")}
     if tool.name not in ("pilothouse", "papermill API, our notebooks"):
         environment["PATH"] = f"{PEERS / tool.name.split()[0]}/bin:{environment['PATH']}"
     with (folder / ".said").open("wb") as said:
@@ -259,6 +259,11 @@ def version(peer: str, package: str) -> str:
     return done.stdout.strip()
 
 
+def _add(found: dict[str, dict[str, list[Spent]]], tool: Tool, what: str, folder: Path) -> None:
+    spent = run(tool, folder)
+    found[tool.name].setdefault(what, []).append(spent)
+
+
 def take_turns(tools: list[Tool], rounds: int) -> dict[str, dict[str, list[Spent]]]:
     "Cold, nothing changed, last two changed; every tool once a round."
     found: dict[str, dict[str, list[Spent]]] = {t.name: {} for t in tools}
@@ -270,20 +275,20 @@ def take_turns(tools: list[Tool], rounds: int) -> dict[str, dict[str, list[Spent
             folder = Path(tempfile.mkdtemp(prefix="bench-")) / "work"
             try:
                 tool.setup(folder)
-                found[tool.name].setdefault("cold", []).append(run(tool, folder))
+                _add(found, tool, "cold", folder)
                 if tool.incremental:
                     time.sleep(2.1)   # past the age at which digests are remembered; dvc and snakemake look at whole seconds
                     run(tool, folder)
-                    found[tool.name].setdefault("nothing changed", []).append(run(tool, folder))
+                    _add(found, tool, "nothing changed", folder)
                     if tool.change:
                         tool.change(folder)
-                        found[tool.name].setdefault("last two changed", []).append(run(tool, folder))
+                        _add(found, tool, "last two changed", folder)
             except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 broken.add(tool.name)
                 print(f"{tool.name} dropped out: {str(error)[-700:]}", file=sys.stderr)
             finally:
                 shutil.rmtree(folder.parent, ignore_errors=True)
-            print(f"round {number + 1}: {tool.name} {({k: round(v[-1].wall_s, 2) for k, v in found[tool.name].items()})}", file=sys.stderr, flush=True)
+            print(f"round {number + 1}: {tool.name} {({k: round(v[-1].wall_s, 2) for k, v in found[tool.name].items() if v})}", file=sys.stderr, flush=True)
     return found
 
 
