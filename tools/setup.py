@@ -28,7 +28,7 @@ def sh(*command: str | Path, quiet: bool = False, check: bool = True) -> int:
 
 
 def make_environment(venv: Path) -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (a person may start this with an older Python)
         sys.exit(f"setup: Python {sys.version.split()[0]} is too old; 3.11 or newer is needed (make PYTHON=python3.12 …)")
     python = venv / "bin" / "python"
     if not python.exists():
