@@ -29,11 +29,9 @@ def find_root(
 # %% ../../nbs/lib/core/01_settings.ipynb #305ae8c9
 DEFAULTS: dict[str, dict[str, str]] = {
     "outputs": {"path": "outputs"},
-    "store": {"database": "sqlite:///{outputs}/store/pilothouse.db"},
     "engine": {"name": "local", "spares": "2", "phase_minutes": "60", "phase_memory_gb": "16",
                "phase_output_mb": "64", "threads": "0"},
     "tracking": {"mode": "offline", "project": "pilothouse", "entity": ""},
-    "label_studio": {"url": "", "token": "env:LABEL_STUDIO_TOKEN"},
     "prices": {"core_hour": "0.04", "gram_co2e_per_kwh": "350", "watts_per_core": "10"},
 }
 
@@ -44,7 +42,6 @@ class Settings:
 
     root: Path
     outputs: Path
-    database: str
     engine: str
     spares: int
     phase_minutes: float
@@ -54,8 +51,6 @@ class Settings:
     tracking_mode: str
     tracking_project: str
     tracking_entity: str
-    label_studio_url: str
-    label_studio_token: str
     core_hour: float
     gram_co2e_per_kwh: float
     watts_per_core: float
@@ -107,12 +102,11 @@ def _typed(root: Path, values: dict[str, dict[str, str]]) -> Settings:
     if engine["name"] not in ("local", "ray"):
         raise InputError(f"settings.ini: [engine] name = {engine['name']!r}; allowed: local, ray")
     return Settings(
-        root=root, outputs=outputs, database=values["store"]["database"].replace("{outputs}", str(outputs)),
+        root=root, outputs=outputs,
         engine=engine["name"], spares=int(number("engine", "spares")), phase_minutes=number("engine", "phase_minutes"),
         phase_memory_gb=number("engine", "phase_memory_gb"), phase_output_mb=number("engine", "phase_output_mb"),
         threads=int(number("engine", "threads")) or len(os.sched_getaffinity(0)), tracking_mode=mode,
         tracking_project=values["tracking"]["project"], tracking_entity=values["tracking"]["entity"],
-        label_studio_url=values["label_studio"]["url"], label_studio_token=values["label_studio"]["token"],
         core_hour=number("prices", "core_hour"), gram_co2e_per_kwh=number("prices", "gram_co2e_per_kwh"),
         watts_per_core=number("prices", "watts_per_core"),
     )

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..core.settings import secret
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 from .handler import Service
 from .requests import Limits, Refused, too_large
@@ -163,15 +164,8 @@ def check_binding(
 def read_secret(
     reference: str | None,   # env:NAME
 ) -> str | None:
-    "The value behind a reference; raises `InputError` for a plain secret or an unset variable."
-    if reference is None:
-        return None
-    kind, _, name = reference.partition(":")
-    if kind != "env" or not name:
-        raise InputError("a token is given as env:NAME, so that no secret stands in a command or file")
-    if not os.environ.get(name):
-        raise InputError(f"the environment variable {name} is not set; set it to the service's token")
-    return os.environ[name]
+    "The value behind a reference; raises what `core.settings.secret` raises."
+    return None if reference is None else secret(reference)
 
 
 def free_port(

@@ -68,7 +68,7 @@ def check_acceptance(
                   why="" if found else "this metric is not defined on these rows")
     if evaluate.stable_runs > 1:
         _check_stability(run, evaluate.stable_runs)
-    rows = [{"criterion": c.title, "verdict": c.verdict, "found": c.found, "limit": c.limit, "remark": c.why} for c in run._checks]
+    rows = [{"criterion": c.title, "verdict": c.verdict, "found": c.found, "limit": c.limit, "remark": c.why} for c in run.made_checks]
     if not evaluate.acceptance:
         return stack(note("The problem file holds no acceptance lines (evaluate.acceptance), so only the general criteria decide.", "warn"),
                      table(rows, "What decides"))
@@ -91,20 +91,20 @@ def tell_answer(
     money = measured.claims.get("value_per_1000")
     if money is not None and np.isfinite(money.value) and money is not main:
         said += f", worth {in_words('value_per_1000', money.value, money.unit)} per 1,000 decisions against never acting"
-    failed = [c.title for c in run._checks if c.verdict == "no-go"] or [c.title for c in run._checks if c.verdict == "inconclusive"]
+    failed = [c.title for c in run.made_checks if c.verdict == "no-go"] or [c.title for c in run.made_checks if c.verdict == "inconclusive"]
     word = "not met" if run.verdict == "no-go" else "not settled"
     return f"{said}; {word}: {failed[0]}{f' and {len(failed) - 1} more' if len(failed) > 1 else ''}." if failed else f"{said}; every criterion is met."
 
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #a21527ce
 def _on_validation(run: Run, holdout: Holdout, name: str) -> Claim:
-    made = next((c for c in run._claims if c.name == f"validation_{name}"), None)
+    made = next((c for c in run.made_claims if c.name == f"validation_{name}"), None)
     using = {"name": name} | holdout.using | {"unit": None}
     return made or run.claim(f"validation_{name}", of="train/validation", by=score, using=using, on="validation", better=BETTER[name],
                              title=f"{title_of(name, holdout.using['recall'])} on validation")
 
 
 def _check_stability(run: Run, wanted: int) -> None:
-    ground = ground_of(run.seed, [run._located(name)[1].sha256 for name in ("data/train", "data/holdout")])
+    ground = ground_of(run.seed, [run.digest_of(name) for name in ("data/train", "data/holdout")])
     problem = run.folder.parent.name
     run.audit(EVENT, problem=problem, verdict=run.verdict, ground=ground)
     trail = [e["details"] for e in audit.entries(run.store) if e["event"] == EVENT and e["details"].get("problem") == problem]

@@ -126,7 +126,7 @@ def open_holdout(
     contract, folder = run.load("data/contract"), run.load("train/model")
     model, plan = load_model(folder), run.load("scope/plan") if run.has("scope/plan") else {}
     name = digest(folder)
-    rows = run._located("data/holdout")[1].sha256
+    rows = run.digest_of("data/holdout")
     known = look_of(audit.entries(run.store), name, rows)
     frame = run.open_sealed("data/holdout", reason_for(name), look=not known)
     looks = known or look_of(audit.entries(run.store), name, rows)

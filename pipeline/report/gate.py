@@ -155,7 +155,7 @@ def decide_shipping(
     ]
     chose = {"go": "ship", "inconclusive": "find out more"}.get(run.verdict, "do not ship")
     run.decide("what to do with the model", options, chose, f"{failed} criteria failed and {undecided} are open, of {found.n}")
-    return Html(decided(run._decisions[-1:]), f"decision: {chose}")
+    return Html(decided(run.made_decisions[-1:]), f"decision: {chose}")
 
 
 def final_sentence(
