@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'pipeline.comply.case.count_forbidden': ( 'lib/comply/case.html#count_forbidden',
                                                                                 'pipeline/comply/case.py'),
                                       'pipeline.comply.case.count_spare': ('lib/comply/case.html#count_spare', 'pipeline/comply/case.py'),
+                                      'pipeline.comply.case.days_kept': ('lib/comply/case.html#days_kept', 'pipeline/comply/case.py'),
                                       'pipeline.comply.case.drill_erasure': ( 'lib/comply/case.html#drill_erasure',
                                                                               'pipeline/comply/case.py'),
                                       'pipeline.comply.case.look_at_access': ( 'lib/comply/case.html#look_at_access',

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/comply/07_case.ipynb #a7d0f8c4
 from __future__ import annotations
 
+import datetime as dt
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ from ..core.store import digest_bytes
 
 # %% auto #0
 __all__ = ['SMALL', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns', 'try_fewer_inputs', 'look_at_gaps',
-           'look_at_access', 'try_attack', 'Drill', 'traces_left', 'rows_erased', 'drill_erasure', 'show_erasure',
-           'show_models', 'check_trail', 'answer']
+           'look_at_access', 'days_kept', 'try_attack', 'Drill', 'traces_left', 'rows_erased', 'drill_erasure',
+           'show_erasure', 'show_models', 'check_trail', 'answer']
 
 # %% ../../nbs/lib/comply/07_case.ipynb #7f18e255
 def count_forbidden(
@@ -152,7 +153,21 @@ def look_at_access(run: Run) -> Any:
     modes = look_at_modes(private, run.settings.outputs)
     loose = modes.filter(~pl.col("ok"))["path"].to_list()
     run.require("Keys and sealed data are readable by their owner alone", not loose, f"{modes.height - len(loose)} of {modes.height} paths", f"chmod {', '.join(loose[:3])}")
+    kept = days_kept(run.store, run.folder.parent.name, run.now())
+    limit = run.problem.comply.retention_days
+    run.require("Nothing is kept longer than promised (comply.retention_days)", kept <= limit, f"the oldest table or label version is {kept} days old",
+                "remove the versions that are older, or promise a longer time", limit=f"≤ {limit:g} days")
     return stack(table(matrix, "Roles and what they may do"), table(modes, "Private files and folders"))
+
+
+def days_kept(
+    store: Path,        # outputs/store
+    problem: str,       # its name
+    now: dt.datetime,   # aware
+) -> int:               # whole days, 0 where nothing is kept
+    "Age of the oldest file among a problem's tables and label versions."
+    ages = [now.timestamp() - p.stat().st_mtime for room in ("tables", "labels") for p in (store / room / problem).rglob("*") if p.is_file()]
+    return max(0, int(max(ages, default=0) // 86_400))
 
 # %% ../../nbs/lib/comply/07_case.ipynb #19e3dc3c
 def _sealed(run: Run) -> list[Path]:

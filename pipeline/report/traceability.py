@@ -92,7 +92,7 @@ NAMES = {
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "f1": "F1", "precision_at_recall": "precision at the fixed recall",
     "value_per_1000": "value per 1,000", "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "R²", "coverage_90": "coverage",
 }
-SHOWN = {"train.budget_s", "train.rows_max", "label.budget", "problem.human_review", "monitor.retrain_every_days", "comply.retention_days"}    # shown suffices
+SHOWN = {"train.budget_s", "train.rows_max", "label.budget", "problem.human_review", "monitor.retrain_every_days"}    # shown suffices
 
 # %% ../../nbs/lib/report/08_traceability.ipynb #79b0a2d1
 def trace(
