@@ -37,7 +37,7 @@ def make_environment(venv: Path) -> None:
     if sh(python, "-m", "uv", "--version", quiet=True, check=False):
         sh(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"uv=={locked('uv')}")
     install_torch(python)
-    sh(python, "-m", "uv", "pip", "install", "--quiet", "--python", python, "-r", LOCK)
+    sh(python, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", python, "-r", LOCK)
     sh(python, "-m", "uv", "pip", "install", "--quiet", "--python", python, "--no-deps", "-e", ".")
     (venv / ".ready").touch()
 

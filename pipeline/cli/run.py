@@ -100,18 +100,17 @@ def drawn_pages() -> Any:
 # %% ../../nbs/lib/cli/03_run.ipynb #026e0dc8
 def _check_engine(name: str) -> None:
     if name == "ray":
-        raise EnvironmentFault("engine ray is not installed here; pip install 'pilothouse[ray]', or use --engine local")
+        raise EnvironmentFault("engine ray is not part of this version; use --engine local")
     if name != "local":
         raise InputError(f"--engine {name!r} is unknown{suggest(name, ['local', 'ray'])}")
 
 
 def _track(run: Path, settings: Settings) -> list[str]:
     "Hand the finished run to the tracker in a process of its own; a tracker that fails is told and changes nothing."
-    import importlib.util
     import subprocess
 
-    if settings.tracking_mode == "off" or importlib.util.find_spec("pipeline.train.tracking") is None:
-        return []
+    if settings.tracking_mode == "off":
+        return ["tracking is off in settings.ini: nothing was sent to wandb"]
     try:
         done = subprocess.run([sys.executable, "-m", "pipeline.train.tracking", str(run)], capture_output=True, text=True, timeout=180, cwd=settings.root, check=False)
     except (OSError, subprocess.SubprocessError) as error:
@@ -119,4 +118,4 @@ def _track(run: Path, settings: Settings) -> list[str]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return [f"tracking failed and changed nothing: {last[:200]}"]
-    return []
+    return done.stdout.strip().splitlines()[-1:]
