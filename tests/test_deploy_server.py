@@ -19,9 +19,10 @@ from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault
 from pipeline.data.contract import target_values
 from pipeline.deploy.package import KEY, Contents, load_package, release
+from pipeline.deploy.requests import Limits
 from pipeline.deploy.schema import make_schema
 from pipeline.deploy.service import free_port
-from pipeline.deploy.staging import Staged, as_rows, await_ready, compare, replay, staged
+from pipeline.deploy.staging import Staged, as_rows, await_ready, bodies, compare, replay, staged
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -57,6 +58,14 @@ def test_it_answers_as_the_package_does(server: Staged, package: tuple[Path, Pat
     rows = as_rows(frame, predictor.schema.names)
     assert compare(predictor.predict(frame), replay(server, rows, 300), 0).equal
     assert compare(predictor.predict(frame.head(50)), replay(server, rows[:50], 1), 0).equal
+
+
+def test_wide_rows_are_asked_in_bodies_that_the_service_takes(server: Staged, package: tuple[Path, Path]) -> None:
+    predictor = load_package(package[1], audit.public_key(package[0], KEY))
+    frame = world.rows("binary", 60, seed=5)
+    wide = [{**row, "carrier": str(row["carrier"]) + " " * 250_000} for row in as_rows(frame, predictor.schema.names)]   # 15 MB in one body
+    assert len(replay(server, wide)) == len(wide) == sum(len(json.loads(b)["rows"]) for b in bodies(wide))
+    assert max(map(len, bodies(wide))) < Limits().body_bytes
 
 
 def test_many_at_once_all_get_their_own_answer(server: Staged, package: tuple[Path, Path]) -> None:

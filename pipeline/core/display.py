@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'readable', 'Html',
-           'svg_style', 'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'region', 'facts', 'note',
-           'stack', 'part', 'headline', 'estimates', 'verdict']
+__all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'limit_of', 'readable',
+           'Html', 'svg_style', 'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'region', 'facts',
+           'note', 'stack', 'part', 'headline', 'estimates', 'verdict']
 
 # %% ../../nbs/lib/core/07_display.ipynb #05af3c84
 def clean(
@@ -66,8 +66,10 @@ def spec_for(
         return f"{comma}.0f"
     if largest < 1e-4:
         return ".1e"
+    if largest >= 100 and min((v for v in numbers if v), default=0) >= 100:
+        return f"{comma}.0f"
     if largest >= 0.1:
-        return f"{comma}.{3 if largest < 10 else 1 if largest < 1000 else 0}f"
+        return f"{comma}.{3 if largest <= 1 else 2 if largest < 10 else 1 if largest < 1000 else 0}f"
     return f".{2 - math.floor(math.log10(largest))}f"
 
 
@@ -85,7 +87,18 @@ def number(
     text = format(int(value) if spec.endswith("d") else value, spec) if value or "e" not in spec else "0"
     if value != 0 and not any(c in "123456789" for c in text):
         text = ("<" if value > 0 else "> −") + re.sub(r"0(?=\D*$)", "1", text.replace("-", ""))
+    unit = unit.removeprefix("1") if unit.startswith("1/") else unit    # 1183 /s, not 1183 1/s
     return text.replace("-", "−") + (f"\u202f{unit}" if unit and unit != "%" else unit)
+
+
+def limit_of(
+    value: Any,        # a limit that somebody declared, or None
+    unit: str = "",
+) -> str:
+    "A limit as it was written: 0.65 and 10, not 0.650 and 10.0."
+    if not _is_number(value) or not math.isfinite(value):
+        return number(value, "", unit)
+    return number(value, ",.0f" if abs(value) >= 10_000 else "g", unit)
 
 
 def readable(
@@ -458,9 +471,9 @@ def _big(label: str, text: str, estimate: Any = None, limit: float | None = None
     low, high, unit = part(estimate, "low"), part(estimate, "high"), part(estimate, "unit", "") or ""
     limit = part(estimate, "limit") if limit is None else limit
     bar = interval_bar(part(estimate, "value"), low, high, limit, 190) if estimate is not None else ""
-    spec = spec_for([part(estimate, "value"), low, high, limit])
+    spec = spec_for([part(estimate, "value"), low, high])
     words = [f"{number(low, spec)} to {number(high, spec, unit)}"] if _is_number(low) and _is_number(high) else []
-    words += [f"limit {number(limit, spec, unit)}"] if _is_number(limit) else []
+    words += [f"limit {limit_of(limit, unit)}"] if _is_number(limit) else []
     below = f'<span class="ph-sub">{esc("; ".join(words))}</span>' if words else ""
     return f'<div><dt>{esc(label)}</dt><dd><span class="ph-big">{esc(text)}</span>{bar}{below}</dd></div>'
 
@@ -469,10 +482,10 @@ def _estimate_row(claim: Any, limit: float | None, width: str) -> str:
     value, low, high, n = (part(claim, name) for name in ("value", "low", "high", "n"))
     unit = part(claim, "unit", "") or ""
     limit = part(claim, "limit") if limit is None else limit
-    spec = spec_for([value, low, high, limit])
+    spec = spec_for([value, low, high])
     between = f"{number(low, spec)} to {number(high, spec)}" if _is_number(low) and _is_number(high) else MISSING
     title = part(claim, "title") or str(part(claim, "name", "")).replace("_", " ")
-    numbers = [number(value, spec, unit), between, number(limit, spec)]
+    numbers = [number(value, spec, unit), between, limit_of(limit)]
     row = "".join(f'<td class="ph-num">{esc(text)}</td>' for text in numbers)
     row += f'<td>{interval_bar(value, low, high, limit) or MISSING}</td><td class="ph-num">{esc(number(n, ",.0f"))}</td>'
     return f'<tr><th scope="row" class="ph-{width}">{esc(title)}</th>{row}<td class="ph-mid">{esc(part(claim, "on") or MISSING)}</td></tr>'
@@ -490,8 +503,11 @@ def verdict(
     weighed = [check for check in checks if part(check, "verdict") != "not applicable"]
     failing = [check for check in weighed if part(check, "verdict") != "go"]
     met = f'<span class="ph-sub">{len(weighed) - len(failing)} of {len(weighed)} criteria met</span>' if weighed else ""
-    listed = "".join(_failing(check) for check in failing[:most])
-    listed += f"<li>and {len(failing) - most} more</li>" if len(failing) > most else ""
+    told: dict[tuple[str, ...], list[Any]] = {}    # what two phases found alike is said once
+    for check in failing:
+        told.setdefault(tuple(str(part(check, name)) for name in ("title", "verdict", "found", "limit")), []).append(check)
+    listed = "".join(_failing(alike) for alike in list(told.values())[:most])
+    listed += f"<li>and {len(told) - most} more</li>" if len(told) > most else ""
     said = re.sub(rf"^{state}\s*[:;,.–—-]\s*", "", sentence, flags=re.IGNORECASE)    # the word stands there already
     said = said[:1].upper() + said[1:]
     icon = f'<span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>'
@@ -503,12 +519,14 @@ def verdict(
     )
 
 # %% ../../nbs/lib/core/07_display.ipynb #dfd2dd09
-def _failing(check: Any) -> str:
+def _failing(alike: Sequence[Any]) -> str:
+    check = alike[0]
+    where = ", ".join(dict.fromkeys(str(part(c, "phase")) for c in alike if part(c, "phase")))
     found, limit, why = (part(check, name) for name in ("found", "limit", "why"))
     words = "no measurement" if found in (None, "") else f"found {readable(found) if isinstance(found, str) else number(found)}"
     if limit not in (None, ""):
         words += f", limit {limit if isinstance(limit, str) else number(limit)}"
-    state, title = badge(part(check, "verdict") or "no-go"), esc(part(check, "title"))
+    state, title = badge(part(check, "verdict") or "no-go"), esc(f"{where}: {part(check, 'title')}" if where else part(check, "title"))
     return f"<li>{state} {title}: {esc(words)}{f'; {esc(why)}' if why else ''}</li>"
 
 # %% ../../nbs/lib/core/07_display.ipynb #e4e3663e

@@ -19,7 +19,7 @@ from .batch import predict_all
 from .load import latency_quantile, measure
 from .packing import Packed
 from .rows import check_rows, summarise
-from .staging import Staged, as_rows, compare, largest_difference, replay, staged
+from .staging import Staged, as_rows, compare, largest_difference, replay, staged, within_bytes
 
 if TYPE_CHECKING:
     from pipeline.core.run import Claim, Run
@@ -64,8 +64,9 @@ def rehearse(
         smoke = smoke_test(server, packed.predictor, rows[0])
         served = replay(server, rows)
         single = replay(server, rows[:SINGLE], chunk=1)
-        latencies = _calmest(server, rows[:1000], rate, limit, run.seed)
-        speed = measure(server, rows[:1000], 0, 600, run.seed)
+        sample = within_bytes(rows[:1000])
+        latencies = _calmest(server, sample, rate, limit, run.seed)
+        speed = measure(server, sample, 0, 600, run.seed)
         resources = {"rss_mb": server.memory_mb(), "start_s": start_s}
     begun = time.perf_counter()
     batch = predict_all(packed.predictor, frame)

@@ -21,10 +21,11 @@ from typing import Any
 import polars as pl
 
 from ..core.errors import EnvironmentFault, IntegrityError
+from .requests import Limits
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'Staged', 'staged', 'run_server', 'stop', 'await_ready', 'as_rows', 'ask', 'replay', 'answers_frame',
-           'Comparison', 'compare', 'largest_difference']
+__all__ = ['TOLERANCE', 'BODY_BYTES', 'Staged', 'staged', 'run_server', 'stop', 'await_ready', 'as_rows', 'ask', 'bodies',
+           'replay', 'within_bytes', 'answers_frame', 'Comparison', 'compare', 'largest_difference']
 
 # %% ../../nbs/lib/deploy/11_staging.ipynb #8af5df49
 TOLERANCE = 1e-9
@@ -150,15 +151,13 @@ def as_rows(
 
 def ask(
     connection: http.client.HTTPConnection,
-    rows: Sequence[dict[str, Any]],
+    body: bytes,                 # from `bodies`
 ) -> list[dict[str, Any]]:       # predictions
     "One request; raises `IntegrityError` with the service's own words where it refuses."
-    import msgspec
-
     connection.request(
         "POST",
         "/predict",
-        msgspec.json.encode({"rows": rows}),
+        body,
         {"content-type": "application/json", "prefer": "handling=lenient"},
     )
     response = connection.getresponse()
@@ -168,16 +167,60 @@ def ask(
     return answer["predictions"]
 
 # %% ../../nbs/lib/deploy/11_staging.ipynb #986873e5
+BODY_BYTES = Limits().body_bytes // 2      # of one chunk
+
+
+def bodies(
+    rows: Sequence[dict[str, Any]],
+    chunk: int = 1000,               # rows a request at most
+    most_bytes: int = BODY_BYTES,    # bytes a request at most; a longer row goes alone
+) -> Iterator[bytes]:
+    "Rows as bodies of `/predict`, in order."
+    import msgspec
+
+    held: list[bytes] = []
+    size = 0
+    for row in rows:
+        text = msgspec.json.encode(row)
+        if held and (len(held) == chunk or size + len(text) > most_bytes):
+            yield _body(held)
+            held, size = [], 0
+        held.append(text)
+        size += len(text) + 1
+    if held:
+        yield _body(held)
+
+
+def _body(rows: Sequence[bytes]) -> bytes:
+    return b'{"rows":[' + b",".join(rows) + b"]}"
+
+
 def replay(
     server: Staged,
     rows: Sequence[dict[str, Any]],
-    chunk: int = 1000,               # rows a request
+    chunk: int = 1000,               # rows a request at most
 ) -> pl.DataFrame:                   # prediction, p_<class> or low, high; a row for each row
     "Answers of the service, in order."
     connection = server.connect()
-    answers = [a for start in range(0, len(rows), chunk) for a in ask(connection, rows[start:start + chunk])]
+    answers = [a for body in bodies(rows, chunk) for a in ask(connection, body)]
     connection.close()
     return answers_frame(answers)
+
+
+def within_bytes(
+    rows: Sequence[dict[str, Any]],
+    most: int = 32_000_000,          # bytes in all
+) -> Sequence[dict[str, Any]]:       # the first rows, at least one
+    "As many rows as a load generator holds without becoming the load itself."
+    import msgspec
+
+    total, kept = 0, 0
+    for row in rows:
+        total += len(msgspec.json.encode(row))
+        if kept and total > most:
+            break
+        kept += 1
+    return rows[:kept]
 
 
 def answers_frame(

@@ -15,11 +15,20 @@ from types import ModuleType
 from typing import Any
 
 # %% auto #0
-__all__ = ['Progress', 'load_papermill', 'SavedOnTimer', 'PilothouseEngine', 'Used', 'run_notebook']
+__all__ = ['Progress', 'EntryPoint', 'load_papermill', 'SavedOnTimer', 'PilothouseEngine', 'Used', 'run_notebook']
 
 # %% ../../nbs/lib/engine/04_execute.ipynb #9ba565f9
 _NOT_NEEDED = ("rfc3987_syntax", "pyarrow.fs")
 _loading = threading.Lock()
+
+# %% ../../nbs/lib/engine/04_execute.ipynb #c559f980
+class EntryPoint:
+    "What `papermill --engine pilothouse` finds."
+
+    @staticmethod
+    def execute_notebook(*args: Any, **kwargs: Any) -> Any:
+        "The engine's own."
+        return PilothouseEngine.execute_notebook(*args, **kwargs)
 
 # %% ../../nbs/lib/engine/04_execute.ipynb #56a41deb
 def load_papermill() -> ModuleType:
