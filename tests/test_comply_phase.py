@@ -122,6 +122,18 @@ def test_a_wide_gap_is_no_go(project):
     assert pl.read_parquet(run / "09_comply/gaps.parquet")["low"][0] > 0.05
 
 
+def test_declared_cohorts_with_few_rows_are_said_to_be_few(project):
+    make_project(project, extra="  time: day\nevaluate: {cohorts: [country, channel]}\n")
+    run = earlier_phases(project, "binary", None)
+    judge = open_run("05_evaluate", "params/shop.yml", "outputs/shop/main")
+    judge.conclude("It is so.")
+    judge.finish()
+    execute(NOTEBOOK)
+    told = "cohorts country and channel are declared; too few rows to compare"
+    assert told in records(run, "09_comply", "answer")["answer"]
+    assert told in [c["why"] for c in records(run, "09_comply", "checks") if c["title"] == "Cohorts are served alike"]
+
+
 def test_loose_files_and_a_broken_trail_are_no_go(project):
     make_project(project)
     run = earlier_phases(project, "binary", None)

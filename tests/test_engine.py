@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,15 @@ def test_bare_papermill_and_our_engine_write_the_same_notebook(tmp_path: Path) -
                         [o["output_type"] for o in c.get("outputs", [])], c.get("execution_count")) for c in written["cells"]]
         assert set(written["metadata"]["papermill"]) >= {"parameters", "start_time", "end_time", "duration", "version"}
     assert found["bare"] == found["pilothouse"]
+
+
+@pytest.mark.parametrize("first", ["papermill", "pipeline.engine.execute"])
+def test_papermill_finds_our_engine_whichever_is_imported_first(first: str) -> None:
+    if not [e for e in entry_points(group="papermill.engine") if e.name == "pilothouse"]:
+        pytest.skip("pilothouse is not installed here, so papermill finds no entry point of it")
+    code = f"import {first}; from papermill.engines import papermill_engines as known; assert known.get_engine('pilothouse').execute_notebook"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_phase_that_ran_elsewhere_counts(tmp_path: Path) -> None:

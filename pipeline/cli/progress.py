@@ -28,10 +28,11 @@ class JsonLines:
     "Events as JSON lines."
 
     def __init__(self, out: IO[str] | None = None) -> None:
-        self.out = out or sys.stdout
+        self.out, self.seq = out or sys.stdout, 0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        self.out.write(json.dumps(event, ensure_ascii=True, default=str) + "\n")
+        self.seq = event.get("seq", self.seq + 1)
+        self.out.write(json.dumps({"seq": self.seq, **event}, ensure_ascii=True, default=str) + "\n")
         self.out.flush()
 
     def notes(self, notes: list[str]) -> None:

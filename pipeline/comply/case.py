@@ -193,7 +193,7 @@ def try_attack(run: Run) -> Any:
     answers = prediction_frame(learned, model.predict(learned), target_values(learned, contract), list(contract["classes"]))
     run.save("comply/membership", membership_frame(loss_of(answers), loss_of(others), run.seed))
     claim = run.claim("membership_auc", of="comply/membership", by=membership_auc, using={"seed": run.seed}, on="training against holdout", better="lower",
-                      title="AUC of guessing who was learned from; .5 is a coin")
+                      title="AUC of guessing who was learned from; 0.5 is a coin")
     if claim.n is None:
         run.not_applicable(title, "fewer than 20 rows of each kind")
     else:
@@ -381,5 +381,5 @@ def answer(
                 f"{done['traces_before']:,} traces before, none after; {len(done['models_to_train_again'])} models would be trained again")
     gaps = run.load("comply/gaps")
     wide = gaps.filter(pl.col("gap") > pl.col("limit"))["by"].to_list()
-    cohorts = "cohorts were not compared" if gaps.is_empty() else f"the gap between {', '.join(wide)} groups is wider than promised" if wide else f"no gap between cohorts exceeds {gaps['limit'][0]:g}"
+    cohorts = "cohorts were not compared" if gaps.is_empty() else f"the gap between {', '.join(wide)} groups was measured wider than promised" if wide else f"no gap between cohorts exceeds {gaps['limit'][0]:g}"
     return f"{told[:1].upper()}{told[1:]}; {cohorts}; the audit trail holds {len(audit.entries(run.store)):,} entries."

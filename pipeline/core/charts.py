@@ -396,6 +396,7 @@ def histogram(
     title: str,                                 # the message
     xlabel: str = "",                           # with its unit
     marks: Mapping[str, float] | None = None,   # name -> place of an upright line
+    ylabel: str = "rows",                       # what is counted
 ) -> Chart:
     "How often which values occur, with named places marked."
     numbers = np.asarray(pl.Series(values).cast(pl.Float64, strict=False).to_numpy(), dtype=float)
@@ -419,10 +420,10 @@ def histogram(
             free[level] = start + 7.5 * len(text)
             _say(axes, text, (at, 1.0), (3, 3 + 15 * level), "left", "bottom", ("data", "axes fraction"))
         _labels(axes, xlabel, "")
-        axes.set_ylabel("rows")
+        axes.set_ylabel(clean(ylabel))
 
     told = "Histogram: no values"
     if len(numbers):
         least, middle, most = (number(float(f(numbers))) for f in (np.min, np.median, np.max))
-        told = f"Histogram of {len(numbers):,} values from {least} to {most}, median {middle}"
+        told = f"Histogram of {len(numbers):,} {clean(ylabel)} from {least} to {most}, median {middle}"
     return _chart(title, told + "".join(f"; {name} {number(at)}" for name, at in marked) + ".", 260, draw)

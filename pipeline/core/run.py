@@ -365,7 +365,7 @@ class Run:
         symbol, limit = ("≥", at_least) if at_least is not None else ("≤", at_most)
         end = "" if bound == "value" else f" ({bound} end of the interval)"
         return self._checked(Check(
-            title, judge(estimate, at_least, at_most, bound), _shown(estimate), f"{symbol} {limit:g}{end}", why,
+            title, judge(estimate, at_least, at_most, bound), _shown(estimate, limit), f"{symbol} {limit:g}{end}", why,
             claim.name if claim else None, claim.unit if claim else "",
         ))
 
@@ -579,12 +579,15 @@ def _relative(path: Path, root: Path) -> str:
     return path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else path.as_posix()
 
 
-def _shown(found: Estimate | None) -> str:
-    "A number and its interval for people: four significant digits, thousands apart, no exponents."
+def _shown(found: Estimate | None, limit: float | None = None) -> str:
+    "A number and its interval for people: three significant digits, four where three would hide on which side of the limit it is."
     if found is None or found.value is None or not math.isfinite(found.value):
         return "not measured"
 
     def number(value: float) -> str:
-        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+        short = f"{value:.3g}"
+        if abs(value) >= 1000:
+            return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.0f}"
+        return f"{value:.4g}" if limit is not None and value != limit and float(short) == limit else short
 
     return number(found.value) if found.low is None or found.high is None else f"{number(found.value)} ({number(found.low)} to {number(found.high)})"

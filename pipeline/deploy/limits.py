@@ -132,7 +132,7 @@ def show_latency(rehearsal: Rehearsal, limit: float) -> Any:
     marks = {"median": float(np.median(good)), "99th percentile": float(np.quantile(good, 0.99))}
     if limit <= 3 * cut:
         marks["limit"] = float(limit)
-    return histogram(good[good <= cut], f"Half of all answers take under {np.median(good):.2g} ms", "latency of one row, ms", marks)
+    return histogram(good[good <= cut], f"Half of all answers take under {np.median(good):.2g} ms", "latency of one row, ms", marks, ylabel="requests")
 
 # %% ../../nbs/lib/deploy/15_limits.ipynb #4f022877
 def tell(

@@ -30,6 +30,16 @@ class EntryPoint:
         "The engine's own."
         return PilothouseEngine.execute_notebook(*args, **kwargs)
 
+    @staticmethod
+    def nb_kernel_name(*args: Any, **kwargs: Any) -> Any:
+        "The engine's own."
+        return PilothouseEngine.nb_kernel_name(*args, **kwargs)
+
+    @staticmethod
+    def nb_language(*args: Any, **kwargs: Any) -> Any:
+        "The engine's own."
+        return PilothouseEngine.nb_language(*args, **kwargs)
+
 # %% ../../nbs/lib/engine/04_execute.ipynb #56a41deb
 def load_papermill() -> ModuleType:
     "papermill, imported once and without what no notebook needs."

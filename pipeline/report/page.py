@@ -119,6 +119,8 @@ img{max-width:100%;height:auto}
 .ph-note p{max-width:68ch}
 details{border-top:1px solid var(--ph-line);padding:.7rem 0}
 details+details{margin-top:0}
+.ph>details.fold{border-bottom:1px solid var(--ph-line)}
+details.fold caption{clip-path:inset(50%);height:1px;padding:0;overflow:hidden}
 details:last-of-type{border-bottom:1px solid var(--ph-line)}
 summary{cursor:pointer;font-weight:600;padding:.2rem 0}
 .foot{max-width:none;border-top:1px solid var(--ph-line);color:var(--ph-muted);font-size:.875rem;padding:1rem 0 2.5rem}
@@ -146,6 +148,7 @@ input,select{font:inherit;height:2.5rem;color:inherit;background:var(--ph-paper)
 .ph thead [aria-sort=descending] button::after{content:"\\2193" / ""}
 [hidden]{display:none!important}
 .portal td{max-width:26em}
+@media (min-width:75rem){main .ph-scroll{width:max-content;max-width:min(calc(50vw + 50% - 2.5rem),80rem)}}
 @media (max-width:720px){
 .wrap{padding:0 1rem}
 h1{font-size:1.5625rem}.eyebrow{margin-top:1.6rem}

@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from ..core.display import MISSING, VERDICTS, clean, estimates, facts, number, stack, table, verdict
+from ..core.display import VERDICTS, clean, estimates, facts, number, stack, table, text_of, verdict
 from ..core.errors import InputError
 from ..core.run import room_of
 from ..core.store import write_whole
@@ -23,7 +23,8 @@ from .sections import SEVERITY, big_numbers, carrying, criteria, decided, senten
 from .story import story
 
 # %% auto #0
-__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'telling', 'stopped_by', 'final_answer']
+__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'judged', 'telling', 'stopped_by',
+           'final_answer']
 
 # %% ../../nbs/lib/report/05_render.ipynb #2bb15555
 PHASE = """
@@ -59,7 +60,7 @@ def render_phase(
     place = f"{run.parent.name} · {run.name}"
     body = fill(
         PHASE, place=f"{sentence_case(phase.room)}, phase {phase.name.split('_')[0].lstrip('0') or '0'} of {place}", question=question or QUESTIONS.get(phase.name, phase.name),
-        lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", phase.checks).html,
+        lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", judged(read_run(run)) if phase.room == "report" else phase.checks).html,
         numbers=big_numbers(telling(read_run(run)) if phase.room == "report" else carrying(phase.claims, phase.checks)), blocks=blocks, criteria=criteria(phase.checks),
         decisions=decided(phase.decisions), unknowns=[clean(s, 400) for s in unknowns(phase.claims, phase.checks)],
         claims=_all_claims(phase.claims), origin=facts(origin(phase, manifest, prices_of(run)), "Where this page comes from").html,
@@ -139,7 +140,7 @@ def _traces(phase: Phase) -> str:
         "sealed": "sealed" if f.get("sealed") else None,
     } for name, f in phase.artifacts.items()]
     loaded = [{"read": name, "sha256": str(digest)[:12] or "not there"} for name, digest in (phase.receipt.get("loaded") or {}).items()]
-    leaves = [{"parameter": name, "value": str(value)} for name, value in (phase.receipt.get("leaves") or {}).items()]
+    leaves = [{"parameter": name, "value": text_of(value)} for name, value in (phase.receipt.get("leaves") or {}).items()]
     tables = [table(rows, caption, rows=300) for rows, caption in ((leaves, "Parameters it read"), (loaded, "Artifacts it read"), (kept, "Artifacts it kept")) if rows]
     return stack(*tables).html if tables else ""
 
@@ -184,14 +185,13 @@ def render_run(
         raise InputError(f"no run in {run_folder.name}: the folder is not there; run `pilothouse run` first")
     run = read_run(run_folder)
     leaves, place = run.leaves, f"{run_folder.parent.name} · {run_folder.name}"
-    checks = [{**c, "title": f"{sentence_case(p.room)}: {c.get('title')}"} for p, c in run.checks() if p.room != "report"]
     limited = _by_phase(run, lambda phase, claim: claim.get("limit") is not None and phase.room != "report")
-    others = _by_phase(run, lambda phase, claim: claim.get("limit") is None or phase.room == "report")
+    others = _by_phase(run, lambda phase, claim: claim.get("limit") is None or phase.room == "report", ", without a limit")
     costs, points = phase_costs(run.phases, prices or prices_of(run_folder)), [clean(s, 400) for s in _open_points(run)]
     state, sentence = final_answer(run)
     body = fill(
         RUN, place=place, question=str(leaves.get("problem.statement") or f"{sentence_case(run_folder.parent.name)}: go or no-go?"), kpi=_kpi(leaves),
-        verdict=verdict(state, sentence, checks).html, numbers=big_numbers(telling(run)), phases=_strip(run),
+        verdict=verdict(state, sentence, judged(run)).html, numbers=big_numbers(telling(run)), phases=_strip(run),
         limited=limited, others=others, others_n=others.count('<th scope="row"'),
         decisions=decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]),
         unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=cost_line(costs, _currency(run.manifest)),
@@ -205,15 +205,28 @@ def render_run(
     return file
 
 
+def judged(run: Evidence) -> list[dict[str, Any]]:
+    "The criteria of all phases before the report; its own, which count them, only where these leave nothing open."
+    before = [{**c, "phase": sentence_case(p.room)} for p, c in run.checks() if p.room != "report"]
+    if any(c.get("verdict") in ("no-go", "inconclusive") for c in before):
+        return before
+    return before + [dict(c) for p, c in run.checks() if p.room == "report" and c.get("verdict") in ("no-go", "inconclusive")]
+
+
 def telling(run: Evidence) -> list[Mapping[str, Any]]:
-    "The three claims of a run: failed before open before passed, evaluation before the rest."
+    "The three claims of a run: what the problem promised first, then failed before open before passed, evaluation before the rest."
+    promised = [str(line.get("metric")) for line in run.leaves.get("evaluate.acceptance") or [] if isinstance(line, Mapping)]
     order = {"evaluate": 0, "rollout": 1, "monitor": 2, "deploy": 3, "comply": 4}
-    ranked: list[tuple[int, int, Mapping[str, Any]]] = []
+    ranked: list[tuple[bool, int, int, Mapping[str, Any]]] = []
     for phase in run.phases:
-        judged = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in phase.checks if c.get("claim")}
+        verdicts = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in phase.checks if c.get("claim")}
         if phase.room != "report":
-            ranked += [(judged[str(c["name"])], order.get(phase.room, 9), c) for c in phase.claims if c.get("name") in judged]
-    return [claim for *_, claim in sorted(ranked, key=lambda entry: entry[:2])[:3]]
+            ranked += [(not (phase.room == "evaluate" and c["name"] in promised), verdicts[str(c["name"])], order.get(phase.room, 9), c)
+                       for c in phase.claims if c.get("name") in verdicts]
+    first: dict[str, Mapping[str, Any]] = {}    # two phases may hold the same number against the same limit
+    for *_, claim in sorted(ranked, key=lambda entry: entry[:3]):
+        first.setdefault(str(claim["name"]), claim)
+    return list(first.values())[:3]
 
 
 def stopped_by(
@@ -242,7 +255,7 @@ def final_answer(
 # %% ../../nbs/lib/report/05_render.ipynb #e708bc81
 def _kpi(leaves: Mapping[str, Any]) -> str:
     name, begin, end, unit = (leaves.get(f"problem.kpi.{key}") for key in ("name", "baseline", "target", "unit"))
-    return f"Success is {name}: from {number(begin, ',g')} to {number(end, ',g')} {unit or ''}".strip() + "." if name else ""
+    return f"What success means: {name}, from {number(begin, ',g')} to {number(end, ',g')} {unit or ''}".strip() + "." if name else ""
 
 
 def _strip(run: Evidence) -> list[dict[str, str]]:
@@ -261,24 +274,30 @@ def _tile(name: str, phase: Phase | None, run: Evidence) -> dict[str, str]:
                 "question": QUESTIONS.get(name, name), "answer": clean(answer, 400)}
     state = _state(phase.verdict)
     return {**tile, "css": f"ph-{state}", "icon": VERDICTS[state], "word": state, "link": f"{name}/report.html", "question": phase.question,
-            "answer": clean(phase.answer, 600)}
+            "answer": clean(phase.answer[:1].upper() + phase.answer[1:], 600)}
 
 
-def _by_phase(run: Evidence, wanted: Callable[[Phase, Mapping[str, Any]], bool]) -> str:
-    "Claims of a kind as a table a phase."
-    parts = []
+def _by_phase(run: Evidence, wanted: Callable[[Phase, Mapping[str, Any]], bool], kind: str = "") -> str:
+    "Claims of a kind as a table a phase; a number that a later phase repeats stands where it came up first."
+    parts, seen = [], set()
     for phase in run.phases:
-        claims = [c for c in phase.claims if wanted(phase, c)]
+        claims = [c for c in phase.claims if wanted(phase, c) and _identity(c) not in seen]
+        seen |= {_identity(c) for c in claims}
         if claims:
-            parts.append(estimates(claims, f"{phase.name.split('_')[0]} {sentence_case(phase.room)}"))
+            parts.append(estimates(claims, f"{phase.name.split('_')[0]} {sentence_case(phase.room)}{kind}"))
     return stack(*parts).html if parts else ""
 
 
+def _identity(claim: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(claim.get(name)) for name in ("name", "title", "value", "low", "high", "limit", "on"))
+
+
 def _open_points(run: Evidence) -> list[str]:
-    said = [f"{name.replace('_', ' ')} has not run." for name in run.missing]
+    said: dict[str, list[str]] = {}
     for phase in (p for p in run.phases if p.room != "report"):    # that one only counts the others' criteria
-        said += [f"{sentence_case(phase.room)}: {sentence}" for sentence in unknowns(phase.claims, phase.checks)]
-    return said
+        for sentence in unknowns(phase.claims, phase.checks):
+            said.setdefault(sentence, []).append(sentence_case(phase.room))
+    return [f"{name.replace('_', ' ')} has not run." for name in run.missing] + [f"{', '.join(where)}: {sentence}" for sentence, where in said.items()]
 
 
 def _cost_table(costs: pl.DataFrame, currency: str) -> str:
@@ -306,5 +325,5 @@ def _run_origin(run: Evidence) -> dict[str, Any]:
 
 
 def _parameters(leaves: Mapping[str, Any]) -> str:
-    rows = [{"parameter": key, "value": MISSING if value is None else str(value)} for key, value in leaves.items()]
+    rows = [{"parameter": key, "value": text_of(value)} for key, value in leaves.items()]
     return table(rows, "Every parameter of the problem, defaults included", rows=400).html if rows else ""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def big_numbers(
     "Claims as big numbers, each with its interval against its limit."
     entries = []
     for claim in claims:
-        spec = spec_for([claim.get(name) for name in ("value", "low", "high", "limit")])
+        spec = spec_for([claim.get(name) for name in ("value", "low", "high")])
         label = str(claim.get("title") or claim.get("name"))
         entries.append((label, number(claim.get("value"), spec, str(claim.get("unit") or "")), claim, claim.get("limit")))
     return headline(entries).html if entries else ""
@@ -45,12 +46,16 @@ def criteria(
     checks: Sequence[Mapping[str, Any]],
     caption: str = "What had to hold, and what was found",
 ) -> str:                                  # HTML
-    "Every criterion with its verdict, the failed ones first."
+    "Every criterion with its verdict, the failed ones first; folded, because the verdict names those that are not met."
     rows = [{
         "criterion": c.get("title"), "verdict": c.get("verdict"), "found": readable(" ".join(str(c.get(k) or "") for k in ("found", "unit")).strip()),
         "limit": c.get("limit"), "remark": c.get("why"),
     } for c in sorted(checks, key=lambda c: SEVERITY.get(str(c.get("verdict")), 3))]
-    return table(rows, caption, rows=200).html if rows else ""
+    if not rows:
+        return ""
+    counted = Counter(str(c.get("verdict")) for c in checks)
+    told = ", ".join(f"{counted[state]} {state}" for state in SEVERITY if counted[state])
+    return f"<details><summary>{len(rows)} criteria: {esc(told)}</summary>{table(rows, caption, rows=200).html}</details>"
 
 
 def unknowns(
@@ -61,7 +66,7 @@ def unknowns(
     said = [f"{c.get('title')}: {readable(str(c.get('found')))} does not decide against the limit {c.get('limit')}."
             for c in checks if c.get("verdict") == "inconclusive"]
     said += [f"{c.get('title')}: not measured." for c in checks if c.get("found") == "not measured"]
-    said += [f"{c.get('title')}: not applicable, {c.get('why')}." for c in checks if c.get("verdict") == "not applicable"]
+    said += [f"{c.get('title')}: not applicable, {c.get('why') or c.get('found')}." for c in checks if c.get("verdict") == "not applicable"]
     bare = [str(c.get("title") or c.get("name")) for c in claims
             if c.get("low") is None and c.get("limit") is not None and not float(c.get("value") or 0).is_integer()]    # a count needs none
     if bare:

@@ -14,7 +14,7 @@ from ..core.display import esc, note
 from .page import from_markdown, sanitise
 
 # %% auto #0
-__all__ = ['OUTPUT_MAX', 'PAGE_MAX', 'shown', 'story', 'fitting']
+__all__ = ['OUTPUT_MAX', 'PAGE_MAX', 'LONG', 'shown', 'story', 'folded', 'fitting']
 
 # %% ../../nbs/lib/report/03_story.ipynb #63f0cee8
 OUTPUT_MAX, PAGE_MAX = 700_000, 2_500_000   # characters
@@ -62,8 +62,26 @@ def story(
                 if blocks and _leads_in(blocks[-1]):
                     blocks.pop()
                 continue
-            blocks += [block for block in map(shown, cell.get("outputs", [])) if block]
+            blocks += [folded(block) for block in map(shown, cell.get("outputs", [])) if block]
     return question, lede, fitting(blocks)
+
+# %% ../../nbs/lib/report/03_story.ipynb #2ddbfa8b
+LONG = 20
+
+
+def folded(
+    block: str,         # HTML of one output
+    long: int = LONG,   # rows that still stand open
+) -> str:
+    "The same output, its long tables folded."
+    def fold(found: re.Match[str]) -> str:
+        rows = found[0].count("<tr") - found[0].count("<thead")
+        caption = re.search(r"<caption>(.*?)</caption>", found[0], re.DOTALL)
+        if rows <= long or not caption:
+            return found[0]
+        return f'<details class="fold"><summary>{caption[1]} <span class="ph-sub">{rows} rows</span></summary>{found[0]}</details>'
+
+    return re.sub(r'<div\b[^>]*\bph-scroll\b[^>]*>\s*<table\b.*?</table>\s*</div>', fold, block, flags=re.DOTALL)
 
 # %% ../../nbs/lib/report/03_story.ipynb #e49088fc
 def fitting(

@@ -84,14 +84,14 @@ def roll_out(
             {
                 "option": "promote",
                 "asks for": f"at most {trial.rules.worse_by:g} worse, shown with evidence {1 / trial.rules.part:.0f}",
-                "evidence": last.evidence_enough,
+                "evidence, a million at most": min(last.evidence_enough, 1e6),
             },
             {
                 "option": "roll back",
                 "asks for": f"worse, failing or slow with evidence {1 / trial.rules.part:.0f}",
-                "evidence": max(last.evidence_worse, last.evidence_errors),
+                "evidence, a million at most": min(max(last.evidence_worse, last.evidence_errors), 1e6),
             },
-            {"option": "hold", "asks for": "neither", "evidence": None},
+            {"option": "hold", "asks for": "neither", "evidence, a million at most": None},
         ],
         chose=course.outcome,
         because=because,

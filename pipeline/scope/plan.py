@@ -43,7 +43,7 @@ def choose_threshold(
     if task == "binary":
         costs = amounts(problem.evaluate.costs)
         return {"rule": "break-even", "threshold": break_even(costs),
-                "why": "false_alarm / (false_alarm + miss + hit); evaluate tests it against the best on validation"}
+                "why": "the cost of a false alarm, divided by that of a false alarm, a miss and a hit together; the evaluation tests it on validation rows"}
     if task == "multiclass":
         return {"rule": "most probable class", "threshold": None, "why": "costs between more than two classes are not declared"}
     return {"rule": "none", "threshold": None, "why": "the answer is a number; who reads it decides"}

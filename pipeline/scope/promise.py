@@ -114,7 +114,7 @@ def show_weeks(
 
     p10, p50, p90 = (weeks_at(draws, q) for q in (0.1, 0.5, 0.9))
     return histogram(draws["total"], f"In half of the draws it runs within {p50:.0f} weeks, in nine of ten within {p90:.0f}",
-                     "weeks from the start", {"P10": p10, "P50": p50, "P90": p90})
+                     "weeks from the start", {"P10": p10, "P50": p50, "P90": p90}, ylabel="draws")
 
 
 def show_phases(
@@ -174,7 +174,7 @@ def claim_promise(
 ) -> list[Claim]:
     "Weeks, money and, for two classes, the break-even threshold: each recomputable."
     said = run.problem.problem
-    claims = [run.claim("weeks_to_launch", of="scope/timeline", by=weeks_to_launch, unit="weeks", on="simulation", title="weeks until it runs (P50, P10 to P90)")]
+    claims = [run.claim("weeks_to_launch", of="scope/timeline", by=weeks_to_launch, unit="weeks", on="simulation", title="weeks until it runs (median, and 8 of 10 draws)")]
     if said.task == "binary":
         claims.append(run.claim("break_even", of="scope/plan", by=break_even_of, unit="%", on="declared costs, a third off", title="probability from which acting pays"))
     for name, quantity, unit in (("training_memory", "memory", "GB"), ("training_money", "money", said.currency), ("training_co2e", "CO2e", "g")):
@@ -191,4 +191,4 @@ def tell_promise(
     kpi, (p10, p50, p90) = run.problem.problem.kpi, np.round([weeks_at(draws, q) for q in (0.1, 0.5, 0.9)])
     act = f", acting from a probability of {plan['threshold']:.0%}" if plan["threshold"] is not None else ""
     return (f"Promised: {kpi.name}, from {kpi.baseline:g} to {kpi.target:g} {kpi.unit}. Models are ranked by {LABELS[plan['metric']]}{act}. "
-            f"It runs in {p10:.0f} to {p90:.0f} weeks, most likely {p50:.0f} ({size_class(float(p50))}).")
+            f"It runs in {p10:.0f} to {p90:.0f} weeks, half the time within {p50:.0f}: {size_class(float(p50))}.")
