@@ -132,6 +132,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'pipeline.comply.case.traces_left': ('lib/comply/case.html#traces_left', 'pipeline/comply/case.py'),
                                       'pipeline.comply.case.try_attack': ('lib/comply/case.html#try_attack', 'pipeline/comply/case.py'),
                                       'pipeline.comply.case.try_fewer_inputs': ( 'lib/comply/case.html#try_fewer_inputs',
+                                                                                 'pipeline/comply/case.py'),
+                                      'pipeline.comply.case.why_not_compared': ( 'lib/comply/case.html#why_not_compared',
                                                                                  'pipeline/comply/case.py')},
             'pipeline.comply.erasure': { 'pipeline.comply.erasure._about': ('lib/comply/erasure.html#_about', 'pipeline/comply/erasure.py'),
                                          'pipeline.comply.erasure._count_records': ( 'lib/comply/erasure.html#_count_records',

@@ -131,7 +131,7 @@ def test_declared_cohorts_with_few_rows_are_said_to_be_few(project):
     execute(NOTEBOOK)
     told = "cohorts country and channel are declared; too few rows to compare"
     assert told in records(run, "09_comply", "answer")["answer"]
-    assert told in [c["why"] for c in records(run, "09_comply", "checks") if c["title"] == "Cohorts are served alike"]
+    assert told in [c["found"] for c in records(run, "09_comply", "checks") if c["title"] == "Cohorts are served alike"]
 
 
 def test_loose_files_and_a_broken_trail_are_no_go(project):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from ..core.store import digest_bytes
 
 # %% auto #0
 __all__ = ['SMALL', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns', 'try_fewer_inputs', 'look_at_gaps',
-           'look_at_access', 'days_kept', 'try_attack', 'Drill', 'traces_left', 'rows_erased', 'drill_erasure',
-           'show_erasure', 'show_models', 'check_trail', 'answer']
+           'why_not_compared', 'look_at_access', 'days_kept', 'try_attack', 'Drill', 'traces_left', 'rows_erased',
+           'drill_erasure', 'show_erasure', 'show_models', 'check_trail', 'answer']
 
 # %% ../../nbs/lib/comply/07_case.ipynb #7f18e255
 def count_forbidden(
@@ -127,8 +128,9 @@ def look_at_gaps(run: Run) -> Any:
     schema = {"by": pl.String, "gap": pl.Float64, "low": pl.Float64, "high": pl.Float64, "limit": pl.Float64, "rows": pl.Int64}
     if not measured:
         run.save("comply/gaps", pl.DataFrame(schema=schema))
-        run.not_applicable("Cohorts are served alike", "no cohort column was compared (evaluate.cohorts)")
-        return note("No cohorts were compared: evaluate.cohorts names no column with two groups large enough.", "warn")
+        why = why_not_compared(run.problem.evaluate.cohorts, run.phases())
+        run.not_applicable("Cohorts are served alike", why)
+        return note(f"{why[:1].upper()}{why[1:]}.", "warn")
     from pipeline.evaluate.cohorts import cohort_gap
 
     claims = [run.claim(c.name, of=list(c.of), by=cohort_gap, using=c.using, on=c.on, unit=c.unit, better="lower", title=c.title) for c in measured]
@@ -139,6 +141,18 @@ def look_at_gaps(run: Run) -> Any:
     widest = rows.sort("gap", descending=True).row(0, named=True)
     chart = bars(rows, "by", "gap", f"The widest gap is {widest['gap']:.3f}, between {widest['by']} groups; {limit:g} is tolerated", low="low", high="high", xlabel="gap between best and worst group", limit=limit)
     return stack(chart, estimates(claims, "Gaps between cohorts", {c.name: limit for c in claims}))
+
+
+def why_not_compared(
+    declared: Sequence[str],     # evaluate.cohorts
+    finished: Sequence[str],     # earlier phases
+) -> str:
+    "Why no gap between cohorts was measured: none declared, not evaluated, or too few rows."
+    if not declared:
+        return "no cohorts are declared (evaluate.cohorts), so none were compared"
+    names = " and ".join([", ".join(declared[:-1]), declared[-1]] if declared[1:] else declared)
+    told = f"cohort {names} is declared" if len(declared) == 1 else f"cohorts {names} are declared"
+    return f"{told}; too few rows to compare" if any(p.endswith("_evaluate") for p in finished) else f"{told}; the evaluation has compared nothing"
 
 # %% ../../nbs/lib/comply/07_case.ipynb #505360ec
 def look_at_access(run: Run) -> Any:
@@ -381,5 +395,5 @@ def answer(
                 f"{done['traces_before']:,} traces before, none after; {len(done['models_to_train_again'])} models would be trained again")
     gaps = run.load("comply/gaps")
     wide = gaps.filter(pl.col("gap") > pl.col("limit"))["by"].to_list()
-    cohorts = "cohorts were not compared" if gaps.is_empty() else f"the gap between {', '.join(wide)} groups was measured wider than promised" if wide else f"no gap between cohorts exceeds {gaps['limit'][0]:g}"
+    cohorts = why_not_compared(run.problem.evaluate.cohorts, run.phases()) if gaps.is_empty() else f"the gap between {', '.join(wide)} groups was measured wider than promised" if wide else f"no gap between cohorts exceeds {gaps['limit'][0]:g}"
     return f"{told[:1].upper()}{told[1:]}; {cohorts}; the audit trail holds {len(audit.entries(run.store)):,} entries."
