@@ -997,6 +997,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'pipeline/deploy/rehearsal.py'),
                                            'pipeline.deploy.rehearsal._tensors': ( 'lib/deploy/rehearsal.html#_tensors',
                                                                                    'pipeline/deploy/rehearsal.py'),
+                                           'pipeline.deploy.rehearsal.affordable': ( 'lib/deploy/rehearsal.html#affordable',
+                                                                                     'pipeline/deploy/rehearsal.py'),
                                            'pipeline.deploy.rehearsal.claim_equality': ( 'lib/deploy/rehearsal.html#claim_equality',
                                                                                          'pipeline/deploy/rehearsal.py'),
                                            'pipeline.deploy.rehearsal.claim_metric_again': ( 'lib/deploy/rehearsal.html#claim_metric_again',

@@ -33,7 +33,8 @@ def make_run(
         write_phase(folder / name, text, extra(text), verdict if name in ("05_evaluate", "10_report") else "go", full=len(texts) > 1 or name == "05_evaluate")
     text = texts[0]
     leaves = {"problem.statement": f"Will it be late? {text}", "problem.kpi.name": text, "problem.kpi.baseline": 0.0, "problem.kpi.target": 40.0,
-              "problem.kpi.unit": "%", "problem.currency": "USD", "train.note": text}
+              "problem.kpi.unit": "%", "problem.currency": "USD", "train.note": text,
+              "evaluate.acceptance": [{"metric": "roc_auc", "at_least": 0.65, "on": "holdout"}]}
     (folder / "manifest.json").write_text(json.dumps({"problem": problem, "leaves": leaves, "git": {"commit": "0f3a9b2c44d1", "dirty": True}, "phases": {}}))
     for phase in sorted(folder.glob("[0-9]*_*")):
         render_phase(phase / "notebook.ipynb", phase)

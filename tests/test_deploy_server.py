@@ -181,7 +181,7 @@ def test_others_are_not_served_without_a_token(run_folder: Path) -> None:
     refused = start(run_folder, "0.0.0.0", "0")
     assert refused.returncode == 3 and "without a token" in refused.stderr
     assert start(run_folder, "0.0.0.0", "0", "hunter2").returncode == 2
-    assert start(run_folder, "0.0.0.0", "0", "env:NO_SUCH_TOKEN").returncode == 2
+    assert start(run_folder, "0.0.0.0", "0", "env:NO_SUCH_TOKEN").returncode == 4
 
 
 def test_a_port_in_use_is_said(run_folder: Path, server: Staged) -> None:

@@ -182,7 +182,7 @@ def report(name: RunName = "", as_json: Json = False, debug: Debug = False) -> i
     settings = load_settings()
     run = run_named(name, settings)
     for folder in phase_folders(run):
-        if (folder / "notebook.ipynb").exists() and not (folder / "report.html").exists():
+        if (folder / "notebook.ipynb").exists():
             draw({"phase": str(folder)})
     draw({"run": str(run)})
     draw({"portal": str(settings.outputs)})

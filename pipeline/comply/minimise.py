@@ -57,8 +57,9 @@ def find_proxies(
     seed: int = 0,
 ) -> pl.DataFrame:               # column, gives_away, auc; highest first
     "How well each feature alone gives each forbidden column away."
+    held = set(frame.columns)
     rows = [{"column": f, "gives_away": x, "auc": proxy_auc(frame[f], frame[x], seed)}
-            for x in forbidden if x in frame.columns for f in features if f in frame.columns and f != x]
+            for x in forbidden if x in held for f in features if f in held and f != x]
     return pl.DataFrame(rows, schema={"column": pl.String, "gives_away": pl.String, "auc": pl.Float64}).sort("auc", descending=True, nulls_last=True)
 
 # %% ../../nbs/lib/comply/02_minimise.ipynb #5e13bdd4

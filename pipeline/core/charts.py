@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .display import INK, clean, data_uri, esc, number, spec_for, svg_style, text_of
+from .display import INK, clean, data_uri, esc, limit_of, number, spec_for, svg_style, text_of
 from .errors import InputError, suggest
 
 # %% auto #0
@@ -240,9 +240,11 @@ def lines(
         axes.grid(axis="y")
         if limit is not None:
             axes.axhline(limit, color=STANDIN["ink"], linestyle=(0, (4, 3)), linewidth=1.2)
-            ends.append((limit, f"limit {number(limit)}", STANDIN["ink"]))
+            ends.append((limit, f"limit {limit_of(limit)}", STANDIN["ink"]))
         if texts is not None:
             _ticks(axes, texts, width)
+        elif frame[x].dtype.is_integer():
+            axes.xaxis.get_major_locator().set_params(integer=True)    # no window number 2.5
         if len(names) > 1 or limit is not None:
             bottom, top = axes.get_ylim()
             at = _apart([e[0] for e in ends], (top - bottom) * 0.075)
@@ -266,7 +268,7 @@ def _tell_lines(frame: pl.DataFrame, x: str, called: list[str], data: list[np.nd
             first, last, least, most = (number(float(v), spec) for v in told_of)
             began, ended = (_said(frame[x][int(i)]) for i in (seen[0], seen[-1]))
             told.append(f"{name} from {first} at {began} to {last} at {ended}, lowest {least}, highest {most}")
-    level = f"; limit {number(limit)}" if limit is not None else ""
+    level = f"; limit {limit_of(limit)}" if limit is not None else ""
     return f"Line chart: {'; '.join(told) or 'no values'}{level}."
 
 # %% ../../nbs/lib/core/08_charts.ipynb #167ad54a

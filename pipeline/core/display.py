@@ -521,7 +521,7 @@ def verdict(
 # %% ../../nbs/lib/core/07_display.ipynb #dfd2dd09
 def _failing(alike: Sequence[Any]) -> str:
     check = alike[0]
-    where = ", ".join(dict.fromkeys(str(part(c, "phase")) for c in alike if part(c, "phase")))
+    where = " and ".join(dict.fromkeys(str(part(c, "phase")) for c in alike if part(c, "phase"))).capitalize()
     found, limit, why = (part(check, name) for name in ("found", "limit", "why"))
     words = "no measurement" if found in (None, "") else f"found {readable(found) if isinstance(found, str) else number(found)}"
     if limit not in (None, ""):

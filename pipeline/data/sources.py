@@ -223,7 +223,8 @@ def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: 
         except Exception as error:   # polars raises several unrelated kinds for a broken file
             raise InputError(f"{file} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error
     frame.columns = names
-    found = {name: dates for name in names if frame.schema[name] == pl.String and (dates := parse_dates(frame[name]))}
+    types = frame.schema
+    found = {name: dates for name in names if types[name] == pl.String and (dates := parse_dates(frame[name]))}
     notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
              for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and parse_dates(frame[name], [OTHER_ORDER[format_]])]
     return frame.with_columns(dates for dates, _ in found.values()), notes

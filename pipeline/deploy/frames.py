@@ -23,18 +23,22 @@ def check_frame(
     schema: Schema,
 ) -> pl.DataFrame:          # the model's columns, in its order and types
     "Columns by name and type; raises `InputError` that names the column."
-    missing = [n for n in schema.names if n not in frame.columns]
+    given = set(frame.columns)
+    missing = [n for n in schema.names if n not in given]
     if missing:
         raise InputError(f"column {missing[0]!r} is not in the data{suggest(missing[0], frame.columns)}"
                          + (f" ({len(missing) - 1} more are missing too)" if missing[1:] else ""))
-    return pl.DataFrame([_cast(frame[spec.name], spec) for spec in schema.fields])
+    floats = [n for n, dtype in frame.select(schema.names).schema.items() if dtype.is_float()]      # all at once: there may be thousands
+    infinite = {n for n, found in frame.select(pl.col(floats).is_infinite().any()).to_dicts()[0].items() if found} if floats else set()
+    whole = frame.with_columns(pl.col(n).fill_nan(None) for n in floats if n not in infinite)
+    return pl.DataFrame([_cast(whole[spec.name], spec, spec.name in infinite) for spec in schema.fields])
 
 
-def _cast(series: pl.Series, spec: Field) -> pl.Series:
+def _cast(series: pl.Series, spec: Field, infinite: bool = False) -> pl.Series:
     wanted = dtype_of(spec.dtype)
     if series.dtype == pl.String and wanted != pl.String:
         return _from_text(series, spec, wanted)
-    given = _no_infinity(series, spec)
+    given = _no_infinity(series, spec) if infinite else series
     if given.dtype == wanted:
         return given
     cast = given.cast(wanted, strict=False)

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['REPLAYED', 'SINGLE', 'ATTEMPTS', 'Rehearsal', 'rehearse', 'side_by_side', 'smoke_test', 'claim_equality',
-           'claim_metric_again', 'show_smoke', 'show_refusals']
+__all__ = ['REPLAYED', 'SINGLE', 'LOAD_S', 'ATTEMPTS', 'Rehearsal', 'rehearse', 'affordable', 'side_by_side', 'smoke_test',
+           'claim_equality', 'claim_metric_again', 'show_smoke', 'show_refusals']
 
 # %% ../../nbs/lib/deploy/14_rehearsal.ipynb #9ac705e9
 REPLAYED = 100_000      # rows of the holdout at most
 SINGLE = 200            # of these one by one
+LOAD_S = 10.0           # seconds that a load sample may take, one request after the other
 ATTEMPTS = 5            # a machine shared with others is given so many chances to be quiet
 
 
@@ -63,10 +64,12 @@ def rehearse(
         start_s = time.monotonic() - started
         smoke = smoke_test(server, packed.predictor, rows[0])
         served = replay(server, rows)
+        begun = time.perf_counter()
         single = replay(server, rows[:SINGLE], chunk=1)
+        requests = affordable((time.perf_counter() - begun) / max(len(single), 1))
         sample = within_bytes(rows[:1000])
-        latencies = _calmest(server, sample, rate, limit, run.seed)
-        speed = measure(server, sample, 0, 600, run.seed)
+        latencies = _calmest(server, sample, rate, limit, run.seed, requests)
+        speed = measure(server, sample, 0, requests, run.seed)
         resources = {"rss_mb": server.memory_mb(), "start_s": start_s}
     begun = time.perf_counter()
     batch = predict_all(packed.predictor, frame)
@@ -92,6 +95,13 @@ def rehearse(
     return Rehearsal(len(frame), smoke, replayed, first, latencies, resources, refusals)
 
 
+def affordable(
+    answer_s: float,      # one row's answer, measured one by one
+) -> int:                 # requests of a load sample
+    "600 requests where they take less than ten seconds; fewer, but a hundred, where each row takes long."
+    return int(min(max(LOAD_S / max(answer_s, 1e-9), 100), 600))
+
+
 def side_by_side(
     measured: pl.DataFrame,     # evaluate/predictions
     served: pl.DataFrame,       # answers over HTTP to the same rows
@@ -105,11 +115,11 @@ def side_by_side(
     return pl.concat(parts, how="horizontal")
 
 
-def _calmest(server: Staged, rows: Sequence[dict[str, Any]], rate: float, limit: float, seed: int) -> pl.DataFrame:
+def _calmest(server: Staged, rows: Sequence[dict[str, Any]], rate: float, limit: float, seed: int, requests: int) -> pl.DataFrame:
     "Latencies; another sample, up to five, while only the p99 is over the limit. The one with the lowest p99 counts."
     samples = []
     for attempt in range(1, ATTEMPTS + 1):
-        sample = measure(server, rows, rate, 600, seed + attempt).with_columns(attempt=pl.lit(attempt, pl.Int64))
+        sample = measure(server, rows, rate, requests, seed + attempt).with_columns(attempt=pl.lit(attempt, pl.Int64))
         samples.append(sample)
         if latency_quantile(sample, 0.99).value <= limit or latency_quantile(sample, 0.5).value > limit:
             break

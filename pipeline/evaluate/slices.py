@@ -119,7 +119,8 @@ def seek_slices(
     y, p = predictions_of(holdout.predictions, holdout.using["classes"])
     loss = row_surprise(y, p, holdout.task)
     hidden = {c["name"] for c in holdout.contract["columns"] if c.get("pii")}
-    searched = [c for c in columns if c in holdout.frame.columns and c not in hidden]
+    held = set(holdout.frame.columns)
+    searched = [c for c in columns if c in held and c not in hidden]
     found = find_slices(holdout.frame, loss, searched, max(LEAST, SUPPRESSED, len(y) // 200),
                         unit=units_of(holdout.predictions, holdout.unit))
     run.save("evaluate/slices", found)

@@ -92,7 +92,8 @@ def missing_by_column(
     weak: float = 0.05,            # Cramér's V from which an effect is worth a word
 ) -> pl.DataFrame:                 # column, effect, p, worst, share, rows, tells; strongest first
     "Which columns tell that an outcome is missing, and where it is worst."
-    found = [_test(rows, c) for c in columns if c in rows.columns] if rows["__missing"].any() else []
+    present = set(rows.columns)
+    found = [_test(rows, c) for c in columns if c in present] if rows["__missing"].any() else []
     schema = {"column": pl.String, "effect": pl.Float64, "p": pl.Float64, "worst": pl.String, "share": pl.Float64, "rows": pl.Int64}
     table = pl.DataFrame(found, schema=schema, orient="row").sort("p", "column")
     held = np.minimum(1, np.maximum.accumulate(table["p"].to_numpy() * np.arange(table.height, 0, -1))) if table.height else np.zeros(0)

@@ -44,7 +44,8 @@ def learn_encoder(
 ) -> Encoder:
     "The encoding of a contract's features."
     types = {c["name"]: c["type"] for c in contract["columns"]}
-    kinds = {name: types[name] for name in contract["features"] if name in frame.columns}
+    held = set(frame.columns)
+    kinds = {name: types[name] for name in contract["features"] if name in held}
     if not kinds:
         raise InputError("no feature of the contract is in the rows; run the data phase again")
     levels = {name: _frequent(frame[name]) for name, kind in kinds.items() if kind == "category"}

@@ -167,7 +167,9 @@ def final_sentence(
     "The answer in one line."
     first = criteria.filter(pl.col("verdict") == "no-go").head(1)
     why = "".join(f" First: {r['phase'].replace('_', ' ')}, {r['criterion']}: {readable(r['found'])}, limit {r['limit']}." for r in first.iter_rows(named=True))
-    told = f"{state.capitalize()}: {_counted(criteria, 'criteria')}, {_counted(matrix, 'requirements')}; the ML Test Score is {score:g} of 7.{why}"
+    names = criteria.filter(pl.col("verdict") == "inconclusive")["criterion"].unique(maintain_order=True).to_list() if first.is_empty() else []
+    opened = f" Not settled: {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}." if names else ""
+    told = f"{state.capitalize()}: {_counted(criteria, 'criteria')}, {_counted(matrix, 'requirements')}; the ML Test Score is {score:g} of 7.{why}{opened}"
     return clean(told, 600)
 
 

@@ -20,7 +20,7 @@ from .cost import Prices, cost_line, duration, phase_costs, prices_of, with_tota
 from .evidence import QUESTIONS, Evidence, Phase, read_json, read_phase, read_run
 from .page import fill, page
 from .sections import SEVERITY, big_numbers, carrying, criteria, decided, sentence_case, unknowns
-from .story import story
+from .story import folded, story
 
 # %% auto #0
 __all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'judged', 'telling', 'stopped_by',
@@ -193,7 +193,7 @@ def render_run(
         RUN, place=place, question=str(leaves.get("problem.statement") or f"{sentence_case(run_folder.parent.name)}: go or no-go?"), kpi=_kpi(leaves),
         verdict=verdict(state, sentence, judged(run)).html, numbers=big_numbers(telling(run)), phases=_strip(run),
         limited=limited, others=others, others_n=others.count('<th scope="row"'),
-        decisions=decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]),
+        decisions=folded(decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]), 0),
         unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=cost_line(costs, _currency(run.manifest)),
         costs=_cost_table(costs, _currency(run.manifest)), origin=facts(_run_origin(run), "Where this run comes from").html,
         parameters=_parameters(leaves),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.display import esc, headline, number, readable, spec_for, table
+from ..core.metrics import LABELS
 
 # %% auto #0
 __all__ = ['SEVERITY', 'carrying', 'big_numbers', 'criteria', 'unknowns', 'decided', 'sentence', 'sentence_case']
@@ -86,6 +87,8 @@ def decided(
         taken = [chose in map(str, row.values()) for row in rows]
         if sum(taken) == 1:
             rows = [{**row, "choice": "✓ chosen" if mark else ""} for row, mark in zip(rows, taken)]
+        rows = [{key: LABELS.get(value, value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+        chose = LABELS.get(chose, chose)
         parts.append(
             f'<div class="decision"><{level}>{esc(sentence_case(str(decision.get("what"))))}: {esc(chose)}</{level}>'
             f"<p>{esc(sentence(str(decision.get('because') or '')), 2000)} <span class=\"ph-sub\">Decided by {esc(decision.get('by') or 'rule')}.</span></p>"

@@ -119,7 +119,7 @@ def _traced(asked: Requirement, run: Evidence) -> dict[str, str]:
     excused = _excused(asked.rooms, run)
     if excused:
         phase, check = excused
-        return {**row, "phase": phase.name.replace("_", " "), "evidence": str(check.get("title")), "found": str(check.get("why")), "verdict": "not applicable"}
+        return {**row, "phase": phase.name.replace("_", " "), "evidence": str(check.get("title")), "found": str(check.get("found") or check.get("why") or "–"), "verdict": "not applicable"}
     finished = [room for room in asked.rooms if run.phase(room)]
     where = asked.rooms[0] if finished else f"{asked.rooms[0]} has not run"
     return {**row, "phase": where, "evidence": "no evidence", "found": "–", "verdict": "inconclusive"}
