@@ -2216,6 +2216,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'pipeline/report/traceability.py'),
                                               'pipeline.report.traceability._traced': ( 'lib/report/traceability.html#_traced',
                                                                                         'pipeline/report/traceability.py'),
+                                              'pipeline.report.traceability.cohort_words': ( 'lib/report/traceability.html#cohort_words',
+                                                                                             'pipeline/report/traceability.py'),
                                               'pipeline.report.traceability.requirements': ( 'lib/report/traceability.html#requirements',
                                                                                              'pipeline/report/traceability.py'),
                                               'pipeline.report.traceability.trace': ( 'lib/report/traceability.html#trace',

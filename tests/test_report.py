@@ -17,7 +17,7 @@ from report_run import make_run, write_phase
 from pipeline.core.display import clean, number, table
 from pipeline.core.errors import IntegrityError
 from pipeline.core.problem import load_problem
-from pipeline.report.evidence import QUESTIONS, read_run
+from pipeline.report.evidence import QUESTIONS, Evidence, Phase, read_run
 from pipeline.report.gate import criteria_of, unmet
 from pipeline.report.page import ATTRIBUTES, INSIDE, TAGS, from_markdown, sanitise
 from pipeline.report.portal import render_portal
@@ -166,6 +166,15 @@ def test_no_row_of_the_matrix_is_empty_and_none_passes_without_evidence(tmp_path
     matrix = trace(problem, read_run(tmp_path / "outputs/flights/main"))
     assert matrix.height == len(requirements(problem)) > 25 and matrix.null_count().sum_horizontal().item() == 0
     assert set(matrix["verdict"]) == {"inconclusive"} and set(matrix["evidence"]) == {"no evidence"}
+
+
+def test_a_cohort_column_is_not_answered_by_a_word_that_holds_its_name(tmp_path: Path) -> None:
+    problem = load_problem(FLIGHTS, {"evaluate.cohorts": ["member"]})
+    attack = {"title": "Answers do not give away who was learned from", "claim": "membership_auc", "verdict": "go", "found": "0.48", "limit": "≤ 0.6"}
+    few = {"title": "member groups are served alike", "verdict": "not applicable", "found": "0 of 2 groups are large enough", "limit": "–"}
+    for checks, verdict in (([attack], "inconclusive"), ([attack, few], "not applicable")):
+        matrix = trace(problem, Evidence(tmp_path, [Phase("09_comply", tmp_path, "", "go", {}, checks=checks)], {}))
+        assert matrix.row(by_predicate=pl.col("requirement") == "evaluate.cohorts.member", named=True)["verdict"] == verdict
 
 
 def test_a_phase_that_did_not_run_leaves_the_verdict_open(run: Path) -> None:

@@ -108,7 +108,7 @@ def claim_limits(
         headline(
             [
                 ("99th percentile of latency", f"{p99.value:.3g} ms", p99, limits.latency_p99_ms),
-                ("model on disk", f"{size.value:.2f} MB", size, limits.model_mb),
+                ("model on disk", f"{size.value:.3g} MB", size, limits.model_mb),
                 ("memory under load", f"{memory.value:.0f} MB", memory, limits.rss_mb),
             ]
         ),
@@ -148,5 +148,5 @@ def tell(
     return (
         f"{packed.manifest['name']} version {packed.manifest['version']} gives {same} on {rehearsal.rows:,} holdout rows over HTTP; "
         f"99 % of single-row requests take under {p99:.3g} ms (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "
-        f"{folder_mb(packed.folder):.2f} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory."
+        f"{folder_mb(packed.folder):.3g} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory."
     )

@@ -45,9 +45,11 @@ def shuffle_importance(
     options = {"threshold": context.threshold, "recall": context.recall, "costs": context.costs}
     value = metric_or_none(name, y, before, **options)
     drawn = None if value is None else draw_metric(name, *checked(name, y, before), unit, seed, draws, context)
+    features = model.features
     units, rows = len(y) if unit is None else len(np.unique(unit)), []
-    for column in columns or model.features:
-        owned = np.flatnonzero(owners == model.features.index(column))
+    at = {c: i for i, c in enumerate(features)}
+    for column in columns or features:
+        owned = np.flatnonzero(owners == at[column])
         kept = matrix[:, owned]
         matrix[:, owned] = kept[rng.permutation(frame.height)]
         after = model.estimator.predict(matrix)
@@ -83,11 +85,11 @@ def explain_row(
     contract: dict[str, Any],
 ) -> pl.DataFrame:                   # column, value, contribution, score_so_far
     "From the base to the answer, column by column, the largest contribution first; the last line is the answer."
-    answer = model.predict(row)[0]
+    features, answer = model.features, model.predict(row)[0]
     parts = model.contributions(row)
     if parts is None:
-        values = [_text(row[c][0]) for c in model.features]
-        return pl.DataFrame({"column": [*model.features, "answer"], "value": [*values, _answer(model, answer)],
+        values = [_text(row[c][0]) for c in features]
+        return pl.DataFrame({"column": [*features, "answer"], "value": [*values, _answer(model, answer)],
                              "contribution": pl.Series([None] * (len(values) + 1), dtype=pl.Float64),
                              "score_so_far": pl.Series([None] * (len(values) + 1), dtype=pl.Float64)})
     told = int(np.argmax(answer)) if parts.ndim == 3 else 0
@@ -96,8 +98,8 @@ def explain_row(
     sums = one[-1] + np.cumsum(one[:-1][order])
     base = f"base of class {model.classes[told]}" if parts.ndim == 3 else "base"
     return pl.DataFrame({
-        "column": [base, *[model.features[i] for i in order], "answer"],
-        "value": ["", *[_text(row[model.features[i]][0]) for i in order], _answer(model, answer)],
+        "column": [base, *[features[i] for i in order], "answer"],
+        "value": ["", *[_text(row[features[i]][0]) for i in order], _answer(model, answer)],
         "contribution": [float(one[-1]), *one[:-1][order].tolist(), None],
         "score_so_far": [float(one[-1]), *sums.tolist(), float(sums[-1]) if len(sums) else float(one[-1])],
     }, schema={"column": pl.String, "value": pl.String, "contribution": pl.Float64, "score_so_far": pl.Float64})

@@ -172,7 +172,7 @@ def _fit(matrix: np.ndarray, given: np.ndarray, encoder: Encoder, contract: dict
     settings = {
         "objective": {"binary": "binary", "multiclass": "multiclass", "regression": "regression_l1"}[task],
         "num_leaves": 15, "learning_rate": 0.1, "min_data_in_leaf": int(min(50, max(2, len(given) // 30))),
-        "feature_fraction": 0.8, "cat_smooth": 20, "deterministic": True, "force_row_wise": True, "seed": 7,
+        "feature_fraction": min(0.8, 2000 / max(matrix.shape[1], 1)), "cat_smooth": 20, "deterministic": True, "force_row_wise": True, "seed": 7,
         "num_threads": threads, "verbosity": -1, **({"num_class": k} if task == "multiclass" else {}),
     }
     data = lightgbm.Dataset(matrix, given, categorical_feature=encoder.categorical, params={"verbosity": -1})

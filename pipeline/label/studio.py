@@ -16,7 +16,7 @@ import polars as pl
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['labelling_config', 'build_tasks', 'validate_tasks', 'read_answers']
+__all__ = ['COLUMNS', 'labelling_config', 'build_tasks', 'validate_tasks', 'read_answers']
 
 # %% ../../nbs/lib/label/07_studio.ipynb #ce152d4f
 def labelling_config(
@@ -41,6 +41,9 @@ def _attribute(text: str) -> str:
     return quoteattr("".join(c if c.isprintable() else " " for c in str(text))[:500])
 
 # %% ../../nbs/lib/label/07_studio.ipynb #e20be188
+COLUMNS = 100      # most columns that a question shows: nobody reads ten thousand
+
+
 def build_tasks(
     queue: pl.DataFrame,            # from `active.build_queue`
     rows: pl.DataFrame,             # the rows' features, by `__row`
@@ -50,8 +53,11 @@ def build_tasks(
 ) -> list[dict[str, Any]]:          # Label Studio's JSON import format, in the queue's order
     "A task for each queued row."
     personal = {c["name"] for c in contract["columns"] if c.get("pii") or c.get("forbidden")}
-    shown = [f for f in contract["features"] if f in rows.columns and f not in personal]
-    values = {row["__row"]: {c: _readable(row[c]) for c in shown} for row in rows.select("__row", *shown).iter_rows(named=True)}
+    held = set(rows.columns)
+    able = [f for f in contract["features"] if f in held and f not in personal]
+    shown = able[:COLUMNS]
+    rest = {"…": f"{len(able) - COLUMNS:,} more columns"} if len(able) > COLUMNS else {}
+    values = {row["__row"]: {c: _readable(row[c]) for c in shown} | rest for row in rows.select("__row", *shown).iter_rows(named=True)}
     lost = [r for r in queue["__row"] if r not in values]
     if lost:
         raise InputError(f"{len(lost)} queued rows are not among the rows given (first: {lost[0]}); pass training and unlabelled rows together")

@@ -120,6 +120,8 @@ img{max-width:100%;height:auto}
 details{border-top:1px solid var(--ph-line);padding:.7rem 0}
 details+details{margin-top:0}
 .ph>details.fold{border-bottom:1px solid var(--ph-line)}
+.decision details.fold,.decision .ph>details.fold{border:0;padding:.1rem 0}
+.decision details.fold>summary{font-weight:400;font-size:.875rem}
 details.fold caption{clip-path:inset(50%);height:1px;padding:0;overflow:hidden}
 details:last-of-type{border-bottom:1px solid var(--ph-line)}
 summary{cursor:pointer;font-weight:600;padding:.2rem 0}

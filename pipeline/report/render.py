@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from ..core.display import VERDICTS, clean, estimates, facts, number, stack, table, text_of, verdict
+from ..core.display import VERDICTS, clean, esc, estimates, facts, number, stack, table, text_of, verdict
 from ..core.errors import InputError
 from ..core.run import room_of
 from ..core.store import write_whole
@@ -62,7 +62,7 @@ def render_phase(
         PHASE, place=f"{sentence_case(phase.room)}, phase {phase.name.split('_')[0].lstrip('0') or '0'} of {place}", question=question or QUESTIONS.get(phase.name, phase.name),
         lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", judged(read_run(run)) if phase.room == "report" else phase.checks).html,
         numbers=big_numbers(telling(read_run(run)) if phase.room == "report" else carrying(phase.claims, phase.checks)), blocks=blocks, criteria=criteria(phase.checks),
-        decisions=decided(phase.decisions), unknowns=[clean(s, 400) for s in unknowns(phase.claims, phase.checks)],
+        decisions=decided([d for d in phase.decisions if f'aria-label="{esc("Options: " + str(d.get("what")))}"' not in "".join(blocks)]), unknowns=[clean(s, 400) for s in unknowns(phase.claims, phase.checks)],
         claims=_all_claims(phase.claims), origin=facts(origin(phase, manifest, prices_of(run)), "Where this page comes from").html,
         artifacts=_traces(phase),
     )

@@ -18,7 +18,7 @@ from .evidence import Evidence, Phase
 from ..scope.criteria import acceptance_table, constraints_table
 
 # %% auto #0
-__all__ = ['WORDS', 'ASKS_NOTHING', 'NAMES', 'SHOWN', 'Requirement', 'requirements', 'trace']
+__all__ = ['WORDS', 'ASKS_NOTHING', 'NAMES', 'SHOWN', 'Requirement', 'requirements', 'cohort_words', 'trace']
 
 # %% ../../nbs/lib/report/08_traceability.ipynb #492c611e
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def requirements(
         words = f"{line['metric']}|{line['metric'].replace('_', '.?')}|{NAMES.get(line['metric'], line['metric'])}"
         rooms = ("monitor", "rollout") if line["on"] == "production" else ("evaluate",) if line["on"] == "holdout" else ("evaluate", "train")
         found.append(Requirement(f"evaluate.acceptance.{i}", f"{NAMES.get(line['metric'], line['metric'])} on {line['on']} ({line['judged_by']})", line["limit"], rooms, words))
-    found += [Requirement(f"evaluate.cohorts.{c}", f"{c} groups are served alike", f"≤ {problem.evaluate.cohort_gap:g}", ("evaluate", "comply"), re.escape(c)) for c in problem.evaluate.cohorts]
+    found += [Requirement(f"evaluate.cohorts.{c}", f"{c} groups are served alike", f"≤ {problem.evaluate.cohort_gap:g}", ("evaluate", "comply"), cohort_words(c)) for c in problem.evaluate.cohorts]
     if problem.evaluate.stable_runs > 1:
         found.append(Requirement("evaluate.stable_runs", "good in consecutive runs", f"{problem.evaluate.stable_runs} runs", ("evaluate",), "stable|consecutive|in a row"))
     for row in constraints_table(problem).iter_rows(named=True):
@@ -85,6 +85,12 @@ def requirements(
     if comply.pii or comply.forbidden:
         found.append(Requirement("comply.columns", "personal and forbidden columns stay out", "none used", ("comply", "data"), "forbidden|person|pii|column"))
     return found
+
+
+def cohort_words(column: str) -> str:
+    "By which words a criterion is about the groups of a column; a column named member is not answered by membership."
+    name = rf"(?<!\w){re.escape(column)}(?!\w)"
+    return rf"{name} groups|cohorts by {name}"
 
 
 NAMES = {

@@ -302,4 +302,4 @@ def tell_contest(
     against = f", against {' and '.join(beside)}" if beside else ""
     name = "LightGBM's default (trees)" if choice.name == "trees" else choice.name
     return (f"{name} earns its cost: {contest.label} {number(main.value)}{ends} on {len(contest.rows.valid):,} rows it had not seen"
-            f"{against}; {by_name['model_mb'].value:.2f} MB{early}.")
+            f"{against}; {by_name['model_mb'].value:.3g} MB{early}.")
