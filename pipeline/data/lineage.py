@@ -18,7 +18,7 @@ from .contract import Contract
 __all__ = ['PRODUCER', 'SPEC', 'FACET', 'CONTEXT', 'CARD_TYPES', 'lineage_events', 'croissant_card']
 
 # %% ../../nbs/lib/data/10_lineage.ipynb #76081c37
-PRODUCER = "https://pypi.org/project/pilothouse"
+PRODUCER = "urn:pilothouse"
 SPEC = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
 FACET = "https://openlineage.io/spec/facets/{file}.json#/$defs/{name}"
 
