@@ -163,7 +163,7 @@ class Artifact:
     sha256: str
     bytes: int
     sealed: bool = False # readable only through the ledger
-    timing: bool = False # holds measured times: not compared when a run is reproduced
+    timing: bool = False # holds measured times or names its own run: not compared when a run is reproduced
 
 
 def write_artifact(

@@ -207,5 +207,5 @@ def runbook(
         ),
     ]
     text = "\n".join([f"# Runbook: rolling out {name}", "", *(f"{i}. **{what}.** {how}." for i, (what, how) in enumerate(steps, 1))]) + "\n"
-    run.save("rollout/runbook", text)
+    run.save("rollout/runbook", text, timing=True)   # names the run it belongs to
     return table([{"when": what, "do": how} for what, how in steps], "The runbook")
