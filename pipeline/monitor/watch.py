@@ -100,7 +100,7 @@ def add_loss_chance(
     losses = pl.DataFrame({"w": window_of(reference, days, backwards=True), "loss": loss_of(reference)}).filter(pl.col("loss").is_finite())
     normal = losses.group_by("w").agg(pl.col("loss").mean(), pl.len()).filter(pl.col("len") >= MINIMUM_ROWS).sort("w")["loss"].to_numpy()
     seen = table["loss"].cast(pl.Float64)
-    chance = surprise(normal, seen.fill_null(normal.mean() if len(normal) else 0.0).to_numpy(), floor=1e-6)
+    chance = np.round(surprise(normal, seen.fill_null(normal.mean() if len(normal) else 0.0).to_numpy(), floor=1e-6), 12)   # sums in parallel differ in the last digits
     return table.with_columns(loss_chance=pl.when(seen.is_null()).then(1.0).otherwise(pl.Series(chance)))
 
 # %% ../../nbs/lib/monitor/06_watch.ipynb #cb85c749
