@@ -220,3 +220,17 @@ def test_no_machine_path_and_no_secret_in_what_is_kept(tmp_path: Path) -> None:
             content = path.read_bytes()
             assert b"hunter2-canary" not in content, path
             assert str(root).encode() not in content, path
+
+
+def test_phases_that_end_together_share_one_process_that_draws(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pipeline.cli.pages import DrawnBehind
+
+    pages = DrawnBehind()
+    with ThreadPoolExecutor(16) as pool:
+        processes = set(pool.map(lambda _: pages.process.pid, range(64)))
+        list(pool.map(pages.phase, [tmp_path / str(i) for i in range(32)]))
+    assert len(processes) == 1 and pages.asked == 32
+    assert pages.finish(tmp_path) == [] and pages.asked == 0   # each order was answered; these folders hold nothing to draw
+    pages.stop()

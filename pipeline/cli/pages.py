@@ -10,6 +10,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -55,16 +56,18 @@ class DrawnBehind:
 
     def __init__(self) -> None:
         self._started: subprocess.Popen[str] | None = None
+        self._one = threading.RLock()   # phases that end side by side order at the same moment
         self.asked = 0
 
     @property
     def process(self) -> subprocess.Popen[str]:
         "Started with the first order, when the first kernel has its start behind it."
-        if self._started is None:
-            self._started = subprocess.Popen(
-                [sys.executable, "-c", "import sys; from pipeline.cli.pages import serve; serve(sys.stdin, sys.stdout)"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            )
+        with self._one:
+            if self._started is None:
+                self._started = subprocess.Popen(
+                    [sys.executable, "-c", "import sys; from pipeline.cli.pages import serve; serve(sys.stdin, sys.stdout)"],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                )
         return self._started
 
     def phase(self, folder: Path) -> None:
@@ -96,7 +99,7 @@ class DrawnBehind:
 
     def _ask(self, order: dict[str, str]) -> None:
         assert self.process.stdin
-        with contextlib.suppress(OSError):
+        with self._one, contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
             self.asked += 1
