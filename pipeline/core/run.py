@@ -155,7 +155,7 @@ def read_checks(folder: Path) -> list[Check]:
 def function_named(
     reference: str,   # module:function
 ) -> Callable[..., Any]:
-    "The library function behind a claim; raises `InputError` for anything outside this package."
+    "The library function behind a claim; raises `IntegrityError` for anything outside this package."
     module, _, name = reference.partition(":")
     if not module.startswith("pipeline.") or not name.isidentifier():
         raise IntegrityError(f"claim made by {reference!r}; only functions of this package are called")
