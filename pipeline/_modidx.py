@@ -412,6 +412,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'pipeline/core/problem.py'),
                                        'pipeline.core.problem.Split': ('lib/core/problem.html#split', 'pipeline/core/problem.py'),
                                        'pipeline.core.problem.Statement': ('lib/core/problem.html#statement', 'pipeline/core/problem.py'),
+                                       'pipeline.core.problem.Synthetic': ('lib/core/problem.html#synthetic', 'pipeline/core/problem.py'),
                                        'pipeline.core.problem.Team': ('lib/core/problem.html#team', 'pipeline/core/problem.py'),
                                        'pipeline.core.problem.TrainSection': ( 'lib/core/problem.html#trainsection',
                                                                                'pipeline/core/problem.py'),

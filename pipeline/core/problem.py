@@ -21,10 +21,10 @@ from .errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['NAME', 'Name', 'Share', 'Positive', 'NotNegative', 'Task', 'Family', 'Metric', 'MAX_BYTES', 'MAX_DEPTH', 'MAX_NODES',
-           'check_name', 'Section', 'Kpi', 'Statement', 'Source', 'Column', 'Split', 'Waiver', 'DataSection',
-           'LabelSection', 'TrainSection', 'Acceptance', 'Costs', 'EvaluateSection', 'DeploySection', 'RolloutSection',
-           'MonitorSection', 'ComplySection', 'Team', 'ScopeSection', 'Problem', 'Place', 'read_yaml', 'load_problem',
-           'parse_problem', 'Watched', 'plain', 'leaves', 'parse_setting', 'json_schema']
+           'check_name', 'Section', 'Kpi', 'Statement', 'Source', 'Column', 'Split', 'Waiver', 'Synthetic',
+           'DataSection', 'LabelSection', 'TrainSection', 'Acceptance', 'Costs', 'EvaluateSection', 'DeploySection',
+           'RolloutSection', 'MonitorSection', 'ComplySection', 'Team', 'ScopeSection', 'Problem', 'Place', 'read_yaml',
+           'load_problem', 'parse_problem', 'Watched', 'plain', 'leaves', 'parse_setting', 'json_schema']
 
 # %% ../../nbs/lib/core/02_problem.ipynb #693a00c2
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -80,10 +80,18 @@ class Source(Section):
     "Where rows come from, and by which right."
 
     name: Name
-    kind: Literal["csv", "parquet", "package"]
-    path: str | None = Field(None, description="a file, relative to the project's root")
+    kind: Literal["csv", "parquet", "jsonl", "excel", "sql", "delta", "package", "url"]
+    path: str | None = Field(None, description="a file or Delta folder, relative to the project's root")
+    url: str | None = Field(None, description="a database (SQLAlchemy) or a file on the net; a secret in it is written {env:NAME}")
     package: str | None = Field(None, description="a Python package that carries data files")
-    member: str | None = Field(None, description="the file inside the package")
+    member: str | None = Field(None, description="the file inside a package or an archive")
+    sheet: str | None = Field(None, description="the sheet of a workbook; the first by default")
+    query: str | None = Field(None, description="what to select from a database")
+    table: str | None = Field(None, description="the table of a database, all of it")
+    version: int | str | None = Field(None, description="of a Delta table: its number, or the name made from its content")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="what the file must be")
+    rows: int | None = Field(None, ge=1, description="how many rows it must have")
+    origin: Literal["own", "licensed", "synthetic"] = "own"
     licence: str | None = None
     owner: str | None = None
     collected: dt.date | None = None
@@ -93,7 +101,11 @@ class Source(Section):
     def _has_a_place(self) -> Source:
         if self.kind == "package" and not (self.package and self.member):
             raise ValueError("a source of kind package needs `package` and `member`")
-        if self.kind != "package" and not self.path:
+        if self.kind in ("sql", "url") and not self.url:
+            raise ValueError(f"a source of kind {self.kind} needs `url`")
+        if self.kind == "sql" and (self.query is None) == (self.table is None):
+            raise ValueError("a source of kind sql needs exactly one of `query` and `table`")
+        if self.kind not in ("package", "sql", "url") and not self.path:
             raise ValueError(f"a source of kind {self.kind} needs `path`")
         return self
 
@@ -118,6 +130,7 @@ class Split(Section):
     production_from: dt.date | None = Field(None, description="rows from here on play production")
     folds: int = Field(3, ge=2, le=20)
     gap_days: NotNegative = 0.0
+    force: str | None = Field(None, min_length=10, description="the reason for a random split of rows that change with time")
 
 
 class Waiver(Section):
@@ -128,6 +141,12 @@ class Waiver(Section):
     reason: str = Field(min_length=10)
 
 
+class Synthetic(Section):
+    "Made-up training rows: used only where they help, never to judge by."
+
+    rows_share: NotNegative = Field(0.0, le=10, description="made-up rows for each real training row; 0: none")
+
+
 class DataSection(Section):
     "Rows, their sources, and what may be used of them."
 
@@ -136,8 +155,15 @@ class DataSection(Section):
     time: str | None = Field(None, description="the column that orders the rows")
     group: str | None = Field(None, description="rows of one group never stand on both sides of a split")
     decided_at: str | None = Field(None, description="the moment of prediction, in the words of known_at")
+    moments: list[str] = Field([], description="the words of known_at, earliest first")
+    contract: str | None = Field(None, description="a contract that people edit; <problem>.contract.yml by default, where it exists")
+    use: Literal["commercial", "research"] = Field("commercial", description="what the rows are used for; each licence must allow it")
     columns: dict[str, Column] = {}
-    target_distribution: dict[str, dict[str, NotNegative]] = Field({}, description="column -> value -> share in production")
+    features: list[str] = Field([], description="feature functions of the module that `prepare` names")
+    target_distribution: dict[str, dict[str, NotNegative]] = Field({}, description="column, or columns joined by *, -> value -> share in production")
+    price_per_row: NotNegative = Field(0.0, description="money that one more row costs")
+    weigh: bool = Field(False, description="measure what each source adds, by leaving it out")
+    synthetic: Synthetic = Synthetic()
     split: Split = Split()
     waive: list[Waiver] = []
 
@@ -257,6 +283,9 @@ class ComplySection(Section):
     forbidden: list[str] = []
     roles: dict[str, list[str]] = {"viewer": ["report"], "engineer": ["report", "data", "run"], "owner": ["report", "data", "run", "promote"]}
     retention_days: Positive = 730.0
+    encrypt: bool = Field(False, description="keep personal columns under a key for each subject")
+    least_cell: int = Field(10, ge=1, description="fewer rows than this are never shown as a group")
+    minimise_tolerance: NotNegative = Field(0.002, description="loss of the main metric that a removed column may cost")
 
 
 class Team(Section):

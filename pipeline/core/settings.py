@@ -32,6 +32,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "engine": {"name": "local", "spares": "2", "phase_minutes": "60", "phase_memory_gb": "16",
                "phase_output_mb": "64", "threads": "0"},
     "tracking": {"mode": "offline", "project": "pilothouse", "entity": ""},
+    "network": {"hosts": "", "private": "no", "timeout_s": "30", "max_mb": "2000"},
     "prices": {"core_hour": "0.04", "gram_co2e_per_kwh": "350", "watts_per_core": "10"},
 }
 
@@ -51,6 +52,10 @@ class Settings:
     tracking_mode: str
     tracking_project: str
     tracking_entity: str
+    hosts: tuple[str, ...]        # that data may be fetched from
+    private: bool                 # may those be private, loopback or link-local addresses?
+    network_timeout_s: float
+    network_max_mb: float
     core_hour: float
     gram_co2e_per_kwh: float
     watts_per_core: float
@@ -99,6 +104,9 @@ def _typed(root: Path, values: dict[str, dict[str, str]]) -> Settings:
     mode = values["tracking"]["mode"]
     if mode not in ("offline", "online", "off"):
         raise InputError(f"settings.ini: [tracking] mode = {mode!r}; allowed: offline, online, off")
+    network = values["network"]
+    if network["private"] not in ("yes", "no"):
+        raise InputError(f"settings.ini: [network] private = {network['private']!r}; allowed: yes, no")
     if engine["name"] not in ("local", "ray"):
         raise InputError(f"settings.ini: [engine] name = {engine['name']!r}; allowed: local, ray")
     return Settings(
@@ -107,6 +115,8 @@ def _typed(root: Path, values: dict[str, dict[str, str]]) -> Settings:
         phase_memory_gb=number("engine", "phase_memory_gb"), phase_output_mb=number("engine", "phase_output_mb"),
         threads=int(number("engine", "threads")) or len(os.sched_getaffinity(0)), tracking_mode=mode,
         tracking_project=values["tracking"]["project"], tracking_entity=values["tracking"]["entity"],
+        hosts=tuple(host.strip().lower() for host in network["hosts"].split(",") if host.strip()), private=network["private"] == "yes",
+        network_timeout_s=number("network", "timeout_s"), network_max_mb=number("network", "max_mb"),
         core_hour=number("prices", "core_hour"), gram_co2e_per_kwh=number("prices", "gram_co2e_per_kwh"),
         watts_per_core=number("prices", "watts_per_core"),
     )
