@@ -27,12 +27,13 @@ def claiming(name: str, before: str | None, step: int = 1) -> list[str]:
     saved = f'run.save("{room}/number", [2.5])\nrun.save("{room}/took", {{"s": __import__("time").time()}}, timing=True)'
     claim = f'from operator import itemgetter\nfrom pipeline.core.run import as_estimate\n' \
             f'run.save("{room}/text", "4.25")\nrun.claim("quarter", of="{room}/text", by=as_estimate, on="lesson")'
-    return [*cells[:4], saved, claim, *cells[4:]]
+    return [*cells[:3], 'run.external("t.csv")', cells[3], saved, claim, *cells[4:]]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_project(tmp_path_factory.mktemp("verify"), phases=2, leaves=())
+    (root / "t.csv").write_text("y\n1\n")
     for name, before in (("01_p1", None), ("02_p2", "01_p1")):
         write_notebook(root / f"nbs/phases/{name}.ipynb", *claiming(name, before))
     ended = call(root, "run", "tiny")
@@ -49,6 +50,7 @@ def test_an_untouched_run_stands(done: Path) -> None:
     found = call(done, "verify", "tiny/main", "--json")
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout)
+    assert told["sources"] == 1 and told["absent"] == []
     assert told["claims"] == 2 and told["artifacts"] == 8 and told["entries"] == 1 and told["files"] >= 12
 
 
@@ -74,6 +76,7 @@ def edit(old: str, new: str) -> Callable[[Path], None]:
     ("02_p2/notebook.ipynb", flip, "tiny/main/02_p2/notebook.ipynb is not"),
     ("02_p2/took.json", lambda p: p.unlink(), "tiny/main/02_p2/took.json is missing"),
     ("manifest.json", edit('"verdict": "go"', '"verdict": "no-go"'), "manifest.json is not the one that the audit trail recorded"),
+    ("../../../t.csv", flip, "t.csv is not what the run read"),
     ("manifest.json", lambda p: p.unlink(), "tiny/main has no manifest.json"),
     ("../../store/audit.jsonl", edit('"ran"', '"rna"'), "audit trail: entry 1 (run.finished) was changed"),
     ("../../store/audit.jsonl", lambda p: p.write_text(""), "audit trail: entry 1 is missing"),
@@ -116,3 +119,24 @@ def test_a_changed_artifact_makes_its_phase_run_again(copy: Path) -> None:
     flip(copy / "outputs/tiny/main/01_p1/value.json")
     assert "01_p1: its p1/value was changed on disk" in call(copy, "run", "tiny").stdout
     assert call(copy, "verify", "tiny/main").returncode == 0
+
+
+def test_a_source_that_is_gone_is_said_and_everything_else_compared(copy: Path) -> None:
+    (copy / "t.csv").unlink()
+    found = call(copy, "verify", "tiny/main")
+    assert found.returncode == 0 and "0 sources compared" in found.stdout and "no longer here, so not compared: t.csv" in found.stdout
+
+
+def test_lineage_walks_from_a_claim_to_the_file(done: Path) -> None:
+    found = call(done, "lineage", "quarter", "--run", "tiny/main", "--json")
+    assert found.returncode == 0, found.stderr
+    told = json.loads(found.stdout)
+    artifact = told["from"][0]
+    phase = artifact["from"][0]
+    assert (told["kind"], told["name"], told["value"]) == ("claim", "02_p2/quarter", 4.25)
+    assert (artifact["name"], phase["name"], phase["seed"]) == ("p2/text", "02_p2", 7)
+    assert [(s["kind"], s["name"]) for s in phase["from"]] == [("artifact", "p1/value"), ("file", "t.csv")]
+    text = call(done, "lineage", "p2/text").stdout
+    assert text.splitlines()[0].startswith("tiny/main: commit") and "file t.csv" in text
+    unknown = call(done, "lineage", "quartre")
+    assert unknown.returncode == 2 and "did you mean 'quarter'?" in unknown.stderr

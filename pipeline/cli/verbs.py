@@ -17,8 +17,8 @@ from .run import drawn_pages, run_named, run_problem
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'run', 'status', 'why', 'verify', 'reproduce', 'report',
-           'readiness', 'audit_verify', 'audit_log', 'predict', 'serve', 'lab', 'doctor']
+__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'run', 'status', 'why', 'verify', 'reproduce', 'lineage',
+           'report', 'readiness', 'audit_verify', 'audit_log', 'predict', 'serve', 'lab', 'doctor']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
 app = typer.Typer(
@@ -138,7 +138,8 @@ def verify(name: RunName = "", as_json: Json = False, debug: Debug = False) -> i
     settings = load_settings()
     run = run_named(name, settings)
     found = verify_run(run, settings)
-    text = f"{run.parent.name}/{run.name} stands: {found.claims} claims recomputed, {found.artifacts} artifacts and {found.files} files compared, {found.entries} audit entries checked"
+    text = f"{run.parent.name}/{run.name} stands: {found.claims} claims recomputed, {found.artifacts} artifacts, {found.files} files and {found.sources} sources compared, {found.entries} audit entries checked"
+    text += f"; no longer here, so not compared: {', '.join(found.absent[:3])}" if found.absent else ""
     say({"run": f"{run.parent.name}/{run.name}", **asdict(found)}, text, as_json)
     return 0
 
@@ -169,6 +170,25 @@ def reproduce(
     shown.notes(list(found.notes))
     text = f"{run.parent.name}/{run.name} came out again as {new}: {found.compared} artifacts equal bit by bit, {found.timings} that hold times not compared"
     say({"event": "reproduced", **asdict(found)}, text, as_json)
+    return 0
+
+# %% ../../nbs/lib/cli/04_verbs.ipynb #bfe38b2a
+@app.command(epilog="Example: pilothouse lineage roc_auc --run flights/main")
+def lineage(
+    asked: Annotated[str, typer.Argument(metavar="X", help="A claim, an artifact, artifact#row, a digest or a table version.")],
+    name: Annotated[str, typer.Option("--run", help="PROBLEM/RUN; the newest by default.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Walk back from a number, a prediction or a model to the files it came from."
+    from pipeline.core.settings import load_settings
+    from pipeline.engine.lineage import in_words
+    from pipeline.engine.lineage import lineage as walk_back
+
+    found = walk_back(run_named(name, load_settings()), asked)
+    commit = f"commit {found['git']['commit'][:10] or 'none'}{', with changes' if found['git']['dirty'] else ''}"
+    versions = "".join(f", {part} {version}" for part, version in found["versions"].items())
+    say(found, "\n".join([f"{found['run']}: {commit}{versions}", *in_words(found)]), as_json)
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #39720760

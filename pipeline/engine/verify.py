@@ -13,14 +13,14 @@ from typing import Any
 
 from ..core import audit
 from ..core.errors import InputError, IntegrityError, PilothouseError
-from ..core.run import Claim, as_estimate, function_named, read_claims
+from ..core.run import Claim, as_estimate, function_named, read_claims, read_receipt
 from ..core.settings import Settings
 from ..core.store import Artifact, digest, digest_file, read_artifact, write_whole
 from .manifest import read_manifest
 
 # %% auto #0
-__all__ = ['CLOSE', 'Verified', 'check_anchor', 'artifacts_of', 'check_digests', 'check_claim', 'verify_run', 'Reproduced',
-           'write_problem', 'compare_runs', 'differences', 'reproduce_run']
+__all__ = ['CLOSE', 'Verified', 'check_anchor', 'artifacts_of', 'check_digests', 'check_files_read', 'check_claim', 'verify_run',
+           'Reproduced', 'write_problem', 'compare_runs', 'differences', 'reproduce_run']
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #4827e72d
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Verified:
     files: int
     artifacts: int
     claims: int
+    sources: int = 0              # files outside the run that phases read
+    absent: tuple[str, ...] = ()  # those that are no longer here, and so could not be compared
 
 
 def check_anchor(
@@ -68,6 +70,20 @@ def check_digests(
     for phase, artifact in artifacts.values():
         _compare(run / phase / artifact.file, artifact.sha256)
     return files, len(artifacts)
+
+
+def check_files_read(
+    run: Path,
+    manifest: dict[str, Any],
+    root: Path,                        # the project's; relative paths start here
+) -> tuple[int, tuple[str, ...]]:      # files compared, files that are no longer here
+    "Compare the files outside the run that its phases read; raises `IntegrityError` naming the first that differs."
+    read = {path: seen["sha256"] for phase in manifest["phases"] for path, seen in read_receipt(run / phase)["files"].items()}
+    here = {path: sha256 for path, sha256 in read.items() if (root / path).exists()}
+    for path, sha256 in here.items():
+        if digest(root / path) != sha256:
+            raise IntegrityError(f"{path} is not what the run read (its sha256 differs); restore it, or run again on what it is now")
+    return len(here), tuple(sorted(set(read) - set(here)))
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #3f63f239
 def _compare(path: Path, expected: str) -> None:
@@ -115,6 +131,7 @@ def verify_run(
     entries = check_anchor(run, settings.store)
     tell("digests")
     files, artifacts = check_digests(run, manifest)
+    sources, absent = check_files_read(run, manifest, settings.root)
     known, claims = artifacts_of(manifest), 0
 
     def load(name: str) -> Any:
@@ -131,7 +148,7 @@ def verify_run(
             except IntegrityError as error:
                 raise IntegrityError(f"{phase}: {error}") from error
             claims += 1
-    return Verified(entries, files, artifacts, claims)
+    return Verified(entries, files, artifacts, claims, sources, absent)
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #f88cb01a
 @dataclass(frozen=True)
