@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pipeline.core.errors import InputError
 from pipeline.core.metrics import metric
 from pipeline.core.run import judge
-from pipeline.evaluate.calibration import REPAIRS, apply_repair, fit_repair, noise_floor, offer_repair, try_repairs, wilson
+from pipeline.evaluate.calibration import REPAIRS, apply_repair, fit_repair, noise_floor, offer_repair, try_repairs
+from pipeline.core.intervals import wilson
 from pipeline.evaluate.cohorts import cohort_gap, cohort_of, cohort_table, comparable
 from pipeline.evaluate.gate import stable_count
 from pipeline.evaluate.holdout import level_for, look_of, reason_for

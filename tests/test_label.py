@@ -20,7 +20,8 @@ from pipeline.core.run import function_named, open_run, read_checks, read_claims
 from pipeline.label.active import build_queue, pick_spread, share_queue
 from pipeline.label.consensus import cohen_kappa, dawid_skene, krippendorff_alpha, majority
 from pipeline.label.errors import confident_joint, error_rate, find_suspects, probabilities, signal
-from pipeline.label.outcomes import comparable, missing_by_column, missing_share, wilson
+from pipeline.label.outcomes import comparable, missing_by_column, missing_share
+from pipeline.core.intervals import wilson
 from pipeline.label.quick import out_of_fold
 from pipeline.label.versions import diff_versions, digest_labels, labels_of, list_versions, load_version, save_version
 from servers.notebook import play

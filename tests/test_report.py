@@ -153,7 +153,7 @@ def test_more_evidence_never_lowers_the_score(some: set[str], more: set[str]) ->
     def scored(names: set[str]) -> float:
         from pipeline.report.evidence import Evidence, Phase
 
-        phases = [Phase(n, Path(), "", "go", {}, checks=[{"title": item.tested[0].split(":")[1].split("|")[0], "verdict": "go"} for item in RUBRIC],
+        phases = [Phase(n, Path(), "", "go", {}, checks=[{"title": item.test, "verdict": "go", "answers": [item.code]} for item in RUBRIC],
                         artifacts={a: {} for item in RUBRIC for a in item.shown if a.startswith(n[3:])}) for n in sorted(names)]
         return float(score_items(Evidence(Path(), phases, {}))["score"].sum())
 
@@ -168,10 +168,10 @@ def test_no_row_of_the_matrix_is_empty_and_none_passes_without_evidence(tmp_path
     assert set(matrix["verdict"]) == {"inconclusive"} and set(matrix["evidence"]) == {"no evidence"}
 
 
-def test_a_cohort_column_is_not_answered_by_a_word_that_holds_its_name(tmp_path: Path) -> None:
+def test_a_criterion_answers_what_it_names_and_nothing_that_sounds_like_it(tmp_path: Path) -> None:
     problem = load_problem(FLIGHTS, {"evaluate.cohorts": ["member"]})
-    attack = {"title": "Answers do not give away who was learned from", "claim": "membership_auc", "verdict": "go", "found": "0.48", "limit": "≤ 0.6"}
-    few = {"title": "member groups are served alike", "verdict": "not applicable", "found": "0 of 2 groups are large enough", "limit": "–"}
+    attack = {"title": "member groups do not give away who was learned from", "claim": "membership_auc", "verdict": "go", "found": "0.48", "limit": "≤ 0.6", "answers": ["D5"]}
+    few = {"title": "too few to tell", "verdict": "not applicable", "found": "0 of 2 groups are large enough", "limit": "–", "answers": ["evaluate.cohorts.member"]}
     for checks, verdict in (([attack], "inconclusive"), ([attack, few], "not applicable")):
         matrix = trace(problem, Evidence(tmp_path, [Phase("09_comply", tmp_path, "", "go", {}, checks=checks)], {}))
         assert matrix.row(by_predicate=pl.col("requirement") == "evaluate.cohorts.member", named=True)["verdict"] == verdict
@@ -210,4 +210,4 @@ def test_the_report_phase_answers_from_a_whole_run(project: Path) -> None:
     assert "evaluate/checks.json" in receipt["loaded"] and "evaluate.acceptance" in receipt["leaves"]
     shutil.copy(project / "executed.ipynb", folder / "10_report/notebook.ipynb")
     made = render_phase(folder / "10_report/notebook.ipynb", folder / "10_report").read_text()
-    assert "<h1>Go or no-go?</h1>" in made and "no evidence" in made and "ML Test Score" in made and '<a href="../05_evaluate/report.html"' in made
+    assert "<h1>Go or no-go?</h1>" in made and "no evidence" in made and "ML Test Score" in made and '<a href="../01_scope/report.html"' in made

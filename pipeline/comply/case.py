@@ -23,6 +23,7 @@ from .trail import last_entries, try_tampering
 from ..core import audit
 from ..core.display import bars, estimates, facts, note, stack, table
 from ..core.errors import InputError, IntegrityError
+from ..core.metrics import LABELS
 from ..core.run import Run, phase_folders, read_receipt
 from ..core.store import digest_bytes
 
@@ -60,9 +61,9 @@ def look_at_columns(run: Run) -> Any:
     unseen = [c for c in forbidden if c not in train.columns]
     if forbidden:
         named = columns.filter(pl.col("proposal").str.starts_with("remove"))["column"].to_list()
-        run.check("No forbidden column and no proxy is an input", used, at_most=0, why=", ".join(named))
+        run.check("No forbidden column and no proxy is an input", used, at_most=0, why=", ".join(named), answers=["comply.columns", "D4"])
     else:
-        run.not_applicable("No forbidden column and no proxy is an input", "comply.forbidden names none")
+        run.not_applicable("No forbidden column and no proxy is an input", "comply.forbidden names none", ["comply.columns"])
     told = {"forbidden": ", ".join(forbidden) or "none declared (comply.forbidden)", "subject": subject or "none declared (comply.subject)",
             "without measurable need alone": ", ".join(columns.filter(pl.col("proposal").str.starts_with("try without"))["column"]) or "none"}
     if unseen:
@@ -129,13 +130,14 @@ def look_at_gaps(run: Run) -> Any:
     if not measured:
         run.save("comply/gaps", pl.DataFrame(schema=schema))
         why = why_not_compared(run.problem.evaluate.cohorts, run.phases())
-        run.not_applicable("Cohorts are served alike", why)
+        run.not_applicable("Cohorts are served alike", why, ["evaluate.cohort_gap"])
         return note(f"{why[:1].upper()}{why[1:]}.", "warn")
     from pipeline.evaluate.cohorts import cohort_gap
 
     claims = [run.claim(c.name, of=list(c.of), by=cohort_gap, using=c.using, on=c.on, unit=c.unit, better="lower", title=c.title) for c in measured]
     for claim in claims:
-        run.check(f"{claim.using['by']} groups are served alike", claim, at_most=limit, bound="value" if claim.value <= limit else "high")
+        run.check(f"{claim.using['by']} groups are served alike (gap of {LABELS[claim.using['name']]})", claim, at_most=limit, bound="value" if claim.value <= limit else "high",
+                  answers=[f"evaluate.cohorts.{claim.using['by']}", "M7"])
     rows = pl.DataFrame([{"by": c.using["by"], "gap": c.value, "low": c.low, "high": c.high, "limit": limit, "rows": c.n} for c in claims], schema=schema)
     run.save("comply/gaps", rows)
     widest = rows.sort("gap", descending=True).row(0, named=True)
@@ -170,7 +172,8 @@ def look_at_access(run: Run) -> Any:
     kept = days_kept(run.store, run.folder.parent.name, run.now())
     limit = run.problem.comply.retention_days
     run.require("Nothing is kept longer than promised (comply.retention_days)", kept <= limit, f"the oldest table or label version is {kept} days old",
-                "remove the versions that are older, or promise a longer time", limit=f"≤ {limit:g} days")
+                "remove the versions that are older, or promise a longer time", limit=f"≤ {limit:g} days",
+                answers=["comply.retention_days"])
     return stack(table(matrix, "Roles and what they may do"), table(modes, "Private files and folders"))
 
 
@@ -211,7 +214,7 @@ def try_attack(run: Run) -> Any:
     if claim.n is None:
         run.not_applicable(title, "fewer than 20 rows of each kind")
     else:
-        run.check(title, claim, at_most=LEAKS)
+        run.check(title, claim, at_most=LEAKS, answers=["D5"])
     return estimates([claim], "Membership inference by loss", {claim.name: LEAKS})
 
 # %% ../../nbs/lib/comply/07_case.ipynb #69c17aef
@@ -257,7 +260,7 @@ def drill_erasure(run: Run) -> Drill:
     if subject is None or value is None:
         why = "no subject column is declared: nothing to erase" if subject is None else f"column '{subject}' names nobody: nothing to erase"
         run.save("comply/erasure", pl.DataFrame(schema=DRILL_SCHEMA))
-        run.not_applicable("An erased subject leaves no trace", why)
+        run.not_applicable("An erased subject leaves no trace", why, ["comply.subject"])
         return Drill(f"{why[:1].upper()}{why[1:]}.")
     rows = rows_of(frames, subject, value)
     copy = _copied(run)
@@ -274,9 +277,9 @@ def drill_erasure(run: Run) -> Drill:
     run.save("comply/erasure", erasure)
     left = run.claim("traces_left", of="comply/erasure", by=traces_left, better="lower", on="a copy of the run and its table", title="traces of an erased subject")
     run.claim("rows_erased", of="comply/erasure", by=rows_erased, on="a copy of the run and its table", title="rows removed in the drill, all files together")
-    run.check("An erased subject leaves no trace", left, at_most=0, why="" if left.value == 0 else ", ".join(list(after)[:3]))
+    run.check("An erased subject leaves no trace", left, at_most=0, why="" if left.value == 0 else ", ".join(list(after)[:3]), answers=["comply.subject", "D5"])
     beside = _beside(run, value) if sought else []
-    run.require("The audit trail and the run's pages do not name the subject", not beside, ", ".join(beside[:3]) or "nothing found", "write pseudonyms there, never names")
+    run.require("The audit trail and the run's pages do not name the subject", not beside, ", ".join(beside[:3]) or "nothing found", "write pseudonyms there, never names", answers=["D5"])
     try:
         certificate = certify(run.store, value, copy, done, sum(before.values()), models, run.now().isoformat(timespec="seconds"), subject, rows)
     except IntegrityError as error:

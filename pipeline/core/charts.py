@@ -294,6 +294,8 @@ def bars(
     spec = spec or spec_for(values.tolist())
     lows, highs = (None if side is None else _values(frame, side, title) for side in (low, high))
 
+    said_limit = number(limit, spec) if "%" in spec else limit_of(limit)
+
     def draw(figure: Any, axes: Any, width: int) -> None:
         if not np.isfinite(lengths).any():
             return _quiet(axes)
@@ -306,7 +308,7 @@ def bars(
             whiskers = axes.hlines if horizontal else axes.vlines
             whiskers(at, lows, highs, color=STANDIN["ink"], linewidth=1.4)
         if limit is not None:
-            rule, text = (axes.axvline if horizontal else axes.axhline), f"limit {number(limit, spec)}"
+            rule, text = (axes.axvline if horizontal else axes.axhline), f"limit {said_limit}"
             rule(limit, color=STANDIN["ink"], linestyle=(0, (4, 3)), linewidth=1.2)
             if horizontal:
                 _say(axes, text, (limit, 1.0), (0, 3), "center", "bottom", ("data", "axes fraction"))
@@ -335,7 +337,7 @@ def bars(
 
     rest = f" and {whole.height - most} more" if whole.height > most else ""
     told = ", ".join(f"{t} {number(float(v), spec)}" for t, v in list(zip(texts, lengths))[:12])
-    said = f"; limit {number(limit, spec)}" if limit is not None else ""
+    said = f"; limit {said_limit}" if limit is not None else ""
     extras = 22 * (limit is not None) + 20 * bool(xlabel) + 20 * bool(ylabel)
     height = 20 + 27 * max(1, len(lengths)) + extras if horizontal else 280
     return _chart(title, f"Bar chart: {told or 'no values'}{rest}{said}.", height, draw)

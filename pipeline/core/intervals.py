@@ -18,8 +18,22 @@ from .metrics import RANKED, Context, checked, from_sums, metric, predictions_of
 from .run import Estimate
 
 # %% auto #0
-__all__ = ['RANGES', 'RARE', 'units_of', 'draws_of', 'draw_metric', 'block_sums', 'student', 'interval', 'bootstrap', 'paired',
-           'over_seeds', 'combine_seeds', 'score', 'score_over_seeds', 'score_difference']
+__all__ = ['RANGES', 'RARE', 'wilson', 'units_of', 'draws_of', 'draw_metric', 'block_sums', 'student', 'interval', 'bootstrap',
+           'paired', 'over_seeds', 'combine_seeds', 'score', 'score_over_seeds', 'score_difference']
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #455a02ca
+def wilson(
+    hits: float,
+    n: float,
+    z: float = 1.959964,      # 95 %
+) -> tuple[float, float]:     # low, high
+    "Wilson's interval of a share (1927): sensible at 0, at 1 and for few rows."
+    if n <= 0:
+        return 0.0, 1.0
+    share, weight = hits / n, z * z / n
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * np.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    return float(max(middle - half, 0.0)), float(min(middle + half, 1.0))
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #2a2763d4
 def units_of(

@@ -84,6 +84,7 @@ class Check:
     why: str = ""
     claim: str | None = None
     unit: str = ""
+    answers: tuple[str, ...] = ()   # what it is evidence for: a key of the problem file, an item of the ML Test Score
 
 
 def judge(
@@ -149,7 +150,7 @@ def read_claims(folder: Path) -> list[Claim]:
 
 def read_checks(folder: Path) -> list[Check]:
     "A phase's checks as records."
-    return [Check(**c) for c in json.loads((folder / "checks.json").read_text(encoding="utf-8"))]
+    return [Check(**{**c, "answers": tuple(c.get("answers", ()))}) for c in json.loads((folder / "checks.json").read_text(encoding="utf-8"))]
 
 
 def function_named(
@@ -188,6 +189,7 @@ class Run:
     overrides: dict[str, Any] = field(default_factory=dict)
     _loaded: dict[str, str] = field(default_factory=dict)
     _files: dict[str, Any] = field(default_factory=dict)
+    _absent: list[str] = field(default_factory=list)
     _outputs: dict[str, Artifact] = field(default_factory=dict)
     _claims: list[Claim] = field(default_factory=list)
     _checks: list[Check] = field(default_factory=list)
@@ -273,9 +275,12 @@ class Run:
         sha256 = self.digest_of(name)
         return sum(e["event"] == "sealed.opened" and e["details"].get("sha256") == sha256 for e in audit.entries(self.store))
 
-    def external(self, path: Path | str) -> Path:
-        "A file outside the run, relative to the project's root; its digest lands on the receipt."
+    def external(self, path: Path | str, optional: bool = False) -> Path:
+        "A file outside the run, relative to the project's root; its digest lands on the receipt, or that it was not there."
         path = Path(path) if Path(path).is_absolute() else self.settings.root / path
+        if optional and not path.is_file():
+            self._absent.append(path.relative_to(self.settings.root).as_posix() if path.is_relative_to(self.settings.root) else path.as_posix())
+            return path
         if not path.is_file():
             near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
             raise InputError(f"no data file {path}{near or '; check the path in data.sources'}")
@@ -355,6 +360,7 @@ class Run:
         at_most: float | None = None,
         bound: Literal["value", "low", "high"] = "value",
         why: str = "",
+        answers: Sequence[str] = (),              # what it is evidence for: a key of the problem file, an item of the ML Test Score
     ) -> Check:
         "Hold a measurement against a limit. Missing, NaN or infinite is no-go."
         claim = found if isinstance(found, Claim) else None
@@ -366,16 +372,16 @@ class Run:
         end = "" if bound == "value" else f" ({bound} end of the interval)"
         return self._checked(Check(
             title, judge(estimate, at_least, at_most, bound), _shown(estimate, limit), f"{symbol} {limit:g}{end}", why,
-            claim.name if claim else None, claim.unit if claim else "",
+            claim.name if claim else None, claim.unit if claim else "", tuple(answers),
         ))
 
-    def require(self, title: str, ok: bool, found: str, todo: str = "", limit: str = "yes") -> Check:
+    def require(self, title: str, ok: bool, found: str, todo: str = "", limit: str = "yes", answers: Sequence[str] = ()) -> Check:
         "An operational criterion: met or not."
-        return self._checked(Check(title, "go" if ok else "no-go", found, limit, "" if ok else todo))
+        return self._checked(Check(title, "go" if ok else "no-go", found, limit, "" if ok else todo, answers=tuple(answers)))
 
-    def not_applicable(self, title: str, why: str) -> Check:
+    def not_applicable(self, title: str, why: str, answers: Sequence[str] = ()) -> Check:
         "A criterion that this problem cannot have; shown, and without weight in the verdict."
-        return self._checked(Check(title, "not applicable", why, "–"))
+        return self._checked(Check(title, "not applicable", why, "–", answers=tuple(answers)))
 
     def decide(self, what: str, options: Any, chose: str, because: str, by: str = "rule") -> None:
         "Record a choice: the options with their measured trade-offs, the one taken, why, and by which rule or person."
@@ -486,7 +492,7 @@ class Run:
         receipt = {
             "phase": self.phase, "problem_file": _relative(self.problem_file, self.settings.root), "overrides": self.overrides,
             "notebook": notebook_digest(self.notebook) if self.notebook else "",
-            "leaves": self._reads, "loaded": self._loaded, "files": self._files, "modules": module_digests(self.settings.outputs / ".cache" / "sources.json"),
+            "leaves": self._reads, "loaded": self._loaded, "files": self._files, "absent": sorted(set(self._absent)), "modules": module_digests(self.settings.outputs / ".cache" / "sources.json"),
             "lock": lock_digest(self.settings.root), "python": interpreter(), "seed": self._problem.problem.seed,
             "threads": self.settings.threads, "imports": imported_libraries(),
             "outputs": {n: {k: v for k, v in asdict(a).items() if k != "name"} for n, a in sorted(self._outputs.items())},

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from ..core.display import estimates, note
+from ..core.intervals import wilson
 from ..core.run import Estimate, Run
 from ..core.store import Artifact
 from .inventory import unlicensed
@@ -34,13 +35,11 @@ def share_of(
     frame: pl.DataFrame,
     column: str,          # the target
     value: str,           # the class
-    z: float = 1.96,
 ) -> Estimate:            # with Wilson's 95 % interval
     "How often a class occurs."
     n = frame.height
-    share = float((frame[column] == value).sum()) / n
-    middle, reach = (share + z * z / (2 * n)) / (1 + z * z / n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Estimate(share, float(middle - reach), float(middle + reach), n)
+    hits = float((frame[column] == value).sum())
+    return Estimate(hits / n, *wilson(hits, n), n)
 
 
 def mean_of(
@@ -101,7 +100,7 @@ LEAST_ROWS = 10   # of the rarest class, or per quarter of a regression's range
 def check_sources(run: Run) -> Any:
     "No source without a licence."
     claim = run.claim("sources_without_licence", of="data/inventory", by=count_unlicensed, title="sources without a licence", better="lower")
-    check = run.check("Every source has a licence", claim, at_most=0, why="state `licence` of each source in data.sources")
+    check = run.check("Every source has a licence", claim, at_most=0, why="state `licence` of each source in data.sources", answers=[f"data.sources.{source.name}" for source in run.problem.data.sources])
     return note("Every source states by which right it is used." if check.verdict == "go" else "A source has no licence: nobody has said that it may be used.", check.verdict)
 
 
@@ -123,12 +122,12 @@ def check_target_rows(run: Run, target: Target) -> Any:
 def check_split(run: Run, parts: Parts) -> Any:
     "Nothing stands on two sides, and the rule fits rows that change with time."
     broken = run.claim("split_promises_broken", of="data/proof", by=count_broken, title="promises of the split that are broken", better="lower")
-    run.check("Nothing of the holdout is in the training rows", broken, at_most=0)
+    run.check("Nothing of the holdout is in the training rows", broken, at_most=0, answers=["data.split"])
     copies = run.claim("copies_in_holdout", of="data/splits", by=share_of_copies, title="share of holdout rows that copy a training row", on="holdout", better="lower")
     if repeats(parts.train):
         run.not_applicable("The holdout has no copies of training rows", "more than a tenth of all rows repeat another one: repetition is in the nature of this table")
     else:
-        run.check("The holdout has no copies of training rows", copies, at_most=0.01, why="delete duplicate rows at the source, or split by group")
+        run.check("The holdout has no copies of training rows", copies, at_most=0.01, why="delete duplicate rows at the source, or split by group", answers=["data.split"])
     time = run.problem.data.time
     if parts.rule != "random" or not time:
         return note("No row stands on two sides." if broken.value == 0 else "Rows stand on two sides; see above.", "go" if broken.value == 0 else "no-go")
@@ -142,7 +141,7 @@ def check_leaks(run: Run) -> Any:
     "No feature knows the answer too early."
     claim = run.claim("leaking_features", of="data/leaks", by=count_leaks, title="features that leak", on="train", better="lower")
     leaking = unwaived(run.load("data/leaks"))
-    run.check("No feature knows the outcome too early", claim, at_most=0, why=f"declare as role: outcome, or waive with a reason: {', '.join(leaking[:8])}" if leaking else "")
+    run.check("No feature knows the outcome too early", claim, at_most=0, why=f"declare as role: outcome, or waive with a reason: {', '.join(leaking[:8])}" if leaking else "", answers=["data.columns", "D4"])
     return note(f"These features know the outcome too early: {', '.join(leaking[:8])}." if leaking else "No feature that a model would see knows the outcome too early.", "no-go" if leaking else "go")
 
 

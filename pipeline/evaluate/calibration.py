@@ -12,6 +12,7 @@ import polars as pl
 
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError, suggest
+from ..core.intervals import wilson
 from ..core.metrics import BINS, metric, metric_or_none, predictions_of
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['REPAIRS', 'TINY', 'sure_and_right', 'reliability', 'wilson', 'noise_floor', 'fit_repair', 'apply_repair',
-           'try_repairs', 'offer_repair', 'coverage_by_size', 'check_calibration']
+__all__ = ['REPAIRS', 'TINY', 'sure_and_right', 'reliability', 'noise_floor', 'fit_repair', 'apply_repair', 'try_repairs',
+           'offer_repair', 'coverage_by_size', 'check_calibration']
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #599b317a
 def sure_and_right(
@@ -47,20 +48,6 @@ def reliability(
         rows.append({"n": len(part), "stated": float(stated[part].mean()), "observed": float(happened[part].mean()),
                      "low": low, "high": high})
     return pl.DataFrame(rows)
-
-
-def wilson(
-    hits: float,
-    n: float,
-    z: float = 1.959964,      # 95 %
-) -> tuple[float, float]:     # low, high
-    "Wilson's interval of a share (1927): sensible at 0, at 1 and for few rows."
-    if n <= 0:
-        return 0.0, 1.0
-    share, weight = hits / n, z * z / n
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * np.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    return float(max(middle - half, 0.0)), float(min(middle + half, 1.0))
 
 
 def noise_floor(

@@ -13,12 +13,11 @@ import polars as pl
 
 from ..core.display import Html, note, number, stack, table
 from ..core.errors import InputError
-from ..core.intervals import RANGES, RARE, draws_of, interval, units_of
+from ..core.intervals import RANGES, RARE, draws_of, interval, units_of, wilson
 from pipeline.core.metrics import (
     BETTER, LABELS, RANKED, Context, checked, from_sums, metric_or_none, predictions_of, rankings, row_parts,
 )
 from ..core.run import Estimate
-from .calibration import wilson
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -244,10 +243,10 @@ def check_cohorts(
     present = [c for c in declared if c in holdout.predictions.columns]
     for column in declared:
         if column not in present:
-            run.require(f"cohorts by {column} are measured", False, "no such column in the holdout", "keep it in the data or drop it from evaluate.cohorts")
+            run.require(f"cohorts by {column} are measured", False, "no such column in the holdout", "keep it in the data or drop it from evaluate.cohorts", answers=[f"evaluate.cohorts.{column}"])
     if not present:
         run.save("evaluate/cohorts", pl.DataFrame(schema={"by": pl.String, "cohort": pl.String, "n": pl.Int64}))
-        run.not_applicable("gap between cohorts", "evaluate.cohorts names no column")
+        run.not_applicable("gap between cohorts", "evaluate.cohorts names no column", ["evaluate.cohort_gap"])
         return note("No cohorts are declared (evaluate.cohorts), so nothing can be said about whom the model serves worse.", "warn")
     pairs = [f"{a} × {b}" for a, b in combinations(present, 2)][:6]
     tables = {by: cohort_table(holdout.predictions, by, holdout.main, **holdout.using) for by in [*present, *pairs]}
@@ -268,18 +267,18 @@ def compared_by(
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #d375aa9c
 def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
     "Go up to the limit; above it no-go, or inconclusive while the interval still reaches down to it."
-    compared, title = compared_by(holdout, column), f"{column} groups are served alike"
+    compared, title = compared_by(holdout, column), f"{column} groups are served alike (gap of {LABELS[holdout.main]})"
     groups = cohorts_by(holdout.predictions, column).n_unique()
     said = f"{len(compared)} of {groups} groups are large enough to compare"
     if len(compared) < 2:
-        run.not_applicable(title, f"{said}; two are needed")
+        run.not_applicable(title, f"{said}; two are needed", [f"evaluate.cohorts.{column}"])
         return
     claim = run.claim(
         f"gap_{_word(column)}", of="evaluate/predictions", by=cohort_gap, on="holdout", better="lower",
         using={"by": column, "name": holdout.main} | holdout.using, unit="of the overall value" if is_relative(holdout.main) else "",
         title=f"gap of {LABELS[holdout.main]} between {column} groups",
     )
-    run.check(title, claim, at_most=limit, bound="value" if claim.value <= limit else "high", why=said)
+    run.check(title, claim, at_most=limit, bound="value" if claim.value <= limit else "high", why=said, answers=[f"evaluate.cohorts.{column}", "M6"])
 
 
 def _word(text: str) -> str:

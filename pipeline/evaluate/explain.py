@@ -139,7 +139,7 @@ def explain_model(
     else:
         saved, off = worth.join(found[0], on="column", how="left"), found[1]
         run.require("contributions add up to the raw score", off <= 1e-6, f"largest difference {off:.1e}", "the explanation is not of this model; do not show it",
-                    "≤ 1e-6")
+                    "≤ 1e-6", ["I5"])
     run.save("evaluate/importance", saved)
     return _importance_displays(saved, holdout)
 

@@ -55,8 +55,8 @@ def check_acceptance(
     measured: Measured,
 ) -> Html:
     "Every acceptance line as a check; then, if asked for, how many runs in a row were good."
-    evaluate = run.problem.evaluate
-    for line in evaluate.acceptance:
+    evaluate, before = run.problem.evaluate, len(run.made_checks)
+    for number, line in enumerate(evaluate.acceptance):
         limit = f"at least {line.at_least:g}" if line.at_least is not None else f"at most {line.at_most:g}"
         title = f"{title_of(line.metric, evaluate.recall)} {limit} on {line.on}"
         if line.on == "production":
@@ -65,14 +65,14 @@ def check_acceptance(
         claim = measured.claims.get(line.metric) if line.on == "holdout" else _on_validation(run, holdout, line.metric)
         found = claim if claim is not None and np.isfinite(claim.value) else None
         run.check(title, found, at_least=line.at_least, at_most=line.at_most, bound=line.bound,
-                  why="" if found else "this metric is not defined on these rows")
+                  why="" if found else "this metric is not defined on these rows", answers=[f"evaluate.acceptance.{number}", "I4"])
     if evaluate.stable_runs > 1:
         _check_stability(run, evaluate.stable_runs)
-    rows = [{"criterion": c.title, "verdict": c.verdict, "found": c.found, "limit": c.limit, "remark": c.why} for c in run.made_checks]
+    rows = [{"criterion": c.title, "verdict": c.verdict, "found": c.found, "limit": c.limit, "remark": c.why} for c in run.made_checks[before if evaluate.acceptance else 0:]]
     if not evaluate.acceptance:
         return stack(note("The problem file holds no acceptance lines (evaluate.acceptance), so only the general criteria decide.", "warn"),
                      table(rows, "What decides"))
-    return table(rows, "What decides: every criterion of this phase", rows=60)
+    return table(rows, "The acceptance table: what was promised, and what was found", rows=60)
 
 
 def tell_answer(
@@ -110,7 +110,7 @@ def _check_stability(run: Run, wanted: int) -> None:
     trail = [e["details"] for e in audit.entries(run.store) if e["event"] == EVENT and e["details"].get("problem") == problem]
     good = stable_count(trail)
     run.require(f"good in {wanted} runs in a row", good >= wanted, f"{good} so far, each on other seeds or data",
-                "run again with another seed or newer data: --set problem.seed=8 --run seed8", f"≥ {wanted}")
+                "run again with another seed or newer data: --set problem.seed=8 --run seed8", f"≥ {wanted}", ["evaluate.stable_runs", "I1"])
 
 
 def _day(value: Any) -> str:

@@ -13,9 +13,8 @@ import polars as pl
 
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
-from ..core.intervals import bootstrap, score_difference, units_of
+from ..core.intervals import bootstrap, score_difference, units_of, wilson
 from ..core.metrics import BETTER, LABELS, metric_or_none, predictions_of
-from .calibration import wilson
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -238,7 +237,7 @@ def stress_model(
               title=f"change of {LABELS[holdout.main]} under the worst of {len(listed)} disturbances")
     run.require("every disturbed row is answered with a finite number or refused in words", finite,
                 f"{len(given)} disturbances answered, {len(refused)} refused" if finite else "an answer is not finite",
-                "find the rows without an answer in evaluate/stress_predictions")
+                "find the rows without an answer in evaluate/stress_predictions", answers=["O5"])
     worst = costs.drop_nulls("change").row(0, named=True) if costs["change"].null_count() < costs.height else None
     said = f"Worst: {worst['stress']}, {LABELS[holdout.main]} from {worst['undisturbed']:.3g} to {worst['disturbed']:.3g}." if worst else "Nothing could be measured."
     return stack(note(said), table(costs.drop("metric"), f"{LABELS[holdout.main]} of the same {len(rows):,} rows when inputs are disturbed",

@@ -12,7 +12,7 @@ import polars as pl
 
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
-from ..core.intervals import paired
+from ..core.intervals import paired, wilson
 from ..core.metrics import metric, predictions_of
 from ..core.run import Estimate
 from ..scope.value import amounts, best_threshold, break_even, value_curve
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['acted_across_folds', 'gain_of_tuning', 'pick_threshold', 'choose_threshold', 'draw_value', 'thinned']
+__all__ = ['acted_across_folds', 'gain_of_tuning', 'pick_threshold', 'choose_threshold', 'share_reviewed', 'check_review',
+           'draw_value', 'thinned']
 
 # %% ../../nbs/lib/evaluate/00_threshold.ipynb #c840987c
 def acted_across_folds(
@@ -113,6 +114,34 @@ def choose_threshold(
     options = pl.DataFrame(found["options"]).rename({"value_per_1000": "value", "acts_on": "acts on"})
     return stack(note(said), table(options, f"Thresholds on validation rows: value in {currency} per 1,000 decisions",
                                    formats={"threshold": ".3f", "value": ",.0f", "acts on": ".1%"}))
+
+
+def share_reviewed(
+    frame: pl.DataFrame,      # predictions: y, p_…
+    rule: dict[str, Any],     # evaluate/threshold
+    classes: list[str],
+) -> Estimate:                # with Wilson's 95 % interval
+    "How many decisions fall among the scores that people look at."
+    p = predictions_of(frame, classes)[1]
+    p = p if p.ndim == 1 else p[:, -1]
+    looked_at = int(((p >= rule["review"]["from"]) & (p <= rule["review"]["to"])).sum())
+    return Estimate(looked_at / len(p), *wilson(looked_at, len(p)), len(p))
+
+
+def check_review(
+    run: Run,        # the evaluate phase, predictions saved
+) -> Html:
+    "Is the share of decisions that people look at, fixed on validation rows, kept on rows nobody had seen?"
+    wanted, rule = run.problem.problem.human_review, run.load("evaluate/threshold")
+    title = "people look at no more decisions than planned (problem.human_review)"
+    if not rule.get("review"):
+        run.not_applicable(title, "there is no threshold to be close to" if wanted else "nobody is asked to look", ["problem.human_review"])
+        return note("There is no threshold, so no answer is close to one." if wanted else "No decision is left to people (problem.human_review).")
+    claim = run.claim("share_reviewed", of=["evaluate/predictions", "evaluate/threshold"], by=share_reviewed, using={"classes": run.load("data/contract")["classes"]},
+                      on="holdout", better="lower", title="share of decisions that people look at")
+    check = run.check(title, claim, at_most=wanted, bound="low", answers=["problem.human_review"],
+                      why="scores have moved since validation" if (claim.low or 0) > wanted else "no more than chance above the plan")
+    return note(f"People look at scores from {rule['review']['from']:.3f} to {rule['review']['to']:.3f}: {claim.value:.1%} of these rows; {wanted:.1%} were planned.", check.verdict)
 
 
 def draw_value(

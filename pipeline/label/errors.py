@@ -11,7 +11,7 @@ import polars as pl
 from ..core.errors import InputError
 from ..core.metrics import metric
 from ..core.run import Estimate
-from .outcomes import wilson
+from ..core.intervals import wilson
 
 # %% auto #0
 __all__ = ['SUSPECTS', 'FAR', 'HEATS', 'thresholds', 'confident_joint', 'probabilities', 'find_suspects', 'usual_distance',

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..core.intervals import wilson
 from ..core.run import Estimate
 
 # %% auto #0
-__all__ = ['comparable', 'wilson', 'missing_share', 'missing_by_period', 'missing_by_column', 'share_without_outcome', 'percent']
+__all__ = ['comparable', 'missing_share', 'missing_by_period', 'missing_by_column', 'share_without_outcome', 'percent']
 
 # %% ../../nbs/lib/label/02_outcomes.ipynb #b91d3e7c
 def comparable(
@@ -37,20 +38,6 @@ def comparable(
     return pl.concat([here.select(there.columns), there], how="vertical_relaxed")
 
 # %% ../../nbs/lib/label/02_outcomes.ipynb #3891345d
-def wilson(
-    hits: float,     # how many
-    n: float,        # of how many
-    z: float = 1.96, # 95 %
-) -> tuple[float, float]:
-    "The Wilson interval of a share."
-    if n <= 0:
-        return 0.0, 1.0
-    p, scale = hits / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    middle = (p + z * z / (2 * n)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def missing_share(
     rows: pl.DataFrame,     # from `comparable`
 ) -> Estimate:              # in [0, 1]

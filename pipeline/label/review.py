@@ -216,7 +216,7 @@ def check_queue(
     label = run.problem.label
     cost = run.claim("queue_cost", of="label/queue", by=queue_cost, using={"cost_per_label": label.cost_per_label, "annotators": label.annotators},
                      unit=run.problem.problem.currency, on="rows asked about next", title="cost of the next batch", n=queue.height)
-    run.require("the next batch stays within the budget", cost.value <= label.budget, f"{cost.value:,.0f} {cost.unit}", "lower label.queue", f"≤ {label.budget:,.0f}")
+    run.require("the next batch stays within the budget", cost.value <= label.budget, f"{cost.value:,.0f} {cost.unit}", "lower label.queue", f"≤ {label.budget:,.0f}", ["label.budget"])
     counts = queue.group_by("stratum").agg(
         *[(pl.col("kind") == k).sum().alias(k) for k in KINDS], rows=pl.len()).sort(["rows", "stratum"], descending=[True, False])
     first = queue.group_by("kind", maintain_order=True).head(3).sort("rank").select("rank", "kind", "why", "uncertainty", "stratum")

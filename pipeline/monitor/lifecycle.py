@@ -98,7 +98,7 @@ class Kept:
 def claim_production(run: Run, found: Look) -> Kept:
     "Claim the metric over all of production and in its worst window, and how many alarms were opened; check what has a limit."
     if found.why_not:
-        run.not_applicable("Production is watched", found.why_not)
+        run.not_applicable("Production is watched", found.why_not, [*_promised(run, found.metric), "monitor.retrain_every_days", "monitor.retire_after_days"])
         return Kept(found.why_not)
     label, on = LABELS.get(found.metric, found.metric), "production"
     using = {"name": found.metric, "classes": found.classes or None, "unit": "__time" if found.calendar else None, "draws": 200, **found.using}
@@ -110,16 +110,22 @@ def claim_production(run: Run, found: Look) -> Kept:
     unusable = run.claim("unusable_windows", of="monitor/alerts", by=opened_alarms, using={"rule": "scores unusable"}, on=on, better="lower",
                          title="alarms about answers that cannot be used")
     promise = f"{label} in production keeps the promise"
+    answers = [*_promised(run, found.metric), "O7"]
     if found.limit is None:
         run.not_applicable(promise, f"evaluate.acceptance has no line for {found.metric}")
     elif found.better == "higher":
-        run.check(promise, whole, at_least=found.limit)
+        run.check(promise, whole, at_least=found.limit, answers=answers)
     else:
-        run.check(promise, whole, at_most=found.limit)
-    run.check("Every window has usable answers", unusable, at_most=0)
+        run.check(promise, whole, at_most=found.limit, answers=answers)
+    run.check("Every window has usable answers", unusable, at_most=0, answers=["O2"])
     return Kept("", (whole, worst, alarms, unusable), {"unusable_windows": 0.0} | ({} if found.limit is None else dict.fromkeys(("production_metric", "worst_window"), found.limit)))
 
 # %% ../../nbs/lib/monitor/08_lifecycle.ipynb #4d4c0522
+def _promised(run: Run, metric: str) -> list[str]:
+    "Which acceptance lines production decides."
+    return [f"evaluate.acceptance.{i}" for i, line in enumerate(run.problem.evaluate.acceptance) if line.on == "production" and line.metric == metric]
+
+# %% ../../nbs/lib/monitor/08_lifecycle.ipynb #c5e224ac
 ROWS_TIMED = 20   # rows of each window
 
 
@@ -133,7 +139,7 @@ def time_answers(run: Run, found: Look) -> Any:
     run.claim("latency_p99", using={"q": 0.99}, title="99 of 100 single answers take at most, by the clock", **told)
     spent = run.claim("cpu_p99", using={"q": 0.99, "column": "cpu_ms"}, title="99 of 100 single answers take at most, of the processor", **told)
     if run.problem.problem.mode == "online":
-        run.check("Answers are fast enough", spent, at_most=run.problem.deploy.latency_p99_ms, why="time of the processor for one row")
+        run.check("Answers are fast enough", spent, at_most=run.problem.deploy.latency_p99_ms, why="time of the processor for one row", answers=["O6"])
     shown = sample.group_by("window").agg(pl.col("ms").median().alias("median"), pl.col("ms").quantile(0.99).alias("p99"), pl.col("cpu_ms").quantile(0.99).alias("cpu")).sort("window")
     return lines(shown.with_columns(pl.col("window") + 1), "window", ["median", "p99", "cpu"], f"99 of 100 answers took at most {spent.value:.2g} ms of the processor",
                  xlabel="window", ylabel="ms for one row", labels={"median": "median", "p99": "99 % by the clock", "cpu": "99 % of the processor"})
@@ -247,7 +253,7 @@ def set_trigger(run: Run, found: Look) -> Any:
     monitor = run.problem.monitor
     if found.why_not or not found.calendar or found.learned_until is None:
         run.save("monitor/trigger", {"retrain": False, "because": "rows without dates have no age" if not found.why_not else "there is no production yet", "moments": []})
-        run.not_applicable("The model is not past its withdrawal date", "rows without dates have no age" if not found.why_not else found.why_not)
+        run.not_applicable("The model is not past its withdrawal date", "rows without dates have no age" if not found.why_not else found.why_not, ["monitor.retrain_every_days", "monitor.retire_after_days"])
         return note("The model has no age in days: " + ("its rows carry no dates." if not found.why_not else "there are no production rows."))
     now = min(run.now().replace(tzinfo=None), _naive(found.windows["to"][-1]))
     age = model_age(found.learned_until, now, monitor.retrain_every_days, monitor.retire_after_days)
@@ -259,7 +265,9 @@ def set_trigger(run: Run, found: Look) -> Any:
         "asked_at": now.isoformat(), "due": age.due.isoformat(), "leaves": age.leaves.isoformat(), "moments": moments.to_dicts(),
     })
     days = run.claim("model_age", of="monitor/trigger", by=age_in_days, unit="days", on="production", better="lower", title="age of the model at the newest production row")
-    run.check("The model is not past its withdrawal date", days, at_most=monitor.retire_after_days)
+    run.check("The model is not past its withdrawal date", days, at_most=monitor.retire_after_days, answers=["monitor.retire_after_days", "O4"])
+    run.require("Retraining is asked for in time (monitor.retrain_every_days)", asked or days.value <= monitor.retrain_every_days,
+                f"asked for {moments.height} times; the model is {days.value:.0f} days old", "mend monitor.find_triggers", f"within {monitor.retrain_every_days:g} days", ["monitor.retrain_every_days", "O4"])
     shown = [note(age.sentence, "go" if age.state == "fresh" else "warn")]
     if moments.height:
         shown.append(table(moments.with_columns(pl.col("at").str.slice(0, 10), pl.col("window") + 1),

@@ -119,6 +119,10 @@ class Evidence:
         "Every check of some rooms (all of them by default) with its phase."
         return ((p, c) for p in self.phases if not rooms or p.room in rooms for c in p.checks)
 
+    def answering(self, what: str) -> Iterator[tuple[Phase, dict[str, Any]]]:
+        "The checks that say they are evidence for it: a key of the problem file or an item of the ML Test Score."
+        return ((p, c) for p, c in self.checks() if what in c.get("answers", ()))
+
     def claims(self, *rooms: str) -> Iterator[tuple[Phase, dict[str, Any]]]:
         "Every claim of some rooms with its phase."
         return ((p, c) for p in self.phases if not rooms or p.room in rooms for c in p.claims)

@@ -156,7 +156,6 @@ input,select{font:inherit;height:2.5rem;color:inherit;background:var(--ph-paper)
 h1{font-size:1.5625rem}.eyebrow{margin-top:1.6rem}
 .lede{font-size:1.0625rem}
 .strip{grid-template-columns:repeat(5,minmax(0,1fr));gap:.7rem 2px}
-.strip .ph-word .w{position:absolute;left:-999rem}
 .answers li{grid-template-columns:minmax(0,1fr)}
 .ph.ph-verdict{padding:.9rem 1rem}
 input,select{min-width:0;width:100%}.tools>div{flex:1 1 100%}

@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 
 from ..core.display import MISSING, Html, esc, number, region
-from .evidence import Evidence, Phase
+from .evidence import Evidence
 
 # %% auto #0
 __all__ = ['SECTIONS', 'RUBRIC', 'LEVELS', 'Item', 'score_items', 'section_scores', 'ml_test_score', 'level', 'show_readiness']
@@ -29,38 +29,37 @@ class Item:
     code: str                          # D1 … O7
     test: str
     shown: tuple[str, ...] = ()        # artifacts, any of which shows it
-    tested: tuple[str, ...] = ()       # room:pattern of a criterion or claim that tests it
 
 
 RUBRIC = (
-    Item("D1", "What features may hold is written down as a schema", ("data/contract",), ("data:contract|schema", "deploy:refus|smoke")),
-    Item("D2", "Every feature is of use", ("evaluate/importance",), ("evaluate:feature|import|useful|benefi",)),
-    Item("D3", "No feature costs more than it brings", ("data/feature_costs", "train/feature_costs"), ("data|train:feature cost",)),
-    Item("D4", "Features keep to what is allowed", ("comply/columns", "data/leaks"), ("comply:column|forbidden|need|proxy", "data:leak|known at")),
-    Item("D5", "The pipeline guards privacy", ("comply/erasure",), ("comply:eras|person|pii|privacy|trace|guess",)),
-    Item("D6", "New features are quick to add", ("data/feature_time",), ("data:new feature",)),
-    Item("D7", "The code of the features is tested", ("train/feature_tests",), ("train|data:feature code",)),
-    Item("M1", "What defines the model is reviewed and checked in", ("deploy/review",), ("deploy|train:reviewed|checked in",)),
-    Item("M2", "Offline and online metrics go together", ("rollout/stages", "monitor/windows"), ("rollout:offline|online|quality|loss|outcome", "monitor:offline|online")),
-    Item("M3", "Hyperparameters are tuned", ("train/trials",), ("train:trial|tun|search|tried",)),
-    Item("M4", "What age does to the model is known", ("monitor/ageing",), ("monitor:ageing|staleness|older",)),
-    Item("M5", "A simpler model is not better", ("train/leaderboard",), ("train:simpl|baseline|dummy|linear|beat|earn|better",)),
-    Item("M6", "Quality suffices on every slice", ("evaluate/cohorts",), ("evaluate:cohort|slice|alike|gap|class",)),
-    Item("M7", "The model was tested for inclusion", ("comply/gaps",), ("comply:gap|alike|cohort|fair",)),
-    Item("I1", "Training is reproducible", ("train/seed_models",), ("train:reproduc|same|repeat|again|seed", "evaluate:seed|stable")),
-    Item("I2", "What defines the model is unit-tested", ("train/sanity",), ("train:sanity|learns|overfit|unit",)),
-    Item("I3", "The whole pipeline is tested together", ("run:complete",), ("deploy:fresh|process|replay|smoke|staging",)),
-    Item("I4", "Quality is checked before a model serves", ("evaluate/predictions",), ("evaluate:.",)),
-    Item("I5", "One example can be followed through the model", ("evaluate/explanations", "evaluate/importance"), ("evaluate:explain|contribution|add up|sum",)),
-    Item("I6", "A new model meets a little traffic first", ("rollout/stages",), ("rollout:stage|canary|promot|slice|traffic",)),
-    Item("I7", "A model can be rolled back quickly and safely", ("rollout/drill", "rollout/decisions"), ("rollout:back|revert|restore",)),
-    Item("O1", "A change of a dependency is noticed", ("monitor/dependencies", "comply/dependencies"), ("monitor|comply|deploy:dependenc|lock file|package version",)),
-    Item("O2", "What held for the data holds for live inputs", ("monitor/drift", "monitor/alerts"), ("monitor:input|drift|alarm|alert|usable",)),
-    Item("O3", "Training and serving see the same features", ("deploy/replay",), ("deploy:replay|equal|same|skew|differ",)),
-    Item("O4", "No model serves past its time", ("monitor/trigger", "monitor/retraining"), ("monitor:stale|model_age|withdraw|retire|retrain",)),
-    Item("O5", "The model is numerically stable", ("evaluate/stress",), ("train|deploy|evaluate|monitor:finite|nan|numeric|not a number",)),
-    Item("O6", "Speed, latency, memory and throughput do not slip", ("deploy/latencies",), ("deploy:latency|p99|answer time|memory|throughput|requests",)),
-    Item("O7", "Prediction quality does not slip on served data", ("monitor/windows",), ("monitor:quality|loss|outcome|degrad|promise|production_metric",)),
+    Item("D1", "What features may hold is written down as a schema", ("data/contract",)),
+    Item("D2", "Every feature is of use", ("evaluate/importance",)),
+    Item("D3", "No feature costs more than it brings", ("data/feature_costs", "train/feature_costs")),
+    Item("D4", "Features keep to what is allowed", ("comply/columns", "data/leaks")),
+    Item("D5", "The pipeline guards privacy", ("comply/erasure",)),
+    Item("D6", "New features are quick to add", ("data/feature_time",)),
+    Item("D7", "The code of the features is tested", ("train/feature_tests",)),
+    Item("M1", "What defines the model is reviewed and checked in", ("deploy/review",)),
+    Item("M2", "Offline and online metrics go together", ("rollout/stages", "monitor/windows")),
+    Item("M3", "Hyperparameters are tuned", ("train/trials",)),
+    Item("M4", "What age does to the model is known", ("monitor/ageing",)),
+    Item("M5", "A simpler model is not better", ("train/leaderboard",)),
+    Item("M6", "Quality suffices on every slice", ("evaluate/cohorts",)),
+    Item("M7", "The model was tested for inclusion", ("comply/gaps",)),
+    Item("I1", "Training is reproducible", ("train/seed_models",)),
+    Item("I2", "What defines the model is unit-tested", ("train/sanity",)),
+    Item("I3", "The whole pipeline is tested together", ("run:complete",)),
+    Item("I4", "Quality is checked before a model serves", ("evaluate/predictions",)),
+    Item("I5", "One example can be followed through the model", ("evaluate/explanations", "evaluate/importance")),
+    Item("I6", "A new model meets a little traffic first", ("rollout/stages",)),
+    Item("I7", "A model can be rolled back quickly and safely", ("rollout/drill", "rollout/decisions")),
+    Item("O1", "A change of a dependency is noticed", ("monitor/dependencies", "comply/dependencies")),
+    Item("O2", "What held for the data holds for live inputs", ("monitor/drift", "monitor/alerts")),
+    Item("O3", "Training and serving see the same features", ("deploy/replay",)),
+    Item("O4", "No model serves past its time", ("monitor/trigger", "monitor/retraining")),
+    Item("O5", "The model is numerically stable", ("evaluate/stress",)),
+    Item("O6", "Speed, latency, memory and throughput do not slip", ("deploy/latencies",)),
+    Item("O7", "Prediction quality does not slip on served data", ("monitor/windows",)),
 )
 
 # %% ../../nbs/lib/report/07_readiness.ipynb #6798c498
@@ -108,14 +107,12 @@ def level(
 def _scored(item: Item, run: Evidence) -> dict[str, Any]:
     row = {"item": item.code, "section": SECTIONS[item.code[0]], "test": item.test}
     shown = next((where for where in item.shown if _exists(where, run)), None)
-    tests = [found for pattern in item.tested for found in _tests(pattern, run)]
-    passed = next((t for t in tests if t[1].get("verdict") == "go"), None)
-    if passed and (shown or not item.shown):
-        return {**row, "score": 1.0, "how": "tested in every run", "phase": passed[0].name, "evidence": str(passed[1]["title"])}
-    if tests and tests[0][1].get("verdict") in ("go", "no-go", "inconclusive"):
-        phase, check = passed or tests[0]
-        how = "tested, what it rests on is missing" if passed else f"tested: {check['verdict']}"
-        return {**row, "score": 0.5, "how": how, "phase": phase.name, "evidence": str(check["title"])}
+    tests = [(p, c) for p, c in run.answering(item.code) if c.get("verdict") != "not applicable"]
+    if tests:
+        phase, check = next((t for t in tests if t[1].get("verdict") != "go"), tests[0])
+        passed, based = check.get("verdict") == "go", bool(shown) or not item.shown
+        how = "tested in every run" if passed and based else "tested, what it rests on is missing" if passed else f"tested: {check['verdict']}"
+        return {**row, "score": 1.0 if passed and based else 0.5, "how": how, "phase": phase.name, "evidence": str(check["title"])}
     if shown:
         keeper = run.phase(shown.partition("/")[0])
         return {**row, "score": 0.5, "how": "shown, not tested", "phase": keeper.name if keeper else "", "evidence": shown.replace("run:", "the run: ")}
@@ -126,13 +123,6 @@ def _exists(where: str, run: Evidence) -> bool:
     if where == "run:complete":
         return not [name for name in run.missing if not name.startswith("10")]
     return run.has(where)
-
-
-def _tests(pattern: str, run: Evidence) -> list[tuple[Phase, Mapping[str, Any]]]:
-    rooms, _, words = pattern.partition(":")
-    wanted = re.compile(words, re.IGNORECASE)
-    found = run.checks(*rooms.split("|"))
-    return [(p, c) for p, c in found if wanted.search(f"{c.get('title')} {c.get('claim') or ''}") and c.get("verdict") != "not applicable"]
 
 # %% ../../nbs/lib/report/07_readiness.ipynb #3add0cb1
 def show_readiness(

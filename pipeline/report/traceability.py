@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/report/08_traceability.ipynb #5eb014c2
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import polars as pl
 
 from ..core.display import readable
+from ..core.metrics import LABELS
 from ..core.run import overall
 from .evidence import Evidence, Phase
 from ..scope.criteria import acceptance_table, constraints_table
 
 # %% auto #0
-__all__ = ['WORDS', 'ASKS_NOTHING', 'NAMES', 'SHOWN', 'Requirement', 'requirements', 'cohort_words', 'trace']
+__all__ = ['ASKS_NOTHING', 'Requirement', 'requirements', 'trace']
 
 # %% ../../nbs/lib/report/08_traceability.ipynb #492c611e
 @dataclass(frozen=True)
@@ -28,29 +28,9 @@ class Requirement:
     key: str                   # deploy.latency_p99_ms
     text: str
     limit: str
-    rooms: tuple[str, ...]
-    words: str                 # a pattern
-    judged: bool = True
+    room: str                  # where its evidence is to be found
 
 
-WORDS = {  # key -> rooms, pattern
-    "train.budget_s": (("train",), "budget|training time|seconds|train/costs"),
-    "train.rows_max": (("train",), r"\brows\b|examples|train/leaderboard"),
-    "train.interpretable": (("train",), "interpret|readable|read by people"),
-    "label.budget": (("label",), "budget|money|cost|labels to buy"),
-    "deploy.latency_p99_ms": (("deploy",), "latency|p99|answer time|99 of 100"),
-    "deploy.model_mb": (("deploy",), "model.?mb|size of the (model|package)|model size|(model|package) is small|megabyte|size"),
-    "deploy.rss_mb": (("deploy",), "memory|rss"),
-    "deploy.throughput_rps": (("deploy",), "throughput|requests"),
-    "deploy.uptime": (("monitor", "deploy"), "uptime|in service|available"),
-    "problem.human_review": (("deploy", "evaluate", "label", "rollout"), "review|people look|abstain|threshold"),
-    "evaluate.cohort_gap": (("evaluate",), "alike|gap|cohort"),
-    "rollout.worse_by": (("rollout",), "worse|loss|quality|better"),
-    "rollout.errors_max": (("rollout",), r"guardrail|errors?\b|fail"),
-    "monitor.retrain_every_days": (("monitor",), r"retrain|stale|ageing|\bage\b"),
-    "monitor.retire_after_days": (("monitor",), "retire|withdraw"),
-    "comply.retention_days": (("comply",), "retention|kept|keep|older|certificate"),
-}
 ASKS_NOTHING = {("train.interpretable", "not required"), ("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0")}
 
 
@@ -60,45 +40,28 @@ def requirements(
     "Every requirement of a problem file, in the order of the phases."
     said, data, comply = problem.problem, problem.data, problem.comply
     found = [
-        Requirement("problem.statement", "a statement that a stakeholder would sign", "stated", ("scope",), "promise|statement"),
-        Requirement("problem.kpi", f"{said.kpi.name}: from {said.kpi.baseline:g} to {said.kpi.target:g} {said.kpi.unit}".strip(), "a change", ("scope",), r"\bkpi\b"),
-        Requirement("problem.accessibility", "who must be able to use the result, and how", "stated", ("scope",), "accessib|able to use"),
+        Requirement("problem.statement", "a statement that a stakeholder would sign", "stated", "scope"),
+        Requirement("problem.kpi", f"{said.kpi.name}: from {said.kpi.baseline:g} to {said.kpi.target:g} {said.kpi.unit}".strip(), "a change", "scope"),
+        Requirement("problem.accessibility", "who must be able to use the result, and how", "stated", "scope"),
     ]
-    found += [Requirement(f"data.sources.{s.name}", f"rows of {s.name} may be used", s.licence or "a licence", ("data",), "licen[cs]e") for s in data.sources]
-    found.append(Requirement("data.split", "rows for training, holdout and production are disjoint", "none shared", ("data",), "split|disjoint|overlap|holdout|before"))
-    found.append(Requirement("data.columns", "no column tells the answer before it is known", "none", ("data",), "leak|known at|known before"))
+    found += [Requirement(f"data.sources.{s.name}", f"rows of {s.name} may be used", s.licence or "a licence", "data") for s in data.sources]
+    found.append(Requirement("data.split", "rows for training, holdout and production are disjoint", "none shared", "data"))
+    found.append(Requirement("data.columns", "no column tells the answer before it is known", "none", "data"))
     for i, line in enumerate(acceptance_table(problem).iter_rows(named=True)):
-        words = f"{line['metric']}|{line['metric'].replace('_', '.?')}|{NAMES.get(line['metric'], line['metric'])}"
-        rooms = ("monitor", "rollout") if line["on"] == "production" else ("evaluate",) if line["on"] == "holdout" else ("evaluate", "train")
-        found.append(Requirement(f"evaluate.acceptance.{i}", f"{NAMES.get(line['metric'], line['metric'])} on {line['on']} ({line['judged_by']})", line["limit"], rooms, words))
-    found += [Requirement(f"evaluate.cohorts.{c}", f"{c} groups are served alike", f"≤ {problem.evaluate.cohort_gap:g}", ("evaluate", "comply"), cohort_words(c)) for c in problem.evaluate.cohorts]
+        asked = f"{LABELS[line['metric']]} on {line['on']} ({line['judged_by']})"
+        found.append(Requirement(f"evaluate.acceptance.{i}", asked, line["limit"], "monitor" if line["on"] == "production" else "evaluate"))
+    found += [Requirement(f"evaluate.cohorts.{c}", f"{c} groups are served alike", f"≤ {problem.evaluate.cohort_gap:g}", "evaluate") for c in problem.evaluate.cohorts]
     if problem.evaluate.stable_runs > 1:
-        found.append(Requirement("evaluate.stable_runs", "good in consecutive runs", f"{problem.evaluate.stable_runs} runs", ("evaluate",), "stable|consecutive|in a row"))
+        found.append(Requirement("evaluate.stable_runs", "good in consecutive runs", f"{problem.evaluate.stable_runs} runs", "evaluate"))
     for row in constraints_table(problem).iter_rows(named=True):
-        skipped = (row["key"], row["limit"]) in ASKS_NOTHING or row["key"] == "evaluate.cohort_gap" and problem.evaluate.cohorts
-        if not skipped:
-            rooms, words = WORDS.get(row["key"], ((row["measured_in"].split()[-1],), re.escape(row["constraint"])))
-            found.append(Requirement(row["key"], row["constraint"], f"{row['limit']} {row['unit']}".strip(), rooms, words, judged=row["key"] not in SHOWN))
-    found.append(Requirement("rollout.stages", f"traffic moves in stages of {', '.join(f'{s:g}' for s in problem.rollout.stages)} %", "each held", ("rollout",), "stage|promot|all traffic"))
+        if (row["key"], row["limit"]) not in ASKS_NOTHING and not (row["key"] == "evaluate.cohort_gap" and problem.evaluate.cohorts):
+            found.append(Requirement(row["key"], row["constraint"], f"{row['limit']} {row['unit']}".strip(), row["measured_in"].split()[-1]))
+    found.append(Requirement("rollout.stages", f"traffic moves in stages of {', '.join(f'{s:g}' for s in problem.rollout.stages)} %", "each held", "rollout"))
     if comply.subject:
-        found.append(Requirement("comply.subject", f"one {comply.subject} can be forgotten without a trace", "no trace", ("comply",), "eras|forg[eo]t|trace"))
+        found.append(Requirement("comply.subject", f"one {comply.subject} can be forgotten without a trace", "no trace", "comply"))
     if comply.pii or comply.forbidden:
-        found.append(Requirement("comply.columns", "personal and forbidden columns stay out", "none used", ("comply", "data"), "forbidden|person|pii|column"))
+        found.append(Requirement("comply.columns", "personal and forbidden columns stay out", "none used", "comply"))
     return found
-
-
-def cohort_words(column: str) -> str:
-    "By which words a criterion is about the groups of a column; a column named member is not answered by membership."
-    name = rf"(?<!\w){re.escape(column)}(?!\w)"
-    return rf"{name} groups|cohorts by {name}"
-
-
-NAMES = {
-    "roc_auc": "ROC AUC", "log_loss": "log loss", "brier": "Brier score", "ece": "calibration error", "average_precision": "average precision",
-    "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "f1": "F1", "precision_at_recall": "precision at the fixed recall",
-    "value_per_1000": "value per 1,000", "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "R²", "coverage_90": "coverage",
-}
-SHOWN = {"train.budget_s", "train.rows_max", "label.budget", "problem.human_review", "monitor.retrain_every_days"}    # shown suffices
 
 # %% ../../nbs/lib/report/08_traceability.ipynb #79b0a2d1
 def trace(
@@ -112,32 +75,11 @@ def trace(
 # %% ../../nbs/lib/report/08_traceability.ipynb #56a3c06a
 def _traced(asked: Requirement, run: Evidence) -> dict[str, str]:
     row = {"requirement": asked.key, "asked": asked.text, "limit": asked.limit}
-    wanted = re.compile(asked.words, re.IGNORECASE)
-    asked_of = list(run.checks(*asked.rooms))
-    checks = [(p, c) for p, c in asked_of if asked.key in f"{c.get('title')} {c.get('why')}"]    # a criterion that names the key
-    checks = checks or [(p, c) for p, c in asked_of if wanted.search(f"{c.get('title')} {c.get('claim') or ''}")]
+    checks = list(run.answering(asked.key))
     if checks:
         return {**row, **_answered(checks)}
-    shown = _shown(wanted, asked.rooms, run)
-    if shown:
-        phase, what, found = shown
-        return {**row, "phase": phase.name.replace("_", " "), "evidence": what, "found": found, "verdict": "inconclusive" if asked.judged else "go"}
-    excused = _excused(asked.rooms, run)
-    if excused:
-        phase, check = excused
-        return {**row, "phase": phase.name.replace("_", " "), "evidence": str(check.get("title")), "found": str(check.get("found") or check.get("why") or "–"), "verdict": "not applicable"}
-    finished = [room for room in asked.rooms if run.phase(room)]
-    where = asked.rooms[0] if finished else f"{asked.rooms[0]} has not run"
+    where = asked.room if run.phase(asked.room) else f"{asked.room} has not run"
     return {**row, "phase": where, "evidence": "no evidence", "found": "–", "verdict": "inconclusive"}
-
-
-def _excused(rooms: tuple[str, ...], run: Evidence) -> tuple[Phase, Mapping[str, Any]] | None:
-    "The criterion by which a phase said that most of it does not apply: no production rows, no subject."
-    for phase in (p for p in run.phases if p.room in rooms):
-        beside = [c for c in phase.checks if c.get("verdict") == "not applicable"]
-        if beside and 2 * len(beside) >= len(phase.checks):
-            return phase, beside[0]
-    return None
 
 
 def _answered(checks: Sequence[tuple[Phase, Mapping[str, Any]]]) -> dict[str, str]:
@@ -147,17 +89,3 @@ def _answered(checks: Sequence[tuple[Phase, Mapping[str, Any]]]) -> dict[str, st
     phase, check = next((p, c) for p, c in checks if c.get("verdict") == verdict)
     more = len(weighed or checks) - 1
     return {"phase": phase.name.replace("_", " "), "evidence": str(check.get("title")) + (f" (and {more} more)" if more else ""), "found": readable(str(check.get("found"))), "verdict": verdict}
-
-
-def _shown(wanted: re.Pattern[str], rooms: tuple[str, ...], run: Evidence) -> tuple[Phase, str, str] | None:
-    for phase, claim in run.claims(*rooms):
-        if wanted.search(f"{claim.get('name')} {claim.get('title')}"):
-            return phase, str(claim.get("title") or claim.get("name")), f"{claim.get('value'):.4g} {claim.get('unit') or ''}".strip()
-    for phase in (p for p in run.phases if p.room in rooms):
-        for decision in phase.decisions:
-            if wanted.search(f"{decision.get('what')} {decision.get('because')}"):
-                return phase, f"decision: {decision.get('what')}", str(decision.get("chose"))
-        for name in phase.artifacts:
-            if wanted.search(name):
-                return phase, name, "kept"
-    return None

@@ -41,6 +41,7 @@ def check_split(
         broken.is_empty(),
         f"within {gap.value:.2f} percentage points of subjects",
         "mend the routing; no comparison may be believed",
+        answers=["I6"],
     )
     return table(
         split.with_columns(pl.when("mismatch").then(pl.lit("no-go")).otherwise(pl.lit("go")).alias("mismatch")).rename(
@@ -188,7 +189,7 @@ def claim_rollout(
 ) -> Html:
     "Claims and checks on quality, reach, errors and time."
     if trial.why:
-        run.not_applicable("Rollout", trial.why)
+        run.not_applicable("Rollout", trial.why, ["rollout.stages", "rollout.worse_by", "rollout.errors_max"])
         return note(f"Not applicable: {trial.why}.")
     using = {"rules": asdict(trial.rules), "limit_ms": trial.limit_ms}
     of = ["rollout/requests", "rollout/latencies"]
@@ -220,8 +221,9 @@ def claim_rollout(
         at_most=trial.rules.worse_by,
         bound="high",
         why=outcome.course.decisions[-1].why,
+        answers=["rollout.worse_by", "M2"],
     )
-    run.check("Reached all traffic", reached, at_least=100, bound="low", why=outcome.course.decisions[-1].why)
+    run.check("Reached all traffic", reached, at_least=100, bound="low", why=outcome.course.decisions[-1].why, answers=["rollout.stages", "I6"])
     state = outcome.course.state
     run.require(
         "No guardrail was hit",
@@ -229,6 +231,7 @@ def claim_rollout(
         f"{state.errors.new if state.errors else 0} errors in {state.served:,} requests of the new model",
         outcome.course.decisions[-1].why,
         limit="no rollback",
+        answers=["rollout.errors_max"],
     )
     end = estimates(
         [quality, reached, cpu],

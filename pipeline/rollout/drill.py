@@ -55,7 +55,7 @@ def try_no_difference(
         better="lower",
         title="rollouts of an equal model that were rolled back",
     )
-    run.check("False rollbacks stay within the error budget (rollout.alpha)", rate, at_most=trial.rules.alpha)
+    run.check("False rollbacks stay within the error budget (rollout.alpha)", rate, at_most=trial.rules.alpha, answers=["I7"])
     counts = {o: int((frame["outcome"] == o).sum()) for o in ("promote", "hold", "roll back")}
     return stack(
         estimates(
@@ -123,6 +123,7 @@ def drill(
             f"{c.title.partition(': ')[2]}: {f'after {c.value:,.0f} requests' if math.isfinite(c.value) else 'too little traffic to tell'}"
             for c in claims
         ),
+        answers=["I7"],
     )
     never = frame.filter(pl.col("mean difference") > 2 * trial.rules.worse_by)["outcome"] != "promote"
     run.require(
@@ -130,6 +131,7 @@ def drill(
         bool(never.all()),
         f"{int(never.sum())} of {len(never)} were not",
         "look at the stages' margins",
+        answers=["I7"],
     )
     return stack(
         table(frame, "Models that are worse on purpose, and what became of them", units={"at": "%"}),
@@ -171,6 +173,7 @@ def resume_drill(
         if same
         else "other decisions than without the stop",
         "look at the stored state",
+        answers=["I6"],
     )
     return note(
         f"Stopped after {middle} reviews at {share:g} %; another controller, started from the stored state, resumed at {again:g} % and took {'the same' if same else 'other'} decisions.",

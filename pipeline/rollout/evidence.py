@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..core.intervals import wilson
 from ..core.run import Estimate
 from .canary import Requests, Rules, follow, interval
 
@@ -86,9 +87,7 @@ def rollback_rate(
     n, back = len(runs), int((runs["outcome"] == "roll back").sum())
     if not n:
         return Estimate(math.nan, n=0)
-    p, z = back / n, 1.96
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Estimate(p, max(centre - half, 0.0), centre + half, n)
+    return Estimate(back / n, *wilson(back, n), n)
 
 
 def served_before_rollback(

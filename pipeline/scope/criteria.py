@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from ..core.errors import InputError
-from ..core.metrics import BETTER, TASKS
+from ..core.metrics import BETTER, LABELS, TASKS
 
 # %% auto #0
 __all__ = ['MEANING', 'BOUNDS', 'CONSTRAINTS', 'check_metrics', 'acceptance_table', 'constraints_table', 'inputs_table',
@@ -67,19 +67,19 @@ BOUNDS = {"low": "the interval's low end", "value": "the estimate", "high": "the
 
 def acceptance_table(
     problem: Any,        # the problem, watched or plain
-) -> pl.DataFrame:       # metric, meaning, limit, at_least, at_most, on, judged_by, cautious
+) -> pl.DataFrame:       # metric, name, meaning, limit, at_least, at_most, on, judged_by, cautious
     "The acceptance lines, checked against the task; raises `InputError`."
     check_metrics(problem)
     rows = []
     for line in problem.evaluate.acceptance:
         higher = line.at_least is not None
         rows.append({
-            "metric": line.metric, "meaning": MEANING[line.metric][0],
+            "metric": line.metric, "name": LABELS[line.metric], "meaning": MEANING[line.metric][0],
             "limit": f"{'≥' if higher else '≤'} {line.at_least if higher else line.at_most:g}",
             "at_least": line.at_least, "at_most": line.at_most, "on": line.on, "judged_by": BOUNDS[line.bound],
             "cautious": line.bound != ("high" if higher else "low"),
         })
-    types = {"metric": pl.String, "meaning": pl.String, "limit": pl.String, "at_least": pl.Float64, "at_most": pl.Float64,
+    types = {"metric": pl.String, "name": pl.String, "meaning": pl.String, "limit": pl.String, "at_least": pl.Float64, "at_most": pl.Float64,
              "on": pl.String, "judged_by": pl.String, "cautious": pl.Boolean}
     return pl.DataFrame(rows, schema=types)
 

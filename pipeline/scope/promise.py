@@ -30,21 +30,21 @@ def check_promise(
     said, lines = run.problem.problem, acceptance_table(run.problem)
     friendly = lines.filter(~pl.col("cautious"))["metric"].to_list()
     checks = [
-        run.require("the promise is stated", bool(said.statement.strip()), said.statement),
+        run.require("the promise is stated", bool(said.statement.strip()), said.statement, answers=["problem.statement"]),
         run.require("the KPI asks for a change", has_goal(run.problem), f"{said.kpi.baseline:g} → {said.kpi.target:g} {said.kpi.unit}",
-                    "set problem.kpi.target to where the number should go", "baseline ≠ target"),
+                    "set problem.kpi.target to where the number should go", "baseline ≠ target", ["problem.kpi"]),
         run.require("acceptance lines are declared", lines.height > 0, f"{lines.height} lines", "add evaluate.acceptance", "at least 1"),
         _warn(run, "limits are judged cautiously", "no line is judged by the friendlier end" if not friendly else "",
               f"{', '.join(friendly)} is judged by the friendlier end of its interval"),
         _warn(run, "accessibility needs are stated", said.accessibility or "",
-              "nothing is said in problem.accessibility; a retrofit costs more than a sentence now"),
+              "nothing is said in problem.accessibility; a retrofit costs more than a sentence now", "problem.accessibility"),
     ]
     return table([{"criterion": c.title, "verdict": c.verdict, "found": c.found, "asked": c.limit} for c in checks], "Is this a promise?")
 
 # %% ../../nbs/lib/scope/06_promise.ipynb #a711f946
-def _warn(run: Run, title: str, found: str, warning: str) -> Any:
+def _warn(run: Run, title: str, found: str, warning: str, *answers: str) -> Any:
     "A criterion that, when it is not met, is shown without weight in the verdict."
-    return run.require(title, True, found) if found else run.not_applicable(title, f"warning: {warning}")
+    return run.require(title, True, found, answers=answers) if found else run.not_applicable(title, f"warning: {warning}", answers)
 
 # %% ../../nbs/lib/scope/06_promise.ipynb #6523ff38
 def value_table(

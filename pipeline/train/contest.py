@@ -26,9 +26,9 @@ from .features import Encoder, learn_encoder
 from .search import Found, Goal, Rows, run_search
 
 # %% auto #0
-__all__ = ['Contest', 'open_contest', 'show_contest', 'show_plan', 'hold_contest', 'show_trials', 'rank', 'draw_board',
-           'show_board', 'draw_folds', 'draw_costs', 'settle', 'show_choice', 'fit_models', 'costs_of', 'show_costs',
-           'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'show_contest', 'show_plan', 'hold_contest', 'show_trials', 'rank',
+           'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'settle', 'show_choice', 'fit_models', 'costs_of',
+           'show_costs', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def open_contest(
     clock = Stopwatch(run.settings.threads)
     scope, contract, splits = run.load("scope/plan"), run.load("data/contract"), run.load("data/splits")
     train = run.problem.train
-    frame = newest_rows(run.load("data/train"), train.rows_max, splits["ordered"], run.seed)
+    whole = run.load("data/train")
+    frame = newest_rows(whole, train.rows_max, splits["ordered"], run.seed)
+    run.require("no more rows than allowed are learned from (train.rows_max)", frame.height <= train.rows_max, f"{frame.height:,} of {whole.height:,} rows",
+                limit=f"≤ {train.rows_max:,}", answers=["train.rows_max"])
     encoder = learn_encoder(frame, contract)
     rows = rows_of(frame, contract, splits, encoder)
     goal = goal_of(scope, run.problem.evaluate.recall if scope["metric"] == "precision_at_recall" else 0.8)
@@ -209,12 +212,18 @@ def costs_of(found: Found, final: Final, settings: Any) -> pl.DataFrame:
     )
 
 
-def show_costs(contest: Contest, costs: pl.DataFrame, currency: str = "") -> Html:
-    "What was spent, by candidate and stage."
+OVERSHOOT = 1.1   # of the budget: the last fit ends when it ends
+
+
+def show_costs(run: Any, contest: Contest) -> Html:
+    "What was spent, by candidate and stage, held against the budget."
+    costs, currency = run.load("train/costs"), run.problem.problem.currency
     total = costs.select(pl.lit("all").alias("candidate"), pl.lit("").alias("stage"), *[pl.col(c).sum() for c in ("wall_s", "cpu_s", "money", "gram_co2e")])
-    rows = pl.concat([costs.select(total.columns), total]).rename({"wall_s": "wall", "cpu_s": "computing", "gram_co2e": "CO₂e"})
     spent, wall = contest.clock(), total["wall_s"][0]
-    kind = "info" if spent <= 1.1 * contest.plan.budget_s else "warn"
+    run.check("training keeps to its budget (train.budget_s)", spent, at_most=OVERSHOOT * contest.plan.budget_s, answers=["train.budget_s"],
+              why="" if spent <= contest.plan.budget_s else "raise train.budget_s, or drop a family")
+    rows = pl.concat([costs.select(total.columns), total]).rename({"wall_s": "wall", "cpu_s": "computing", "gram_co2e": "CO₂e"})
+    kind = "info" if spent <= OVERSHOOT * contest.plan.budget_s else "warn"
     waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work." if wall > 1.2 * spent else ""
     return stack(
         note(f"{spent:.0f} s of the budget's {contest.plan.budget_s:g} s are spent.{waited}", kind),
@@ -280,8 +289,8 @@ def check_quality(
     by_name = {claim.name: claim for claim in claims}
     gain = by_name.get("gain_over_dummy")
     limit: dict[str, Any] = {"at_least": 0.0, "bound": "low"} if contest.goal.sign > 0 else {"at_most": 0.0, "bound": "high"}
-    run.check("better than the dummy", gain, why="a model that does not beat a constant answer has learned nothing", **limit)
-    run.check("small enough to deploy", by_name["model_mb"], at_most=contest.limits.model_mb, why="deploy.model_mb")
+    run.check("better than the dummy", gain, why="a model that does not beat a constant answer has learned nothing", answers=["M5"], **limit)
+    run.check("small enough to deploy", by_name["model_mb"], at_most=contest.limits.model_mb, why="deploy.model_mb", answers=["deploy.model_mb"])
     shown = [c for c in (claims[0], by_name.get("gain_over_default"), gain) if c is not None]
     return headline([(c.title, number(c.value), c, 0.0 if c is gain else None) for c in shown])
 
