@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from player import play
 
 from pipeline.core.problem import load_problem
 from pipeline.core.run import Run, open_run
@@ -119,11 +120,5 @@ def records(run: Path, phase: str, kind: str) -> Any:
 
 
 def execute(notebook: Path, problem: str = "params/shop.yml", run: str = "outputs/shop/main") -> dict[str, Any]:
-    "Run a phase's code cells in this process, as papermill would order them; returns its names."
-    names: dict[str, Any] = {}
-    for cell in json.loads(notebook.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), notebook.name, "exec"), names)  # noqa: S102
-            if "parameters" in cell["metadata"].get("tags", []):
-                names.update(problem=problem, run=run)
-    return names
+    "A phase on this project's problem and run, unless told otherwise; returns its names."
+    return play(notebook, problem=problem, run=run)

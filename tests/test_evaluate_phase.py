@@ -1,7 +1,6 @@
 "The evaluate phase on small tables of every kind: it finishes, says what does not apply, and its claims can be recomputed."
 from __future__ import annotations
 
-import ast
 import json
 import math
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from player import play
 import pytest
 
 from pipeline.core import audit
@@ -106,19 +106,9 @@ class Place:
 
     def evaluate(self, run: str = "main") -> Path:
         "Run the notebook's cells; every display is rendered, as a report would."
-        cells = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
-        names: dict[str, Any] = {}
-        self.shown: list[str] = []
-        for cell in cells:
-            body = ast.parse(cell).body
-            last = body.pop() if isinstance(body[-1], ast.Expr) else None
-            exec(compile(ast.Module(body, []), "cell", "exec"), names)
-            if "problem" in names and isinstance(names.get("run"), str):
-                names |= {"problem": "tiny.yml", "run": f"outputs/tiny/{run}"}
-            if isinstance(last, ast.Expr):
-                value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
-                if hasattr(value, "_repr_html_"):
-                    self.shown.append(value._repr_html_())
+        shown: list[Any] = []
+        names = play(NOTEBOOK, shown=shown, problem="tiny.yml", run=f"outputs/tiny/{run}")
+        self.shown: list[str] = [value._repr_html_() for value in shown if hasattr(value, "_repr_html_")]
         return commit_phase(names["run"].folder, "05_evaluate")
 
     def judge(self, run: str = "main") -> Path:

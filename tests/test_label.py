@@ -24,7 +24,7 @@ from pipeline.label.outcomes import comparable, missing_by_column, missing_share
 from pipeline.core.intervals import wilson
 from pipeline.label.quick import out_of_fold
 from pipeline.label.versions import diff_versions, digest_labels, labels_of, list_versions, load_version, save_version
-from servers.notebook import play
+from player import play
 
 ROOT = Path(__file__).resolve().parents[1]
 NOON = dt.datetime(2026, 1, 5, 12, tzinfo=dt.UTC)

@@ -20,7 +20,7 @@ from pipeline.scope.criteria import acceptance_table, check_metrics, constraints
 from pipeline.scope.plan import compare_plans, derive_plan
 from pipeline.scope.timeline import SIZES, STAGES, sequential_range, simulate_weeks, timeline_table, weeks_at
 from pipeline.scope.value import best_threshold, break_even, value_curve, value_per_1000
-from servers.notebook import play
+from player import play
 
 ROOT = Path(__file__).resolve().parents[1]
 MONEY = st.floats(0, 1000, allow_nan=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from player import play
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -416,23 +417,6 @@ def test_retraining_follows_the_model() -> None:
     assert (again.family, again.about["config"], again.about["rows"]) == ("portfolio", model.about["config"], 150)
 
 
-def phase_cells(path: Path, **parameters: str) -> list[Any]:
-    "Run a phase's code cells in this process and give back what each would show."
-    space: dict[str, Any] = {}
-    shown = []
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        tree = ast.parse("".join(cell["source"]))
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, path.name, "exec"), space)  # noqa: S102
-        if "parameters" in cell["metadata"].get("tags", []):
-            space.update(parameters)
-        if last is not None:
-            shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), space))  # noqa: S307
-    return shown
-
-
 PROBLEM = """
 problem: {{name: small, statement: Will it be so and so in this test?, kpi: {{name: k, baseline: 0, target: 1, unit: x}}, task: {task}, target: ziel{positive}}}
 data: {{sources: [{{name: s, kind: csv, path: s.csv}}]}}
@@ -466,7 +450,8 @@ def test_the_phase_runs_for_every_task(task: str, tmp_path: Path, monkeypatch: p
     data.save("data/splits", {"kind": "random", "ordered": False, "folds": 3, "gap_days": 0.0})
     data.conclude("ok")
     data.finish()
-    shown = phase_cells(tmp_path / "nbs/phases/04_train.ipynb", **where)
+    shown: list[Any] = []
+    play(tmp_path / "nbs/phases/04_train.ipynb", shown=shown, **where)
     assert all(hasattr(s, "_repr_html_") or hasattr(s, "_repr_svg_") for s in shown)
     phase = tmp_path / "outputs/small/main/04_train"
     claims = {c["name"]: c for c in json.loads((phase / "claims.json").read_text())}
