@@ -78,6 +78,16 @@ def test_house_check_sees_a_changed_module_an_orphan_and_an_untagged_phase(tmp_p
     assert "0 cells are tagged" in faults and "no python3 kernelspec" in faults and "a For in a phase" in faults
 
 
+def test_a_text_that_is_no_python_is_refused_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    text = tmp_path / "lesson.py"
+    text.write_text("# %% [markdown]\n# # Sums\n\n# %%\n%time 1 + 1\n!ls\nawait x\n")
+    house.compile_text(text)
+    text.write_text("# %% [markdown]\n# # Sums\nwithout a sign\n")
+    with pytest.raises(SystemExit, match="lesson.py:3: invalid syntax; nothing of it was synced"):
+        house.compile_text(text)
+
+
 def test_schema_beside_the_problem_files_is_the_present_one():
     from pipeline.core.problem import json_schema
 

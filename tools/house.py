@@ -54,6 +54,7 @@ def sync(texts: Iterable[Path]) -> None:
     with (TEXT / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for text in texts:
+            compile_text(text)
             notebook = notebook_of(text)
             notebook.parent.mkdir(parents=True, exist_ok=True)
             update = ["--update"] if notebook.exists() else []
@@ -61,6 +62,15 @@ def sync(texts: Iterable[Path]) -> None:
             normalise(notebook)
             export(notebook)
             print(notebook.relative_to(ROOT))
+
+
+def compile_text(text: Path) -> None:
+    "Refuse a text that is no Python before anything is written; lines that begin with % or ! are the notebook's."
+    source = re.sub(r"^(?=[ \t]*[%!])", "# ", text.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    try:
+        compile(source, str(text), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    except SyntaxError as error:
+        sys.exit(f"{text.resolve().relative_to(ROOT)}:{error.lineno}: {error.msg}; nothing of it was synced")
 
 
 def normalise(notebook: Path) -> None:
