@@ -49,6 +49,7 @@ def make_table(task: str, n: int = 240, seed: int = 0) -> tuple[pl.DataFrame, np
     classes: dict[str, list[str]] = {"binary": ["no", "yes"], "multiclass": ["x", "y", "z"], "regression": []}
     target = {"binary": (score > 0.5).astype(int), "multiclass": np.digitize(score, [0.0, 1.2]), "regression": 50 + 10 * score}[task]
     rules = [Rule(name, type_, "x", "feature", True) for name, type_ in KINDS.items()]  # type: ignore[arg-type]
+    rules.append(Rule("ziel", "number" if task == "regression" else "category", "x", "target", True))
     contract = Contract("ziel", task, classes[task], "yes" if task == "binary" else None, None, None, None, rules).to_dict()  # type: ignore[arg-type]
     return frame, np.asarray(target), contract
 

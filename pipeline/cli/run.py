@@ -27,7 +27,7 @@ def problem_file(
     for path in (Path(name), settings.root / name, settings.root / "params" / f"{name}.yml"):
         if path.is_file():
             return path
-    known = [f"params/{p.name}" for p in sorted((settings.root / "params").glob("*.yml"))]
+    known = [f"params/{p.name}" for p in sorted((settings.root / "params").glob("*.yml")) if not p.name.endswith(".contract.yml")]
     raise InputError(f"no problem file {name}{suggest(name, known)}")
 
 

@@ -17,8 +17,9 @@ from .run import drawn_pages, run_named, run_problem
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'run', 'status', 'why', 'verify', 'reproduce', 'lineage',
-           'report', 'readiness', 'audit_verify', 'audit_log', 'predict', 'serve', 'lab', 'doctor']
+__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'contract', 'run', 'status', 'why', 'verify', 'reproduce',
+           'lineage', 'versions', 'diff', 'report', 'readiness', 'audit_verify', 'audit_log', 'predict', 'serve', 'lab',
+           'doctor']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
 app = typer.Typer(
@@ -48,7 +49,7 @@ def say(
 @app.command(epilog="Example: pilothouse new churn --data churn.csv --target churned")
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the problem; becomes params/NAME.yml.")],
-    data: Annotated[str, typer.Option("--data", help="Your table, .csv or .parquet.")],
+    data: Annotated[str, typer.Option("--data", help="Your table: .csv, .parquet, .jsonl, .xlsx (also zipped), a Delta folder, https://…, s3://… or sqlite:///shop.db#table.")],
     target: Annotated[str, typer.Option("--target", help="The column to predict.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
@@ -62,6 +63,25 @@ def new(
     file = start_problem(name, data, target, root / "params", force)
     shown = file.relative_to(root) if file.is_relative_to(root) else file
     say({"problem": str(shown)}, f"{shown} is written; read its comments, then: pilothouse run {shown}", as_json)
+    return 0
+
+
+@app.command(epilog="Example: pilothouse contract params/churn.yml")
+def contract(
+    problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="The problem file, such as params/churn.yml.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what people may have changed.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Propose a contract of the problem's table, for people to edit; from then on it binds data, training and service."
+    from pipeline.cli.run import problem_file
+    from pipeline.core.settings import load_settings
+    from pipeline.data.agreement import propose_agreement
+
+    settings = load_settings()
+    file = propose_agreement(problem_file(problem, settings), settings, force)
+    shown = file.relative_to(settings.root) if file.is_relative_to(settings.root) else file
+    say({"contract": str(shown)}, f"{shown} is written; change what is wrong. What stands there binds from the next run on", as_json)
     return 0
 
 
@@ -133,14 +153,16 @@ def verify(name: RunName = "", as_json: Json = False, debug: Debug = False) -> i
     from dataclasses import asdict
 
     from pipeline.core.settings import load_settings
+    from pipeline.data.lineage import kept_tables
     from pipeline.engine.verify import verify_run
 
     settings = load_settings()
     run = run_named(name, settings)
     found = verify_run(run, settings)
-    text = f"{run.parent.name}/{run.name} stands: {found.claims} claims recomputed, {found.artifacts} artifacts, {found.files} files and {found.sources} sources compared, {found.entries} audit entries checked"
+    tables = kept_tables(run, settings.store)
+    text = f"{run.parent.name}/{run.name} stands: {found.claims} claims recomputed, {found.artifacts} artifacts, {found.files} files, {found.sources} sources and {len(tables)} tables compared, {found.entries} audit entries checked"
     text += f"; no longer here, so not compared: {', '.join(found.absent[:3])}" if found.absent else ""
-    say({"run": f"{run.parent.name}/{run.name}", **asdict(found)}, text, as_json)
+    say({"run": f"{run.parent.name}/{run.name}", **asdict(found), "tables": tables}, text, as_json)
     return 0
 
 
@@ -189,6 +211,39 @@ def lineage(
     commit = f"commit {found['git']['commit'][:10] or 'none'}{', with changes' if found['git']['dirty'] else ''}"
     versions = "".join(f", {part} {version}" for part, version in found["versions"].items())
     say(found, "\n".join([f"{found['run']}: {commit}{versions}", *in_words(found)]), as_json)
+    return 0
+
+# %% ../../nbs/lib/cli/04_verbs.ipynb #6e296b68
+@app.command(epilog="Example: pilothouse versions flights")
+def versions(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="The problem's name.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "The versions of a problem's table that are kept, oldest first."
+    from pipeline.core.settings import load_settings
+    from pipeline.data.versions import list_versions
+
+    found = list_versions(load_settings().store, table)
+    say(found, partial(_show_rows, found) if found else f"no version of {table} is kept yet", as_json)
+    return 0
+
+
+@app.command(epilog="Example: pilothouse diff flights v0123456789abcdef vfedcba9876543210 --key __row")
+def diff(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="The problem's name.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A version, as `versions` lists them.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Another version.")],
+    key: Annotated[str, typer.Option("--key", help="Columns that name a row, with commas.")] = "__row",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Rows that a newer version added, removed and changed, by key."
+    from pipeline.core.settings import load_settings
+    from pipeline.data.versions import diff_versions
+
+    found = diff_versions(load_settings().store, table, old, new, key.split(","))
+    say({"old": old, "new": new, "added": found.added.height, "removed": found.removed.height, "changed": found.changed.height}, str(found), as_json)
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #39720760
@@ -276,8 +331,8 @@ def _show_rows(rows: list[dict[str, Any]]) -> None:
 @app.command(epilog="Example: pilothouse predict flights/main --data tomorrow.csv --out answers.csv")
 def predict(
     name: RunName = "",
-    data: Annotated[str, typer.Option("--data", help="Rows to answer, .csv or .parquet.")] = "",
-    out: Annotated[str, typer.Option("--out", help="Where the answers go, .csv or .parquet.")] = "",
+    data: Annotated[str, typer.Option("--data", help="Rows to answer: .csv, .parquet, .jsonl or .xlsx.")] = "",
+    out: Annotated[str, typer.Option("--out", help="Where the answers go: .csv, .xlsx or .parquet.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:

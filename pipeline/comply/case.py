@@ -17,20 +17,20 @@ import polars as pl
 from .access import access_table, allowed, look_at_modes
 from .attack import LEAKS, membership_auc, membership_frame
 from .erasure import affected_models, can_be_sought, certify, erase_folder, pick_subject, rows_left, rows_of
-from .minimise import TOLERATED, cost_of_fewer, find_proxies, judge_columns, spare_inputs, without_inputs
+from .minimise import cost_of_fewer, fewer_and_fewer, find_proxies, judge_columns, spare_inputs, without_inputs
 from .traces import find_traces
 from .trail import last_entries, try_tampering
 from ..core import audit
 from ..core.display import bars, estimates, facts, note, stack, table
 from ..core.errors import InputError, IntegrityError
-from ..core.metrics import LABELS
+from ..core.metrics import LABELS, main_metric
 from ..core.run import Run, phase_folders, read_receipt
 from ..core.store import digest_bytes
 
 # %% auto #0
-__all__ = ['SMALL', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns', 'try_fewer_inputs', 'look_at_gaps',
-           'why_not_compared', 'look_at_access', 'days_kept', 'try_attack', 'Drill', 'traces_left', 'rows_erased',
-           'drill_erasure', 'show_erasure', 'show_models', 'check_trail', 'answer']
+__all__ = ['SMALL', 'MOST_TAUGHT', 'MOST_TRIED', 'TRIED', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns',
+           'try_fewer_inputs', 'look_at_gaps', 'why_not_compared', 'look_at_access', 'days_kept', 'try_attack', 'Drill',
+           'traces_left', 'rows_erased', 'drill_erasure', 'show_erasure', 'show_models', 'check_trail', 'answer']
 
 # %% ../../nbs/lib/comply/07_case.ipynb #7f18e255
 def count_forbidden(
@@ -66,7 +66,9 @@ def look_at_columns(run: Run) -> Any:
         run.not_applicable("No forbidden column and no proxy is an input", "comply.forbidden names none", ["comply.columns"])
     told = {"forbidden": ", ".join(forbidden) or "none declared (comply.forbidden)", "subject": subject or "none declared (comply.subject)",
             "without measurable need alone": ", ".join(columns.filter(pl.col("proposal").str.starts_with("try without"))["column"]) or "none"}
-    if unseen:
+    if unseen and run.has("data/proxies"):
+        told["proxies of what was removed"] = "; ".join(f"{row['column']} tells {row['forbidden']}" for row in run.load("data/proxies").iter_rows(named=True)) or "none among the inputs"
+    elif unseen:
         told["proxies not measured"] = f"{', '.join(unseen)}: removed before training, so nothing is left to compare with"
     shown = columns.select("column", "role", "needed", pl.col("need").alias("loss when shuffled"), "person", pl.col("singles_out").alias("singles out"), "proposal")
     return stack(estimates([used, spare], "Inputs that should go", {"forbidden_inputs": 0.0} if forbidden else None), facts(told, "What was declared and found"),
@@ -74,52 +76,83 @@ def look_at_columns(run: Run) -> Any:
 
 # %% ../../nbs/lib/comply/07_case.ipynb #d2f3a36e
 SMALL: dict[str, Any] = {"rounds": 40, "num_leaves": 31, "learning_rate": 0.15, "max_bin": 63}
+MOST_TAUGHT, MOST_TRIED = 60_000, 20_000    # rows
+TRIED = {"inputs": pl.Int64, "left_out": pl.String, "cost": pl.Float64, "low": pl.Float64, "high": pl.Float64, "tolerated": pl.Boolean}
 
 
 def try_fewer_inputs(run: Run) -> Any:
-    "Train a small model with and without the spare inputs, claim the cost, decide what to propose."
-    spare, schema = spare_inputs(run.load("comply/columns")), {"day": pl.Int64, "all": pl.Float64, "fewer": pl.Float64}
-    contract = run.load("data/contract")
-    if not spare or len(spare) == len(contract["features"]):
-        run.save("comply/fewer", pl.DataFrame(schema=schema))
-        return note("No input is spare alone, so none is left out." if not spare else "No input has a measurable need alone; which may go cannot be told from this.")
+    "Train small models with and without the spare inputs, claim what the proposed removal costs, decide what to propose."
+    contract, tolerance = run.load("data/contract"), run.problem.comply.minimise_tolerance
+    spare = spare_inputs(run.load("comply/columns"))
+    why = "no input is spare alone" if not spare else "no input has a measurable need alone, so which may go cannot be told" if len(spare) == len(contract["features"]) else ""
     try:
-        compared = _compared(run, contract, spare)
+        models = None if why else _Compared(run, contract)
     except InputError as error:
-        run.save("comply/fewer", pl.DataFrame(schema=schema))
-        return note(f"Fewer inputs were not tried: {error}.")
+        models, why = None, f"fewer inputs were not tried: {error}"
+    if models is None:
+        run.save("comply/fewer", pl.DataFrame(schema={"day": pl.Int64, "y": pl.Float64}))
+        run.save("comply/removals", pl.DataFrame(schema=TRIED))
+        return note(f"{why[:1].upper()}{why[1:]}.")
+    rows: list[dict[str, Any]] = []
+    chosen: list[str] = []
+    compared = pl.DataFrame()
+    for left_out in fewer_and_fewer(spare):
+        compared, chosen = models.without(left_out), left_out
+        cost = cost_of_fewer(compared, models.metric, models.classes, run.seed, **models.using)
+        fine = cost is not None and cost.high is not None and cost.high <= tolerance
+        rows.append({"inputs": len(left_out), "left_out": ", ".join(left_out), "cost": cost and cost.value, "low": cost and cost.low, "high": cost and cost.high, "tolerated": fine})
+        if fine:
+            break
+    tried = pl.DataFrame(rows, schema=TRIED)
     run.save("comply/fewer", compared)
-    cost = run.claim("cost_of_fewer", of="comply/fewer", by=cost_of_fewer, using={"seed": run.seed}, on="newest validation rows", better="lower",
-                     title=f"extra loss without {len(spare)} inputs, as a share of the loss")
-    drop = cost.high is not None and cost.high <= TOLERATED
-    because = f"leaving {len(spare)} inputs out costs {cost.value:.2%} of the loss" + ("" if cost.high is None else f" ({cost.low:.2%} to {cost.high:.2%})") + f"; {TOLERATED:.0%} is tolerated"
-    left = len(contract["features"]) - len(spare)
-    run.decide("inputs to propose", options=[{"option": "all", "inputs": len(contract["features"]), "extra_loss": 0.0}, {"option": "fewer", "inputs": left, "extra_loss": cost.value}],
-               chose="fewer" if drop else "all", because=because)
-    return stack(estimates([cost], "What leaving the spare inputs out together costs", {cost.name: TOLERATED}),
-                 note(f"{because[:1].upper()}{because[1:]}: " + ("they are proposed for removal before the next training." if drop else "they stay until that is shown.")))
+    run.save("comply/removals", tried)
+    claim = run.claim("cost_of_fewer", of="comply/fewer", by=cost_of_fewer, using={"metric": models.metric, "classes": models.classes, "seed": run.seed, **models.using}, better="lower",
+                      on="newest validation rows", title=f"{LABELS[models.metric]} lost without {len(chosen)} input{'s' if len(chosen) > 1 else ''}")
+    drop, total = bool(rows[-1]["tolerated"]), len(contract["features"])
+    found = "it is not defined on these rows" if rows[-1]["cost"] is None else f"costs {claim.value:.4f} {LABELS[models.metric]} ({claim.low:.4f} to {claim.high:.4f})"
+    because = f"leaving out {', '.join(chosen[:6])}{' …' if len(chosen) > 6 else ''} {found}; {tolerance:g} is tolerated with the whole interval"
+    run.decide("inputs to propose", options=[{"option": "all", "inputs": total, "extra_loss": 0.0}, *({"option": f"without {r['left_out']}", "inputs": total - r["inputs"], "extra_loss": r["cost"]} for r in rows)],
+               chose=f"without {', '.join(chosen)}" if drop else "all", because=because)
+    shown = tried.select(pl.col("left_out").alias("left out"), "inputs", pl.col("cost").alias(f"{LABELS[models.metric]} lost"), "low", "high", pl.col("tolerated").replace_strict({True: "propose", False: "keep"}, return_dtype=pl.String).alias("proposal"))
+    return stack(estimates([claim], "What leaving spare inputs out costs", {claim.name: tolerance}),
+                 table(shown, f"Sets that were tried, the largest first; 95 % intervals, {tolerance:g} is tolerated", formats=dict.fromkeys((f"{LABELS[models.metric]} lost", "low", "high"), ".4f")),
+                 note(f"{because[:1].upper()}{because[1:]}. " + ("They are proposed for removal: declare them role: drop before the next training." if drop else "They stay until less is shown to be enough.")))
 
 # %% ../../nbs/lib/comply/07_case.ipynb #268814ac
-def _compared(run: Run, contract: dict[str, Any], spare: list[str]) -> pl.DataFrame:
-    from pipeline.data.contract import target_values
-    from pipeline.data.splits import fold_rows
-    from pipeline.monitor.outcomes import loss_of, prediction_frame
-    from pipeline.train.models import train_model
-    from pipeline.train.protocol import Fitting
+class _Compared:
+    "Small models on the same rows, with all inputs and with fewer."
 
-    frame, ordered = run.load("data/train"), bool(run.load("data/splits").get("ordered"))
-    known, newer = fold_rows(frame, int(frame["__fold"].max()), ordered)  # type: ignore[arg-type]
-    train, valid = frame[known], frame[newer]
-    if min(len(known), len(newer)) < 50:
-        raise InputError(f"{len(known)} and {len(newer)} rows are too few to compare on")
-    y, classes = target_values(valid, contract), list(contract["classes"])
-    losses = {}
-    for name, told in {"all": contract, "fewer": without_inputs(contract, spare)}.items():
-        model = train_model("trees", train, target_values(train, contract), told, Fitting(config=SMALL, seed=run.seed, threads=1))
-        losses[name] = loss_of(prediction_frame(valid, model.predict(valid), y, classes))
-    dated = "__time" in valid.columns and valid["__time"].dtype.is_temporal()
-    day = valid["__time"].cast(pl.Date).rank("dense").cast(pl.Int64) if dated else pl.Series(range(valid.height), dtype=pl.Int64)
-    return pl.DataFrame({"day": day, **losses})
+    def __init__(self, run: Run, contract: dict[str, Any]) -> None:
+        from pipeline.data.contract import target_values
+        from pipeline.data.splits import fold_rows
+
+        frame, ordered = run.load("data/train"), bool(run.load("data/splits").get("ordered"))
+        known, newer = fold_rows(frame, int(frame["__fold"].max()), ordered)  # type: ignore[arg-type]
+        if min(len(known), len(newer)) < 50:
+            raise InputError(f"{len(known)} and {len(newer)} rows are too few to compare on")
+        self.contract, self.seed = contract, run.seed
+        self.train, self.valid = frame[known[-MOST_TAUGHT:] if ordered else known[:MOST_TAUGHT]], frame[newer[:: -(-len(newer) // MOST_TRIED)]]
+        self.y, self.taught = target_values(self.valid, contract), target_values(self.train, contract)
+        self.classes: list[str] | None = list(contract["classes"]) or None
+        asked, costs = run.problem.evaluate.metric, run.problem.evaluate.costs
+        self.metric = asked if asked and asked != "coverage_90" else main_metric(contract["task"])
+        self.using = {"recall": run.problem.evaluate.recall, "costs": {"false_alarm": costs.false_alarm, "miss": costs.miss, "hit": costs.hit}}
+        dated = "__time" in self.valid.columns and self.valid["__time"].dtype.is_temporal()
+        day = self.valid["__time"].cast(pl.Date).rank("dense").cast(pl.Int64) if dated else pl.Series([None] * self.valid.height, dtype=pl.Int64)
+        self.all = self._answers(contract).with_columns(day.alias("day"))
+
+    def without(self, left_out: list[str]) -> pl.DataFrame:
+        "Both models' answers, the one with fewer inputs under fewer_…"
+        fewer = self._answers(without_inputs(self.contract, left_out)).drop("y")
+        return self.all.hstack(fewer.rename({c: f"fewer_{c}" for c in fewer.columns}))
+
+    def _answers(self, contract: dict[str, Any]) -> pl.DataFrame:
+        from pipeline.monitor.outcomes import prediction_frame
+        from pipeline.train.models import train_model
+        from pipeline.train.protocol import Fitting
+
+        model = train_model("trees", self.train, self.taught, contract, Fitting(config=SMALL, seed=self.seed, threads=1))
+        return prediction_frame(self.valid, model.predict(self.valid), self.y, self.classes or []).drop("__row", "__time", strict=False)
 
 # %% ../../nbs/lib/comply/07_case.ipynb #db56501e
 def look_at_gaps(run: Run) -> Any:
@@ -296,7 +329,7 @@ def _frames(run: Run) -> list[pl.DataFrame]:
     frames = [run.load("data/train")]
     if run.has("data/holdout"):
         frames.append(run.open_sealed("data/holdout", reason="erasure drill on a copy", look=False))
-    return frames + [run.load(n) for n in ("data/production", "data/unlabelled") if run.has(n)]
+    return frames + [run.load(n) for n in ("data/production", "data/unlabelled", "data/synthetic") if run.has(n)]
 
 
 def _copied(run: Run) -> Path:
@@ -309,6 +342,11 @@ def _copied(run: Run) -> Path:
             for name, told in read_receipt(folder)["outputs"].items():
                 if not told.get("timing"):
                     run.has(name)
+            for name in read_receipt(folder)["files"]:   # what was fetched for this run
+                file = run.settings.root / name
+                if file.is_relative_to(run.store / "fetched") and file.is_file():
+                    (copy / "fetched").mkdir(exist_ok=True)
+                    shutil.copy2(file, copy / "fetched" / f"{file.parent.name[:8]}-{file.name}")
     tables = run.store / "tables" / run.folder.parent.name
     if tables.is_dir():
         shutil.copytree(tables, copy / "store" / "tables" / tables.name, symlinks=True)

@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import hmac
 import io
 import json
 import re
-import secrets
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -20,24 +17,13 @@ from typing import Any
 import polars as pl
 
 from .traces import find_traces, forms_of, holds
+from ..core.crypto import pseudonym
 from ..core.errors import InputError, IntegrityError
 from ..core.store import digest, read_frame, write_frame, write_whole
 
 # %% auto #0
-__all__ = ['TOMBSTONE', 'DONE_SCHEMA', 'pseudonym', 'pick_subject', 'rows_of', 'can_be_sought', 'rows_left', 'erase_frame',
-           'erase_json', 'erase_text', 'erase_folder', 'affected_models', 'certify']
-
-# %% ../../nbs/lib/comply/04_erasure.ipynb #c2b85f47
-def pseudonym(
-    store: Path,     # outputs/store
-    value: str,      # the subject
-) -> str:            # 16 hex digits
-    "The subject's name in certificates and the audit trail: a keyed hash."
-    file = store / "keys" / "pseudonym.key"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(file, secrets.token_hex(32), 0o600)
-    return hmac.new(bytes.fromhex(file.read_text().strip()), value.encode(), hashlib.sha256).hexdigest()[:16]
+__all__ = ['TOMBSTONE', 'DONE_SCHEMA', 'pick_subject', 'rows_of', 'can_be_sought', 'rows_left', 'erase_frame', 'erase_json',
+           'erase_text', 'erase_folder', 'affected_models', 'certify']
 
 # %% ../../nbs/lib/comply/04_erasure.ipynb #044919a0
 def pick_subject(

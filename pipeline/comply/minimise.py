@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .pii import find_pii
-from ..core.metrics import metric_or_none
+from ..core.intervals import score_difference
+from ..core.metrics import BETTER, metric_or_none
 from ..core.run import Estimate
-from ..monitor.retraining import gain
+from ..data.personal import find_personal
 
 # %% auto #0
-__all__ = ['PROXY', 'GROUPS', 'MOST_ROWS', 'MOST_VALUES', 'COLUMN_SCHEMA', 'TOLERATED', 'proxy_auc', 'find_proxies',
-           'singles_out', 'judge_columns', 'spare_inputs', 'without_inputs', 'cost_of_fewer']
+__all__ = ['PROXY', 'GROUPS', 'MOST_ROWS', 'MOST_VALUES', 'COLUMN_SCHEMA', 'proxy_auc', 'find_proxies', 'singles_out',
+           'judge_columns', 'spare_inputs', 'fewer_and_fewer', 'without_inputs', 'cost_of_fewer']
 
 # %% ../../nbs/lib/comply/02_minimise.ipynb #f42f7c3e
 PROXY = 0.9         # an AUC above this is a proxy
@@ -98,7 +98,7 @@ def judge_columns(
 ) -> pl.DataFrame:                      # COLUMN_SCHEMA
     "Every stored column with its need, its tie to a person, and what is proposed."
     need = {r["column"]: r for r in importance.to_dicts()} if importance is not None and "column" in importance.columns else {}
-    seen = find_pii(train)
+    seen = find_personal(train)
     given_away = dict(proxies.filter(pl.col("auc") > PROXY).unique("column", keep="first", maintain_order=True).select("column", "gives_away").iter_rows())
     rows = []
     for told in contract["columns"]:
@@ -130,14 +130,22 @@ def _propose(role: str, needed: str, ties: list[str]) -> str:
     return "keep for requests and checks, not as an input" if ties else "keep"
 
 # %% ../../nbs/lib/comply/02_minimise.ipynb #299e5e64
-TOLERATED = 0.01    # share of the loss that fewer inputs may cost
-
-
 def spare_inputs(
     columns: pl.DataFrame,     # from `judge_columns`
-) -> list[str]:
+) -> list[str]:                # the least needed first
     "Inputs without a measurable need alone."
-    return columns.filter(pl.col("proposal").str.starts_with("try without"))["column"].to_list()
+    return columns.filter(pl.col("proposal").str.starts_with("try without")).sort("need", "column", nulls_last=False)["column"].to_list()
+
+
+def fewer_and_fewer(
+    spare: list[str],          # the least needed first
+    most: int = 5,             # sets at most
+) -> list[list[str]]:          # the largest first, each half of the one before
+    "Which inputs to leave out together."
+    sets = [spare]
+    while len(sets[-1]) > 1 and len(sets) < most:
+        sets.append(sets[-1][: len(sets[-1]) // 2])
+    return [s for s in sets if s]
 
 
 def without_inputs(
@@ -150,10 +158,12 @@ def without_inputs(
 
 
 def cost_of_fewer(
-    compared: pl.DataFrame,    # day, all, fewer: losses on the same rows
+    compared: pl.DataFrame,            # day, y, answers with all inputs, answers with fewer (fewer_…)
+    metric: str = "roc_auc",           # the main metric
+    classes: list[str] | None = None,  # names in order; None: numbers
     seed: int = 0,
-) -> Estimate:                 # share of the loss; negative: fewer inputs lose less
-    "What leaving the spare inputs out costs, as a share of the loss, drawn by whole days."
-    lost, scale = gain(compared, "all", against="fewer", seed=seed), float(compared["all"].mean() or 1.0)  # type: ignore[arg-type]
-    low, high = (None if end is None else end / scale for end in (lost.low, lost.high))
-    return Estimate(lost.value / scale, low, high, lost.n)
+    **using: Any,                      # recall, costs
+) -> Estimate | None:                  # in the metric's unit; negative: fewer inputs are better. None: not defined on these rows
+    "What leaving inputs out costs in the main metric, drawn by whole days where there are days."
+    unit = "day" if compared["day"].null_count() == 0 and compared["day"].n_unique() >= 10 else None
+    return score_difference(compared, metric, "fewer_", classes, unit, draws=200, seed=seed, swap=BETTER[metric] == "lower", **using)

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import IntegrityError
-from .store import digest_bytes, disk_errors, write_whole
+from .store import digest_bytes, disk_errors, locked, write_whole
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -35,7 +32,7 @@ def signing_key(
 
     folder = store / "keys"
     file = folder / f"{name}.pem"
-    with disk_errors("making the signing key"), _locked(store / "keys.lock"):
+    with disk_errors("making the signing key"), locked(store / "keys.lock"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not file.exists():
             key = Ed25519PrivateKey.generate()
@@ -76,17 +73,6 @@ def check_signature(store: Path, content: bytes, signature: str, name: str = "au
     return True
 
 # %% ../../nbs/lib/core/04_audit.ipynb #18f9c7aa
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _canonical(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
 
@@ -104,7 +90,7 @@ def append(
     "Chain, sign and write one entry; flushed before it returns."
     log = store / "audit.jsonl"
     key = signing_key(store)
-    with disk_errors("writing the audit trail"), _locked(store / "audit.lock"):
+    with disk_errors("writing the audit trail"), locked(store / "audit.lock"):
         last = _last_entry(log)
         entry: dict[str, Any] = {
             "seq": last["seq"] + 1 if last else 1,

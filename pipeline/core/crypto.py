@@ -6,37 +6,21 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import IntegrityError
-from .store import disk_errors, write_whole
+from .store import disk_errors, locked, write_whole
 
 # %% auto #0
-__all__ = ['SEALED', 'locked', 'pseudonym_key', 'pseudonym', 'named', 'seal', 'unseal', 'token', 'subject_keys', 'keys_by_token',
+__all__ = ['SEALED', 'pseudonym_key', 'pseudonym', 'named', 'seal', 'unseal', 'token', 'subject_keys', 'keys_by_token',
            'forgotten', 'are_forgotten', 'erase_key']
 
 # %% ../../nbs/lib/core/11_crypto.ipynb #81cb0974
-@contextmanager
-def locked(
-    file: Path,    # made where it is missing
-) -> Iterator[None]:
-    "Hold a file's lock against other processes."
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def pseudonym_key(
     store: Path,    # outputs/store
 ) -> bytes:         # 32 bytes

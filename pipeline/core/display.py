@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['MISSING', 'STYLE', 'INK', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number', 'limit_of', 'readable',
-           'Html', 'svg_style', 'data_uri', 'interval_bar', 'interval_text', 'badge', 'table', 'region', 'facts',
-           'note', 'stack', 'part', 'headline', 'estimates', 'verdict']
+__all__ = ['MISSING', 'STYLE', 'INK', 'LEAST_CELL', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number',
+           'limit_of', 'readable', 'Html', 'svg_style', 'data_uri', 'interval_bar', 'interval_text', 'badge', 'table',
+           'region', 'facts', 'note', 'stack', 'part', 'headline', 'estimates', 'verdict']
 
 # %% ../../nbs/lib/core/07_display.ipynb #05af3c84
 def clean(
@@ -239,6 +239,7 @@ def interval_text(value: Any, low: Any = None, high: Any = None, limit: Any = No
     return text + (f", limit {number(limit, spec, unit)}" if _is_number(limit) else "")
 
 # %% ../../nbs/lib/core/07_display.ipynb #be788e01
+LEAST_CELL = 10    # a group of fewer is never shown (comply.least_cell)
 VERDICTS = {"go": "✓", "no-go": "✕", "inconclusive": "?", "not applicable": "–"}
 
 
@@ -258,24 +259,25 @@ def table(
     formats: Mapping[str, str] | None = None,            # column -> format spec such as ".1%"
     units: Mapping[str, str] | None = None,              # column -> unit, shown in its header
     rows: int = 25,                                      # most rows shown
-    small: tuple[str, int] | None = None,                # (count column, k): hide numbers of rows counting under k
+    small: tuple[str, int] | None = None,                # (count column, k): as `counts` and `least`
+    counts: str | None = None,                           # the column that counts what a row stands for: rows, people
+    least: int = LEAST_CELL,                             # fewer are never shown
 ) -> Html:
-    "A table for people. Says how many rows it leaves out; hides the numbers of cells too small to publish."
+    "A table for people. Says how many rows it leaves out; hides the cells that are too small to publish."
     import polars as pl
 
     frame = frame if isinstance(frame, pl.DataFrame) else _frame_of(frame)
-    if small and small[0] not in frame.columns:
-        near = suggest(small[0], frame.columns)
-        raise InputError(f"table {caption!r}: small counts the column {small[0]!r}, which is not there{near}")
+    counts, least = small or (counts, least)
+    if counts is not None and counts not in frame.columns:
+        raise InputError(f"table {caption!r}: rows are counted by the column {counts!r}, which is not there{suggest(counts, frame.columns)}")
     shown = frame.head(rows)
     columns = [_column(shown[name], (formats or {}).get(name, "")) for name in frame.columns]
-    if small:
-        _hide_small(shown, columns, *small)
+    hidden = 0 if counts is None else _hide_small(shown, frame, columns, counts, least)
     head = "".join(_header(n, c, (units or {}).get(n, "")) for n, c in zip(frame.columns, columns))
     body = "".join(f"<tr>{_row(columns, i)}</tr>" for i in range(shown.height))
     more = [f"first {rows:,} of {frame.height:,} rows"] if frame.height > rows else [] if frame.height else ["no rows"]
-    if small and any(c.hidden for c in columns):
-        more.append(f"numbers from fewer than {small[1]} rows are not shown")
+    if hidden:
+        more.append(f"numbers from fewer than {least} rows are not shown")
     return Html(
         f'<div class="ph">{region(caption, f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>")}'
         + (f'<p class="ph-more">{"; ".join(more)}</p>' if more else "") + "</div>",
@@ -298,7 +300,6 @@ class _Column:
     cells: list[str]
     numeric: bool
     rowhead: bool
-    hidden: bool = False
     width: str = "short"
 
 
@@ -366,14 +367,19 @@ def text_of(value: Any) -> str:
     return clean(value)
 
 
-def _hide_small(frame: pl.DataFrame, columns: list[_Column], count: str, least: int) -> None:
-    for i, n in enumerate(frame[count].to_list()):
-        if n is None or n >= least:
-            continue
-        for name, column in zip(frame.columns, columns):
-            if column.numeric:
-                column.cells[i] = f"&lt;&#8239;{least}" if name == count else MISSING
-                column.hidden = True
+def _hide_small(shown: pl.DataFrame, frame: pl.DataFrame, columns: list[_Column], counts: str, least: int) -> int:
+    "Hide every number of a row that counts too few, and the count from which a single hidden one could be subtracted; returns how many rows."
+    every = [n for n in frame[counts].to_list() if n is not None and n == n]
+    few = [i for i, n in enumerate(shown[counts].to_list()) if n is not None and n < least]
+    at = frame.columns.index(counts)
+    for i in few:
+        for k, column in enumerate(columns):
+            if column.numeric or k > at and any(c.isdigit() for c in column.cells[i]) and "ph-word" not in column.cells[i]:
+                column.cells[i] = f"&lt;&#8239;{least}" if k == at else MISSING
+    if sum(n < least for n in every) == 1 and len(every) == frame.height > 1:
+        second = min(n for n in every if n >= least)
+        columns[at].cells = [f"≥&#8239;{least}" if n == second else cell for n, cell in zip(shown[counts].to_list(), columns[at].cells)]
+    return len(few)
 
 
 def _header(name: str, column: _Column, unit: str) -> str:

@@ -103,6 +103,8 @@ class Source(Section):
             raise ValueError("a source of kind package needs `package` and `member`")
         if self.kind in ("sql", "url") and not self.url:
             raise ValueError(f"a source of kind {self.kind} needs `url`")
+        if self.url and re.search(r"://[^/@]*:[^/@]+@", re.sub(r"\{env:\w+\}", "", self.url)):
+            raise ValueError("a password in `url` is written {env:NAME}, never itself")
         if self.kind == "sql" and (self.query is None) == (self.table is None):
             raise ValueError("a source of kind sql needs exactly one of `query` and `table`")
         if self.kind not in ("package", "sql", "url") and not self.path:
@@ -136,7 +138,7 @@ class Split(Section):
 class Waiver(Section):
     "A finding that a person answers for."
 
-    check: str
+    check: str = Field(description="leak, twins, proxy, split, or the kind of a finding")
     column: str
     reason: str = Field(min_length=10)
 
@@ -162,10 +164,19 @@ class DataSection(Section):
     features: list[str] = Field([], description="feature functions of the module that `prepare` names")
     target_distribution: dict[str, dict[str, NotNegative]] = Field({}, description="column, or columns joined by *, -> value -> share in production")
     price_per_row: NotNegative = Field(0.0, description="money that one more row costs")
+    damage: list[Share] = Field([0.05, 0.1, 0.2], description="shares of damage to the data whose cost is measured; [] for none")
     weigh: bool = Field(False, description="measure what each source adds, by leaving it out")
     synthetic: Synthetic = Synthetic()
     split: Split = Split()
     waive: list[Waiver] = []
+
+    @model_validator(mode="after")
+    def _moments_are_known(self) -> DataSection:
+        said = {"decided_at": self.decided_at, **{f"columns.{name}.known_at": column.known_at for name, column in self.columns.items()}}
+        for key, moment in said.items():
+            if self.moments and moment and moment not in self.moments:
+                raise ValueError(f"{key} says '{moment}', which data.moments does not name{suggest(moment, self.moments)}")
+        return self
 
 
 class LabelSection(Section):
@@ -400,11 +411,15 @@ def _scalar(node: yaml.ScalarNode, file: str, line: int) -> Any:
     if _FLOAT.fullmatch(text):
         return float(text)
     if _DATE.fullmatch(text):
-        try:
-            return dt.date.fromisoformat(text)
-        except ValueError as error:
-            raise InputError(f"{file}:{line}: {text} is no date; write YYYY-MM-DD") from error
+        return _date(text, file, line)
     return text
+
+
+def _date(text: str, file: str, line: int) -> dt.date:
+    try:
+        return dt.date.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(f"{file}:{line}: {text} is no date; write YYYY-MM-DD") from error
 
 # %% ../../nbs/lib/core/02_problem.ipynb #f030bdd0
 def load_problem(
@@ -416,7 +431,7 @@ def load_problem(
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        near = suggest(path.name, [p.name for p in path.parent.glob("*.yml")] if path.parent.is_dir() else [])
+        near = suggest(path.name, [p.name for p in path.parent.glob("*.yml") if not p.name.endswith(".contract.yml")] if path.parent.is_dir() else [])
         raise InputError(f"no problem file {path}{near or '; write one with `pilothouse new`'}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"problem file {path} cannot be read as UTF-8 text: {error}; check the path and its encoding") from error
@@ -449,6 +464,8 @@ def _override(values: dict[str, Any], dotted: str, value: Any) -> None:
         here = here.setdefault(key, {})
         if not isinstance(here, dict):
             raise InputError(f"--set {dotted}: '{key}' is no section; name a key as section.key")
+    if isinstance(value, str) and _DATE.fullmatch(value):   # as JSON carries a date
+        value = _date(value, "--set", 1)
     here[last] = value
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/core/03_store.ipynb #540bdf7b
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['SUFFIX', 'digest_bytes', 'digest_file', 'digest', 'disk_errors', 'sync_path', 'write_whole', 'swap_folder', 'to_json',
-           'Artifact', 'write_artifact', 'read_artifact', 'kind_of', 'write_frame', 'read_frame']
+__all__ = ['SUFFIX', 'digest_bytes', 'digest_file', 'digest', 'disk_errors', 'sync_path', 'locked', 'write_whole', 'swap_folder',
+           'to_json', 'Artifact', 'write_artifact', 'read_artifact', 'kind_of', 'write_frame', 'read_frame']
 
 # %% ../../nbs/lib/core/03_store.ipynb #3cf1ccf1
 def digest_bytes(content: bytes) -> str:
@@ -69,6 +70,20 @@ def sync_path(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(
+    file: Path,    # made where it is missing
+) -> Iterator[None]:
+    "Hold a file's lock against other processes."
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(handle)
 

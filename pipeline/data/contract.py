@@ -14,15 +14,18 @@ import polars as pl
 
 from ..core.errors import InputError, suggest
 from ..core.problem import Column, Problem, Task
+from .features import Feature
+from .names import difference, looks, nearest, twins
 from .targets import Target, check_target, class_names
+from .terms import Agreement, Term, keep_terms, refuse_breaches, refuse_changed
 from .types import Kind, clashing, typed
 
 # %% auto #0
-__all__ = ['Role', 'MOST_LEVELS', 'ID_WORDS', 'Rule', 'Contract', 'read_as_declared', 'target_of', 'target_in', 'looks_like_id',
-           'learn', 'enforce', 'target_values', 'hold']
+__all__ = ['Role', 'MOST_LEVELS', 'ID_WORDS', 'Rule', 'Contract', 'read_as_declared', 'told', 'target_of', 'target_in',
+           'looks_like_id', 'known_late', 'learn', 'enforce', 'target_values', 'hold']
 
 # %% ../../nbs/lib/data/05_contract.ipynb #b77d2617
-Role = Literal["feature", "target", "time", "group", "subject", "cohort"]
+Role = Literal["feature", "target", "time", "group", "subject", "cohort", "input"]   # input: only made columns need it
 MOST_LEVELS = 1000   # more levels are counted, not listed
 
 
@@ -42,6 +45,11 @@ class Rule:
     known_at: str | None = None
     pii: bool = False
     why: str = ""
+    unique: bool = False            # a value of its own in each row
+    unit: str | None = None         # of numbers: minutes, EUR, km
+    derived: str | None = None      # the feature function that makes it from other columns
+    pii_kind: str | None = None     # e-mail, phone, name: what it tells of a person
+    agreed: dict[str, Any] | None = None   # what people ask of a value (nullable, unique, min, max, levels); None: they said nothing
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Contract:
     columns: list[Rule]
     left_out: list[dict[str, str]] = field(default_factory=list)   # name, role, why
     cohorts: list[str] = field(default_factory=list)
+    agreed: str | None = None       # the file in which people changed it
 
     @property
     def features(self) -> list[str]:
@@ -76,13 +85,27 @@ class Contract:
                 return rule
         raise InputError(f"the contract has no column '{name}'{suggest(name, [rule.name for rule in self.columns][:50])}")
 
+    def amended(
+        self,
+        changes: Mapping[str, Mapping[str, Any]],    # column -> fields of its rule
+    ) -> Contract:
+        "The same contract with some rules changed; raises `InputError` for a column that it has not."
+        found = {name: replace(self.rule(name), **values) for name, values in changes.items()}
+        return replace(self, columns=[found.get(rule.name, rule) for rule in self.columns])
+
+    @property
+    def limits(self) -> dict[str, dict[str, Any]]:
+        "What people ask of values, by column; of personal ones, which are pseudonyms by now, only whether they are there and differ."
+        kept = {rule.name: {k: v for k, v in (rule.agreed or {}).items() if not rule.pii or k in ("nullable", "unique")} for rule in self.columns}
+        return {name: asked for name, asked in kept.items() if asked}
+
     def to_dict(self) -> dict[str, Any]:
         "As JSON holds it."
         return {**asdict(self), "features": self.features}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Contract:
-        "From what `to_dict` gave."
+        "From what `to_dict` gave, now or in an older version."
         plain = {key: value for key, value in values.items() if key not in ("features", "columns")}
         return cls(**plain, columns=[Rule(**rule) for rule in values["columns"]])
 
@@ -90,32 +113,71 @@ class Contract:
 def read_as_declared(
     table: pl.DataFrame,    # as the sources gave it
     problem: Problem,
+    agreement: Agreement | None = None,    # what people agreed on
 ) -> tuple[pl.DataFrame, dict[str, tuple[Kind, str]], dict[str, str]]:   # converted, with __row; column -> kind, why; column -> why unusable
-    "Number the rows and convert every column; raises `InputError` for a name that does not exist."
+    "Number the rows and convert every column; raises `InputError` for a name that does not exist and for a broken agreement."
     names = table.columns
-    given = set(names)
+    _refuse_twins(names)
+    if agreement:
+        refuse_changed(names, agreement)
+    declared = told(problem, agreement)
+    given = {*names, *(made.rpartition(".")[2] for made in problem.data.features)}
     asked = {
         "problem.target": problem.problem.target, "data.time": problem.data.time, "data.group": problem.data.group,
         "comply.subject": problem.comply.subject, "rollout.subject": problem.rollout.subject,
         **{f"evaluate.cohorts[{i}]": name for i, name in enumerate(problem.evaluate.cohorts)},
-        **{f"data.columns.{name}": name for name in problem.data.columns},
+        **{f"data.columns.{name}": name for name in problem.data.columns if not (agreement and name in agreement.terms)},
         **{f"comply.forbidden[{i}]": name for i, name in enumerate(problem.comply.forbidden)},
     }
     for key, name in asked.items():
         if name is not None and name not in given:
-            raise InputError(f"{key} names column '{name}', which the table does not have{suggest(name, names[:200])}")
+            raise InputError(f"{key} names column '{name}', which the table does not have{_meant(name, names)}")
     target = problem.problem.target
-    kinds: dict[str, Kind] = {name: column.type for name, column in problem.data.columns.items() if column.type}
+    kinds: dict[str, Kind] = {name: column.type for name, column in declared.items() if column.type}
     if problem.data.group:
         kinds.setdefault(problem.data.group, "category")
     others = [name for name in names if name != target]
     if not others:
         raise InputError(f"the table has no column beside the target '{target}'; nothing to learn from")
+    if agreement:
+        keep_terms(table, agreement)
     frame, found, unusable = typed(table.select(others), kinds)
     time = problem.data.time
     if time and found.get(time, ("", ""))[0] not in ("date", "number"):
         raise InputError(f"data.time names column '{time}', which holds neither dates nor numbers (e.g. {table[time].drop_nulls()[:1].to_list()}); name another or mend it")
     return frame.with_columns(table[target]).with_row_index("__row").with_columns(pl.col("__row").cast(pl.Int64)), found, unusable
+
+
+def told(
+    problem: Problem,
+    agreement: Agreement | None,
+) -> dict[str, Column]:
+    "What people say of each column, in the problem file and in the agreement; raises `InputError` where the two contradict each other."
+    said = dict(problem.data.columns)
+    for name, term in (agreement.terms if agreement else {}).items():
+        column = said.get(name, Column())
+        role: Any = term.role if term.role in ("outcome", "id", "drop") else "feature"
+        file = agreement.file if agreement else ""
+        for key, here, there in (("role", role, column.role), ("type", term.type, column.type), ("known_at", term.known_at, column.known_at)):
+            if name in problem.data.columns and here and there and here != there:
+                raise InputError(f"{file} says {key}: {here} of column '{name}', and data.columns of the problem file says {there}; let both say the same")
+        said[name] = Column(role=role, type=term.type or column.type, known_at=term.known_at or column.known_at, pii=term.pii or column.pii,
+                            forbidden=term.forbidden or column.forbidden, why=term.why or column.why)
+    return said
+
+# %% ../../nbs/lib/data/05_contract.ipynb #7750547b
+def _refuse_twins(names: Sequence[str]) -> None:
+    if pairs := twins(names):
+        one, other = pairs[0]
+        where = [names.index(name) + 1 for name in pairs[0]]
+        raise InputError(f"columns {where[0]} and {where[1]} are both called '{looks(one)}' as far as a reader can see, and differ by {difference(one, other)}; rename one")
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    near = nearest(name, [n for n in names if not n.startswith("__")][:2000])
+    if near is None:
+        return suggest(name, [n for n in names if not n.startswith("__")][:200])
+    return f"; '{near}' looks the same and differs by {difference(name, near)}" if looks(near) == looks(name) else f"; did you mean '{near}'?"
 
 # %% ../../nbs/lib/data/05_contract.ipynb #e937b772
 def target_of(
@@ -158,10 +220,26 @@ def looks_like_id(
     return None
 
 # %% ../../nbs/lib/data/05_contract.ipynb #6b94a62a
-def _fate(values: pl.Series, kind: Kind, declared: Column | None, forbidden: bool) -> tuple[str, str] | None:
+def known_late(
+    problem: Problem,
+    declared: Mapping[str, Column],    # of `told`
+) -> set[str]:                         # columns
+    "Columns known only after the decision; raises `InputError` for a moment that data.moments does not have."
+    moments, decided = list(problem.data.moments), problem.data.decided_at
+    if not moments:
+        return set()
+    for name, moment in [("data.decided_at", decided), *((f"known_at of column '{n}'", c.known_at) for n, c in declared.items())]:
+        if moment is not None and moment not in moments:
+            raise InputError(f"{name} is '{moment}', which data.moments does not have{suggest(moment, moments)}")
+    if decided is None:
+        raise InputError(f"data.moments is given and data.decided_at is not; say at which of them the answer is asked: {', '.join(moments)}")
+    return {name for name, column in declared.items() if column.known_at and moments.index(column.known_at) > moments.index(decided)}
+
+# %% ../../nbs/lib/data/05_contract.ipynb #93467d29
+def _fate(values: pl.Series, kind: Kind, declared: Column | None, forbidden: bool, late: bool = False) -> tuple[str, str] | None:
     "The role and reason for which a column is left out, or None."
-    if declared is not None and declared.role != "feature":
-        return declared.role, declared.why or (f"known only at {declared.known_at}" if declared.known_at else "declared")
+    if declared is not None and (late or declared.role != "feature"):
+        return declared.role if declared.role != "feature" else "outcome", declared.why or (f"known only at {declared.known_at}" if declared.known_at else "declared")
     if forbidden:
         return "forbidden", (declared.why if declared else None) or "may not be used"
     if values.null_count() == len(values):
@@ -179,9 +257,13 @@ def learn(
     target: Target,
     problem: Problem,
     unusable: dict[str, str] | None = None,       # of `read_as_declared`
+    made: Sequence[Feature] = (),                 # of `make_features`: the functions behind made columns
+    agreement: Agreement | None = None,           # what people agreed on
 ) -> Contract:
     "The contract of a problem's table; raises `InputError` where no feature is left."
-    declared = problem.data.columns
+    declared = told(problem, agreement)
+    terms = agreement.terms if agreement else {}
+    late = known_late(problem, declared)
     subject = problem.comply.subject or problem.rollout.subject
     roles: dict[str, Role] = {}
     cohorts = list(problem.evaluate.cohorts)
@@ -192,20 +274,29 @@ def learn(
     forbidden = {*problem.comply.forbidden, *(name for name, column in declared.items() if column.forbidden)}
     pii = {*problem.comply.pii, *(name for name, column in declared.items() if column.pii), *([subject] if subject else [])}
     rules, left_out = [], [{"name": name, "role": "unusable", "why": why} for name, why in (unusable or {}).items()]
+    fates = {name: None if name in roles else _fate(train[name], kind, declared.get(name), name in forbidden, name in late) for name, (kind, _) in kinds.items()}
+    sources = {one.name: one for one in made if not fates[one.name]}
+    needed = {name for one in sources.values() for name in one.needs}
     for name, (kind, why) in kinds.items():
-        column = declared.get(name)
-        fate = None if name in roles else _fate(train[name], kind, column, name in forbidden)
+        column, fate = declared.get(name), fates[name]
+        if fate and name in needed and fate[0] in ("outcome", "forbidden"):
+            raise InputError(f"a feature needs column '{name}', which no model may learn from ({fate[0]}: {fate[1]}); make it from another")
+        if fate and name in needed and name not in cohorts:
+            rules.append(_agreed(_rule(train[name], kind, "input", column, name in pii, f"for made columns only ({fate[0]}: {fate[1]})"), terms.get(name)))
+            continue
         if fate and name not in cohorts:
             left_out.append({"name": name, "role": fate[0], "why": fate[1]})
             continue
         role: Role = roles.get(name, "cohort" if fate else "feature")
-        rules.append(_rule(train[name], kind, role, column, name in pii, f"{fate[0]}: {fate[1]}" if fate else why))
+        rule = _agreed(_rule(train[name], kind, role, column, name in pii, f"{fate[0]}: {fate[1]}" if fate else why), terms.get(name))
+        one = sources.get(name)
+        rules.append(replace(rule, derived=one.source, known_at=rule.known_at or one.known_at) if one else rule)
     if not any(rule.role == "feature" for rule in rules):
         raise InputError(f"no feature is left: {len(left_out)} columns were left out ({_reasons(left_out)}); declare one under data.columns with role: feature")
-    rules.append(_target_rule(target))
+    rules.append(_agreed(_target_rule(target), terms.get(target.values.name)))
     return Contract(
         target=target.values.name, task=target.task, classes=list(target.classes), positive=target.positive, time=problem.data.time,
-        group=problem.data.group, subject=subject, columns=rules, left_out=left_out, cohorts=cohorts,
+        group=problem.data.group, subject=subject, columns=rules, left_out=left_out, cohorts=cohorts, agreed=agreement.file if agreement else None,
     )
 
 # %% ../../nbs/lib/data/05_contract.ipynb #0e37a056
@@ -220,6 +311,12 @@ def _rule(values: pl.Series, kind: Kind, role: Role, declared: Column | None, pi
         name=values.name, type=kind, dtype=_dtype(values), role=role, nullable=values.null_count() > 0, min=low, max=high, levels=levels,  # type: ignore[arg-type]
         n_levels=n_levels, known_at=declared.known_at if declared else None, pii=pii, why=(declared.why if declared else None) or why,
     )
+
+
+def _agreed(rule: Rule, term: Term | None) -> Rule:
+    if term is None:
+        return rule
+    return replace(rule, agreed=term.limits, unique=bool(term.unique), unit=term.unit, pii_kind=term.pii_kind)
 
 
 def _target_rule(target: Target) -> Rule:
@@ -251,10 +348,13 @@ def enforce(
     unknown = sorted(set(frame.columns) - set(known) - set(meta))
     if unknown and extra == "refuse":
         expected = {row["name"]: f"; it is left out: {row['why']}" for row in agreed.left_out}
-        raise InputError(f"column '{unknown[0]}' is not in the contract{expected.get(unknown[0], '') or suggest(unknown[0], known)}; {len(unknown)} such: drop them")
+        raise InputError(f"column '{unknown[0]}' is not in the contract{expected.get(unknown[0], '') or _meant(unknown[0], known)}; {len(unknown)} such: drop them")
     given = {values.name: values for values in frame.iter_columns()}
     columns = [_enforced(given[rule.name], rule, agreed) for rule in agreed.columns if rule.name in given]
-    return pl.DataFrame(columns).with_columns(frame.select(meta)) if meta else pl.DataFrame(columns)
+    held = pl.DataFrame(columns).with_columns(frame.select(meta)) if meta else pl.DataFrame(columns)
+    if agreed.limits:
+        refuse_breaches(held, agreed.limits, agreed.private, agreed.agreed or "the contract")
+    return held
 
 # %% ../../nbs/lib/data/05_contract.ipynb #cf02538a
 def _refuse_missing(names: Sequence[str], contract: Contract) -> None:
@@ -262,7 +362,7 @@ def _refuse_missing(names: Sequence[str], contract: Contract) -> None:
     missing = [name for name in contract.features if name not in given]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"column '{missing[0]}' is missing{more}{suggest(missing[0], [n for n in names if not n.startswith('__')][:200])}; the contract asks for {len(contract.features)} features")
+        raise InputError(f"column '{missing[0]}' is missing{more}{_meant(missing[0], names)}; the contract asks for {len(contract.features)} features")
 
 
 def _enforced(values: pl.Series, rule: Rule, contract: Contract) -> pl.Series:

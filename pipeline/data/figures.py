@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.display import bars, facts, histogram, lines, note, stack, table
+from ..core.display import LEAST_CELL, bars, facts, histogram, lines, note, number, stack, table
 from .contract import Contract
 from .gaps import declared_gaps, later_gaps
 from .leaks import control
 from .measures import share_of
 from .splits import Parts
 from .targets import Target
+from .terms import say_limits
 
 # %% auto #0
 __all__ = ['target_over_time', 'show_target', 'show_findings', 'show_contract', 'show_leaks', 'find_gaps', 'keep_gaps',
@@ -94,8 +95,9 @@ def show_contract(
     rows = pl.DataFrame([{
         "column": rule.name, "type": rule.type, "role": rule.role, "missing": "may be missing" if rule.nullable else "always there",
         "range": _range(rule.min, rule.max, rule.n_levels), "known at": rule.known_at or "",
+        "agreed": say_limits(rule.agreed or {}),
     } for rule in contract.columns])
-    rows = rows.drop("known at") if (rows["known at"] == "").all() else rows
+    rows = rows.drop(name for name in ("known at", "agreed") if (rows[name] == "").all())
     kept_out = pl.DataFrame(contract.left_out, schema={"name": pl.String, "role": pl.String, "why": pl.String})
     return stack(
         table(rows, f"The contract: {len(contract.features)} features, and what else a row carries", rows=40),
@@ -127,10 +129,11 @@ def find_gaps(
     parts: Parts,
     contract: Contract,
     declared: Mapping[str, Mapping[str, float]],    # data.target_distribution
+    price: float = 0.0,                             # data.price_per_row
 ) -> pl.DataFrame | None:                           # None where there is nothing to compare with
     "The gap map of a problem; of later rows only features are looked at."
     if declared:
-        return declared_gaps(parts.train, declared)
+        return declared_gaps(parts.train, declared, price)
     if not parts.ordered:
         return None
     later = parts.holdout if parts.production is None or parts.production.is_empty() else parts.production
@@ -146,11 +149,24 @@ def keep_gaps(
         return note("Not applicable: the problem file declares no target distribution, and rows have no time by which some came later.")
     save("data/gaps", gaps)
     if "stratum" in gaps.columns:
-        return table(gaps, "The sample against the declared distribution, widest gap first", formats={"share": ".1%", "wanted": ".1%", "gap": "+.1%", "p": ".2g"})
+        return table(_readable(gaps), f"The {gaps.height} declared strata in the sample, widest gap first: rows they lack, together for each column",
+                     formats={"share": ".1%", "wanted": ".1%", "gap": "+.1%", "p": ".2g", "cost": ",.0f"}, rows=15, counts="rows")
     worst = gaps.head(12)
     moved = gaps.filter(pl.col("finding") != "").height
     message = f"'{worst['column'][0]}' moved most between training and later rows; {moved} of {gaps.height} features moved noticeably" if moved else f"None of {gaps.height} features moved noticeably between training and later rows"
     return bars(worst, "column", "psi", message, xlabel="population stability index", ylabel="feature", limit=0.25, horizontal=True)
+
+# %% ../../nbs/lib/data/12_figures.ipynb #180305ee
+def _readable(gaps: pl.DataFrame) -> pl.DataFrame:
+    "What is to be done before what was counted. Where few rows were, those to add are rounded up to tens, so that they do not give the count away."
+    tens = pl.when((pl.col("rows") < LEAST_CELL) & (pl.col("extra_rows") > 0)).then((pl.col("extra_rows") / 10).ceil() * 10).otherwise(pl.col("extra_rows")).cast(pl.Int64)
+    gaps = gaps.with_columns(cost=(pl.col("cost") / pl.col("extra_rows") * tens).fill_nan(0.0), extra_rows=tens)
+    gaps = gaps if gaps["cost"].sum() > 0 else gaps.drop("cost")
+    if (gaps["rows"] < LEAST_CELL).any():   # as text: `table` hides every number of a row that counts too few
+        told = {"wanted": ".1%", "extra_rows": ",d", "cost": ",.0f"}
+        gaps = gaps.with_columns(pl.Series(name, [number(value, told[name]) for value in gaps[name]]) for name in told if name in gaps.columns)
+    first = [name for name in ("column", "stratum", "finding", "wanted", "extra_rows", "cost") if name in gaps.columns]
+    return gaps.select(*first, pl.exclude(first))
 
 # %% ../../nbs/lib/data/12_figures.ipynb #5bccee58
 def show_version(

@@ -6,34 +6,53 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
+from ..core.errors import InputError
 from ..core.problem import Source
 from ..core.store import digest_file
-from .sources import read_table
+from .network import shown_url
+from .sources import count_table
 
 # %% auto #0
-__all__ = ['take_inventory', 'unlicensed', 'with_age']
+__all__ = ['NOT_COMMERCIAL', 'take_inventory', 'place_of', 'unlicensed', 'forbids', 'incompatible', 'with_age']
 
 # %% ../../nbs/lib/data/01_inventory.ipynb #dac4283e
 def take_inventory(
     sources: Sequence[Source],
     files: dict[str, Path],      # name of the source -> file
 ) -> pl.DataFrame:               # source, file, rows, columns, bytes, sha256, licence, owner, collected, cost, notes
-    "What each source is, from its own bytes; raises `InputError` for a file that cannot be read."
+    "What each source is, from its own bytes; raises `InputError` for a file that cannot be read, or has not the declared rows."
     rows = []
     for source in sources:
         path = files[source.name]
-        table = read_table(path)
+        height, width, notes = count_table(path)
+        if source.rows is not None and height != source.rows:
+            raise InputError(f"source '{source.name}': {path.name} has {height:,} rows, data.sources says {source.rows:,}; get the whole file, or state the new number")
         rows.append({
-            "source": source.name, "file": path.name, "rows": table.frame.height, "columns": table.frame.width, "bytes": path.stat().st_size,
+            "source": source.name, "file": path.name, "rows": height, "columns": width, "bytes": path.stat().st_size,
             "sha256": digest_file(path), "licence": source.licence, "owner": source.owner,
-            "collected": source.collected.isoformat() if source.collected else None, "cost": source.cost, "notes": "; ".join(table.notes),
+            "collected": source.collected.isoformat() if source.collected else None, "cost": source.cost, "notes": "; ".join(notes),
+            "kind": source.kind, "place": place_of(source), "origin": source.origin,
         })
     return pl.DataFrame(rows, schema_overrides={"licence": pl.String, "owner": pl.String, "collected": pl.String, "cost": pl.Float64})
+
+
+def place_of(
+    source: Source,
+) -> str:             # without secrets
+    "Where a source is, in one line for people."
+    if source.url:
+        what = f", table {source.table}" if source.table else ", a query" if source.query else ""
+        return shown_url(source.url) + what
+    parts = [f"package {source.package}" if source.kind == "package" else Path(str(source.path)).name, source.member,
+             f"sheet {source.sheet}" if source.sheet else None, f"version {source.version}" if source.version is not None else None]
+    return ", ".join(part for part in parts if part)
 
 # %% ../../nbs/lib/data/01_inventory.ipynb #47f527b2
 def unlicensed(
@@ -41,6 +60,27 @@ def unlicensed(
 ) -> list[str]:             # names of sources
     "Sources whose licence nobody stated."
     return inventory.filter(pl.col("licence").fill_null("").str.strip_chars() == "")["source"].to_list()
+
+
+NOT_COMMERCIAL = re.compile(
+    r"\bnc\b|non[- ]?commercial|academic|(research|education|teaching|study|personal|private|evaluation)[a-z ]*(use|purposes?)? only|not for (commercial|resale)|only for (research|teaching)",
+    re.IGNORECASE)
+
+
+def forbids(
+    licence: str | None,                          # SPDX name or words
+    use: Literal["commercial", "research"],       # data.use
+) -> bool:
+    "Whether a licence says that this use is not allowed; CC-BY-NC-4.0 does for commercial use."
+    return use == "commercial" and bool(NOT_COMMERCIAL.search((licence or "").replace("_", " ")))
+
+
+def incompatible(
+    inventory: pl.DataFrame,
+    use: Literal["commercial", "research"] = "commercial",
+) -> list[str]:             # names of sources
+    "Sources whose licence forbids the use."
+    return [row["source"] for row in inventory.iter_rows(named=True) if forbids(row["licence"], use)]
 
 
 def with_age(

@@ -5,18 +5,23 @@
 # %% ../../nbs/lib/data/07_leaks.ipynb #560f4d5a
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
 import numpy as np
 import polars as pl
 
-from ..core.problem import Problem, Waiver
-from .contract import Contract
+from ..core.problem import Column, Problem, Waiver
+from .contract import Contract, looks_like_id
+from .splits import chi2_below
 from .targets import Target
 from .types import Kind
 
 # %% auto #0
-__all__ = ['MOST_BINS', 'DECIDES', 'STANDS_OUT', 'MISSES', 'MOST_ROWS', 'bin_codes', 'auc_of_bins', 'tells_class', 'tells_number',
-           'find_leaks', 'unwaived', 'control', 'roles_of', 'by_row_order']
+__all__ = ['MOST_BINS', 'FEW_VALUES', 'TOO_CLOSE', 'SMOOTHING', 'DECIDES', 'STANDS_OUT', 'MISSES', 'SAME', 'FOLLOWS', 'SORTED',
+           'MOST_ROWS', 'ROW_ORDER', 'PROXY', 'bin_codes', 'auc_of_bins', 'tells_class', 'tells_number',
+           'says_the_same', 'means_of_target', 'known_too_late', 'find_leaks', 'unwaived', 'answered_for', 'control',
+           'roles_of', 'find_proxies']
 
 # %% ../../nbs/lib/data/07_leaks.ipynb #ddfda8d5
 MOST_BINS = 1000
@@ -60,8 +65,9 @@ def tells_class(
     ordered: bool,         # do the codes have an order?
 ) -> float:                # AUC in [.5, 1]
     "How well one column alone tells a class."
-    fitted = _fit_halves(codes, y.astype(float), max(len(y) // 20, 2) if ordered else None)
-    score = auc_of_bins(np.unique(fitted, return_inverse=True)[1], y)
+    bins, side, means = _fit_halves(codes, y.astype(float), max(len(y) // 20, 2) if ordered else None)
+    ranks = np.unique(means, return_inverse=True)[1].reshape(means.shape)     # of the few means, not of the many rows
+    score = auc_of_bins(ranks[side, bins], y)
     known = codes > 0
     plain = auc_of_bins(codes[known], y[known]) if ordered and known.mean() > 0.5 else 0.5
     return max(score, plain, 1 - plain)
@@ -73,7 +79,8 @@ def tells_number(
     ordered: bool,
 ) -> float:                # in [0, 1]
     "The share of the target's variance that one column alone explains."
-    fitted = _fit_halves(codes, y, max(len(y) // 20, 2) if ordered else None)
+    bins, side, means = _fit_halves(codes, y, max(len(y) // 20, 2) if ordered else None)
+    fitted = means[side, bins]
     spread = float(((y - y.mean()) ** 2).sum()) or 1.0
     score = 1 - float(((y - fitted) ** 2).sum()) / spread
     plain = 0.0
@@ -83,22 +90,123 @@ def tells_number(
     return max(score, plain, 0.0)
 
 # %% ../../nbs/lib/data/07_leaks.ipynb #3fd87462
-def _fit_halves(codes: np.ndarray, y: np.ndarray, most: int | None) -> np.ndarray:
-    "For each row the mean target of its bin in the other half of the rows."
+def _fit_halves(codes: np.ndarray, y: np.ndarray, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "The bin of each row, its half, and for both halves the mean target of each bin in the other half."
     if most and codes.max(initial=0) > most:   # too few rows a bin: merge neighbours
         codes = np.where(codes == 0, 0, 1 + (codes - 1) * most // int(codes.max()))
     size = int(codes.max(initial=0)) + 1
-    half = np.arange(len(y)) % 2 == 0
-    fitted = np.empty(len(y))
-    for side in (half, ~half):
-        n = np.bincount(codes[side], minlength=size)
-        mean = np.bincount(codes[side], weights=y[side], minlength=size) / np.maximum(n, 1)
-        fitted[~side] = np.where(n > 0, mean, y[side].mean() if side.any() else 0.0)[codes[~side]]
-    return fitted
+    side = np.arange(len(y)) % 2
+    means = np.empty((2, size))
+    for this in (0, 1):
+        other = side != this
+        n = np.bincount(codes[other], minlength=size)
+        mean = np.bincount(codes[other], weights=y[other], minlength=size) / np.maximum(n, 1)
+        means[this] = np.where(n > 0, mean, y[other].mean() if other.any() else 0.0)
+    return codes, side, means
+
+# %% ../../nbs/lib/data/07_leaks.ipynb #4da7b053
+FEW_VALUES = 20
+
+
+def says_the_same(
+    codes: np.ndarray,     # of `bin_codes`
+    classes: np.ndarray,   # int, the class of each row
+) -> float:                # in [0, 1]; 0 where the column has many values
+    "How far a column of few values is the target under other names."
+    values = np.bincount(codes) if len(codes) else np.zeros(0)
+    if np.count_nonzero(values) > FEW_VALUES or not len(values):
+        return 0.0
+    k = int(classes.max()) + 1
+    table = np.bincount(codes * k + classes, minlength=len(values) * k).reshape(len(values), k)
+    base = table.sum(0).max() / len(classes)
+    return float((table.max(1).sum() / len(classes) - base) / max(1 - base, 1e-12))
+
+# %% ../../nbs/lib/data/07_leaks.ipynb #1d18949c
+TOO_CLOSE = 1e-6    # the chance that means of other rows come so close
+SMOOTHING = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 25.0, 30.0, 50.0, 100.0, 200.0, 300.0, 500.0)
+
+
+def means_of_target(
+    rows: pl.DataFrame,       # all labelled rows
+    column: str,              # numbers
+    y: np.ndarray,            # float, the target or 0 and 1 for one class
+    by: Sequence[str] = (),   # columns whose values it may stand for
+) -> str:                     # what it is, or ""
+    "Is this column the mean of the target over these very rows?"
+    frame = rows.select(pl.col(column).cast(pl.Float64).alias("v"), y=pl.Series(y))
+    known = frame.drop_nulls("v")
+    per_value = known.group_by("v").agg(n=pl.len(), m=pl.col("y").mean(), s=pl.col("y").var(ddof=0) * pl.len())
+    if not 2 <= per_value.height <= known.height / 2 or not _runs_along(known, per_value):
+        return ""
+    for name in by:
+        groups = frame.with_columns(c=rows[name]).filter(pl.col("v").is_not_null() & pl.col("c").is_not_null())
+        each = groups.group_by("c").agg(
+            n=pl.len(), m=pl.col("y").mean(), s=pl.col("y").var(ddof=0) * pl.len(), v=pl.col("v").first(),
+            spread=pl.col("v").max() - pl.col("v").min(), left=((pl.len() - 1) * pl.col("v") + pl.col("y")).filter(pl.len() > 1).std(ddof=0),
+            moved=pl.col("y").std(ddof=0),
+        )
+        if not 2 <= each.height <= known.height / 2:
+            continue
+        if float(each["spread"].max() or 0) < 1e-9 and _too_close(each, y):  # type: ignore[arg-type]
+            return f"the mean of the target for each '{name}', over these very rows"
+        several = each.filter((pl.col("n") > 1) & (pl.col("moved") > 0))
+        if several.height >= 3 and float((several["left"] < 1e-3 * several["moved"]).mean() or 0) > 0.95:  # type: ignore[arg-type]
+            return f"the mean of the target for each '{name}', without the row itself: the two together are the answer"
+    if _too_close(per_value, y):
+        return f"the mean of the target over the rows of each of its {per_value.height:,} values"
+    return ""
+
+# %% ../../nbs/lib/data/07_leaks.ipynb #b2c36ea8
+def _runs_along(known: pl.DataFrame, per_value: pl.DataFrame) -> bool:
+    "Worth a closer look: values where the target's mean lies, or along which it runs."
+    y, v = known["y"].to_numpy(), known["v"].to_numpy()
+    spread = float(y.std()) or 1.0
+    if y.min() <= v.min() and v.max() <= y.max() and abs(v.mean() - y.mean()) < 0.05 * spread and v.std() < spread:
+        return True
+    return _along(*(per_value[name].to_numpy().astype(float) for name in ("n", "v", "m"))) > 0.8
+
+
+def _along(n: np.ndarray, v: np.ndarray, m: np.ndarray) -> float:
+    "The share of the means' variance that the values explain, in a straight line."
+    off_v, off_m = v - np.average(v, weights=n), m - np.average(m, weights=n)
+    spread = float((n * off_v**2).sum() * (n * off_m**2).sum())
+    return float((n * off_v * off_m).sum() ** 2 / spread) if spread > 0 else 0.0
+
+
+def _too_close(groups: pl.DataFrame, y: np.ndarray) -> bool:
+    "Do values fit the means of their rows closer than the truth could?"
+    n, v, m = (groups[name].to_numpy().astype(float) for name in ("n", "v", "m"))
+    freedom = len(n) - 1
+    within = float(groups["s"].sum()) / max(n.sum() - len(n), 1) or float(y.var())
+    if within <= 0 or _along(n, v, m) < 0.9:
+        return False
+    tries = []
+    for k in SMOOTHING:   # v = (n m + k prior) / (n + k)
+        tries.append((((v * (n + k) - k * y.mean()) / n - m), freedom))
+    if len(n) >= 6:       # another scale
+        weight = n / n.sum()
+        slope = ((v - v @ weight) * (m - m @ weight)) @ weight / max(((v - v @ weight) ** 2) @ weight, 1e-300)
+        tries.append((m @ weight + slope * (v - v @ weight) - m, freedom - 2))
+    best = min(chi2_below(float((n * off**2).sum()) / within, free) for off, free in tries)
+    return best < TOO_CLOSE
+
+# %% ../../nbs/lib/data/07_leaks.ipynb #628c23b8
+def known_too_late(
+    problem: Problem,
+) -> dict[str, str]:     # feature -> when it is known
+    "Features declared as known after the question is asked."
+    data = problem.data
+    order = {moment: i for i, moment in enumerate(data.moments)}
+    if not data.decided_at:
+        return {}
+    late = {name: column.known_at for name, column in data.columns.items() if column.role == "feature" and column.known_at}
+    return {name: moment for name, moment in late.items()
+            if (order[moment] > order[data.decided_at] if order else moment != data.decided_at)}
 
 # %% ../../nbs/lib/data/07_leaks.ipynb #f8b314eb
-DECIDES, STANDS_OUT, MISSES = 0.99, 0.9, 0.5
+DECIDES, STANDS_OUT, MISSES, SAME, FOLLOWS, SORTED = 0.99, 0.9, 0.5, 0.8, 0.75, 0.85
 MOST_ROWS = 60_000
+ROW_ORDER = "(row order)"
 
 
 def find_leaks(
@@ -108,50 +216,100 @@ def find_leaks(
     target: Target,                              # of these rows
     roles: Mapping[str, str],                    # column -> feature, outcome, id, …
     problem: Problem,
+    others: Sequence[pl.DataFrame | None] = (),  # holdout, production: only to see whether a mean was taken over them, too
 ) -> pl.DataFrame:                               # column, role, score, missing_gap, finding, verdict, waived
     "What every column knows of the outcome, worst first."
+    late = known_too_late(problem)
     step = -(-rows.height // MOST_ROWS)
     some = rows.gather_every(step) if step > 1 else rows
     answers = target.values.gather_every(step) if step > 1 else target.values
-    declared, decided, time = problem.data.columns, problem.data.decided_at, problem.data.time
-    scores = {values.name: _score(values, kinds[values.name][0], answers, target) for values in some.iter_columns() if values.name in kinds}
+    declared, time = problem.data.columns, problem.data.time
+    codes = {values.name: bin_codes(values) for values in some.iter_columns() if values.name in kinds and values.null_count() < len(values)}
+    scores = {name: _score(some[name], kinds[name][0], answers, target, codes.get(name)) for name in some.columns if name in kinds}
+    classes = None if target.task == "regression" else _class_codes(answers)
     gaps = _missing_gaps(rows, unlabelled, list(scores))
     singled = _stands_out(scores, roles)
+    means = _means(rows, {name: kind for name, kind in kinds.items() if name != time and name in scores}, target, others)
+    moments = _row_moments(some, time)
     found = []
     for name, score in scores.items():
-        column = declared.get(name)
-        late = _late_dates(some, name, time) if time and name != time and kinds[name][0] == "date" else 0.0
-        finding, verdict = _judge(score, gaps[name], late, name == singled, target.task)
-        if column is not None and column.role == "feature" and column.known_at and decided and column.known_at != decided:
-            finding, verdict = f"declared as known at {column.known_at}, while the question is asked at {decided}", "leak"
+        column, values, kind = declared.get(name), some[name], kinds[name][0]
+        finding, verdict = _judge(score, name == singled, target.task)
+        if verdict != "leak" and classes is not None and name in codes and (same := says_the_same(codes[name], classes)) > SAME:
+            finding, verdict = f"says the same as the target under other names (kappa {same:.2f})", "leak"
+        if verdict != "leak" and gaps[name][1]:
+            finding, verdict = gaps[name][1], "leak"
+        if verdict != "leak" and name != time and not _trusted(column, problem) and (after := _after(values, kind, moments)):
+            finding, verdict = after, "leak"
+        if verdict != "leak" and name in means:
+            finding, verdict = means[name], "leak"
+        if verdict != "leak" and name != time and (follows := _id_follows(values, kind, answers, target, moments)):
+            finding, verdict = follows, "leak"
+        if name in late:
+            finding, verdict = f"declared as known at {late[name]}, while the question is asked at {problem.data.decided_at}", "leak"
         if name == time and verdict:
             finding, verdict = "the target follows time; a split by time takes care of it", ""
-        found.append({"column": name, "role": roles.get(name, "feature"), "score": score, "missing_gap": gaps[name], "finding": finding,
+        found.append({"column": name, "role": roles.get(name, "feature"), "score": score, "missing_gap": gaps[name][0], "finding": finding,
                       "verdict": verdict, "waived": _waived(problem.data.waive, "leak", name)})
+    if "__row" in some.columns and (in_order := _row_order(some["__row"], answers, target, moments)):
+        found.append({"column": ROW_ORDER, "role": "rows", "score": in_order[0], "missing_gap": 0.0, "finding": in_order[1], "verdict": "look",
+                      "waived": _waived(problem.data.waive, "leak", ROW_ORDER)})
     schema = {"column": pl.String, "role": pl.String, "score": pl.Float64, "missing_gap": pl.Float64, "finding": pl.String, "verdict": pl.String, "waived": pl.String}
     rank = pl.col("verdict").replace_strict({"leak": 0, "look": 1, "": 2}, return_dtype=pl.Int8)
     return pl.DataFrame(found, schema=schema).sort(rank, -pl.col("score"), "column")
 
 # %% ../../nbs/lib/data/07_leaks.ipynb #388fc290
-def _score(values: pl.Series, kind: Kind, answers: pl.Series, target: Target) -> float:
+def _score(values: pl.Series, kind: Kind, answers: pl.Series, target: Target, codes: np.ndarray | None = None) -> float:
+    "What one column tells, as the better of its order and its values; .5 or 0 where it has none."
     if values.null_count() == len(values):
         return 0.0 if target.task == "regression" else 0.5
-    codes, ordered = bin_codes(values), kind in ("number", "date", "bool")
+    codes, ordered = bin_codes(values) if codes is None else codes, kind in ("number", "date", "bool")
+    return _tells(codes, ordered, answers, target)
+
+
+def _tells(codes: np.ndarray, ordered: bool, answers: pl.Series, target: Target) -> float:
     if target.task == "regression":
         return tells_number(codes, answers.to_numpy(), ordered)
-    if target.task == "binary":
-        return tells_class(codes, (answers == target.positive).to_numpy(), ordered)
-    common = sorted(target.counts, key=lambda c: -target.counts[c])[:20]
-    each = [tells_class(codes, (answers == c).to_numpy(), ordered) for c in common if (answers == c).sum() >= 5]
+    each = _each_class(codes, ordered, answers, target)
     return float(np.mean(each)) if each else 0.5
 
 
-def _missing_gaps(rows: pl.DataFrame, unlabelled: pl.DataFrame, names: Sequence[str]) -> dict[str, float]:
-    "Near 1 for what is written down together with the outcome; 0 where too few rows lack one."
+def _tells_any(codes: np.ndarray, answers: pl.Series, target: Target) -> float:
+    "What an order tells of the class that it tells most of."
+    return tells_number(codes, answers.to_numpy(), True) if target.task == "regression" else max(_each_class(codes, True, answers, target), default=0.5)
+
+
+def _each_class(codes: np.ndarray, ordered: bool, answers: pl.Series, target: Target) -> list[float]:
+    if target.task == "binary":
+        return [tells_class(codes, (answers == target.positive).to_numpy(), ordered)]
+    return [tells_class(codes, y, ordered) for y in _one_by_one(answers, target) if y.sum() >= 5]
+
+
+def _one_by_one(answers: pl.Series, target: Target) -> Iterator[np.ndarray]:
+    "For each of the most frequent classes: is it this one?"
+    for name in sorted(target.counts, key=lambda c: -target.counts[c])[:20] if target.task == "multiclass" else [target.positive]:
+        yield (answers == name).to_numpy()
+
+
+def _class_codes(answers: pl.Series) -> np.ndarray:
+    return answers.rank("dense").to_numpy().astype(np.int64) - 1
+
+
+def _missing_gaps(rows: pl.DataFrame, unlabelled: pl.DataFrame, names: Sequence[str]) -> dict[str, tuple[float, str]]:
+    "Near 1 for what is written down together with the outcome, with the finding; 0 where too few rows lack one."
     if unlabelled.height < 20 or not names:
-        return dict.fromkeys(names, 0.0)
+        return dict.fromkeys(names, (0.0, ""))
     with_, without = (frame.select(names).null_count().row(0) for frame in (rows, unlabelled))
-    return {name: b / unlabelled.height - a / rows.height for name, a, b in zip(names, with_, without)}
+    found = {}
+    for name, a, b in zip(names, with_, without):
+        known, unknown = 1 - a / rows.height, b / unlabelled.height
+        gap, finding = unknown - a / rows.height, ""
+        if gap > MISSES:
+            finding = f"missing where the outcome is missing ({unknown:.0%} of those rows): written down with it or after it"
+        elif known * unlabelled.height >= 20 and 1 - unknown < 0.05 * known:
+            finding = f"known in {known:.0%} of the rows with an outcome and in {1 - unknown:.1%} of those without: written down with it or after it"
+        found[name] = (gap, finding)
+    return found
 
 
 def _stands_out(scores: Mapping[str, float], roles: Mapping[str, str]) -> str | None:
@@ -162,23 +320,125 @@ def _stands_out(scores: Mapping[str, float], roles: Mapping[str, str]) -> str | 
     return None
 
 
-def _late_dates(rows: pl.DataFrame, name: str, time: str) -> float:
-    if rows.schema[time] != pl.Datetime:
-        return 0.0
-    return float(rows.select((pl.col(name) > pl.col(time)).mean()).item() or 0.0)
-
-
-def _judge(score: float, gap: float, late: float, singled: bool, task: str) -> tuple[str, str]:
+def _judge(score: float, singled: bool, task: str) -> tuple[str, str]:
     measure = "explains" if task == "regression" else "AUC"
     if score > DECIDES:
         return f"decides the target alone ({measure} {score:.3f})", "leak"
-    if gap > MISSES:
-        return f"missing where the outcome is missing ({gap:.0%} of those rows): written down with it or after it", "leak"
-    if late > 0.01:
-        return f"{late:.0%} of its dates lie after the row's own moment", "leak"
     if singled:
         return f"tells far more than any other column ({measure} {score:.3f})", "look"
     return "", ""
+
+
+def _trusted(column: Column | None, problem: Problem) -> bool:
+    "Did a person say that the column is known when the question is asked? `known_too_late` judges what they said."
+    return column is not None and bool(column.known_at and problem.data.decided_at)
+
+
+def _row_moments(rows: pl.DataFrame, time: str | None) -> np.ndarray | None:
+    "The moment of each row as a number; NaN where there is none."
+    if not time or time not in rows.columns:
+        return None
+    return _as_numbers(rows[time])
+
+
+def _as_numbers(values: pl.Series) -> np.ndarray:
+    return values.cast(pl.Int64 if values.dtype == pl.Datetime else pl.Float64).cast(pl.Float64).fill_null(float("nan")).to_numpy()
+
+
+def _after(values: pl.Series, kind: Kind, moments: np.ndarray | None) -> str:
+    "Do its moments lie after the row's own? A number counts as a moment where it runs with the time, close by, in any unit."
+    if moments is None or kind not in ("date", "number") or values.null_count() == len(values):
+        return ""
+    found = _as_numbers(values)
+    known = np.isfinite(found) & np.isfinite(moments)
+    if known.sum() < 20:
+        return ""
+    ours, theirs = moments[known], found[known]
+    dates = np.abs(ours).max() > 1e12   # microseconds
+    if kind == "date":
+        share = float((theirs > ours).mean()) if dates else 0.0
+    else:
+        near = [theirs * scale for scale in ((1e6, 1e3, 1.0) if dates else (1.0,)) if _runs_close(ours, theirs * scale)]
+        share = float((near[0] > ours).mean()) if near else 0.0
+    return f"{share:.0%} of its {'dates' if kind == 'date' else 'moments'} lie after the row's own moment" if share > 0.01 else ""
+
+
+def _runs_close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    span = float(ours.max() - ours.min())
+    if not span or not theirs.std() or np.median(np.abs(theirs - ours)) > max(0.05 * span, 1.0):
+        return False
+    return float(np.corrcoef(ours, theirs)[0, 1]) > 0.9
+
+
+def _means(rows: pl.DataFrame, kinds: Mapping[str, tuple[Kind, str]], target: Target, others: Sequence[pl.DataFrame | None]) -> dict[str, str]:
+    "Columns that are means of the target: over the training rows, or over all rows that have an outcome."
+    numbers = [name for name in rows.columns if kinds.get(name, ("",))[0] == "number"]
+    different = dict(zip(kinds, rows.select(pl.col(list(kinds)).n_unique()).row(0))) if kinds else {}
+    few = [name for name in numbers if 2 <= different[name] <= rows.height / 2 + 1]
+    by = [name for name in kinds if 2 <= different[name] <= rows.height / 2 + 1]
+    answer, columns = target.values.name, list(dict.fromkeys([*few, *by, target.values.name]))
+    rows = rows.with_columns(target.values).select(columns)
+    whole = pl.concat([rows, *(part.select(columns) for part in others if part is not None and part.height)], rechunk=False)
+    looks = [(part, part.gather_every(-(-part.height // 20_000))) for part in ([whole, rows] if whole.height > rows.height else [rows])]
+    found: dict[str, str] = {}
+    for shown in [None] if target.task == "regression" else sorted(target.counts, key=lambda c: -target.counts[c])[:20][-1 if target.task == "binary" else 0:]:
+        for (part, some), name in product(looks, few):
+            first = some.select(v=pl.col(name), y=_as_y(some[answer], shown)).drop_nulls("v")
+            if name in found or first.height < 20 or not _runs_along(first, first.group_by("v").agg(n=pl.len(), m=pl.col("y").mean())):
+                continue
+            sources = [c for c in by if c != name and different[c] >= 3 and _may_stand_for(some, name, c, first)][:12]
+            if said := means_of_target(part, name, _as_y(part[answer], shown).to_numpy(), sources):
+                found[name] = said
+    return found
+
+
+def _as_y(values: pl.Series, shown: str | None) -> pl.Series:
+    return values.cast(pl.Float64) if shown is None else (values == shown).cast(pl.Float64)
+
+
+def _may_stand_for(some: pl.DataFrame, name: str, source: str, first: pl.DataFrame) -> bool:
+    "Is the number the same in all rows of a source value, or on the scale of the target, as a mean without the row would be?"
+    if first["y"].min() <= first["v"].min() and first["v"].max() <= first["y"].max():  # type: ignore[operator]
+        return True
+    each = some.select(v=pl.col(name), c=pl.col(source)).drop_nulls().group_by("c").agg(pl.col("v").max() - pl.col("v").min())
+    return not each.is_empty() and float(each["v"].max() or 0) < 1e-9  # type: ignore[arg-type]
+
+
+def _id_follows(values: pl.Series, kind: Kind, answers: pl.Series, target: Target, moments: np.ndarray | None) -> str:
+    "An identifier that was given out in the order of the target."
+    if kind not in ("number", "category") or len(values) < 100 or values.null_count() or values.n_unique() < 0.98 * len(values):
+        return ""
+    order = values
+    if kind == "category":
+        digits = values.str.extract(r"(\d{1,15})\D*$").cast(pl.Float64, strict=False)
+        order = values.rank("dense").cast(pl.Float64) if digits.null_count() else digits
+    elif not (values % 1 == 0).all() or not (looks_like_id(values, kind) or values.max() - values.min() <= 5 * len(values)):  # type: ignore[operator]
+        return ""
+    if _with_time(order, moments):
+        return ""
+    score = _tells_any(bin_codes(order, 50), answers, target)
+    measure, limit = ("explains", 0.4) if target.task == "regression" else ("AUC", FOLLOWS)
+    return f"an identifier that follows the target ({measure} {score:.3f}): given out when the outcome was known" if score > limit else ""
+
+
+def _row_order(order: pl.Series, answers: pl.Series, target: Target, moments: np.ndarray | None) -> tuple[float, str] | None:
+    "A file sorted by its target, and not only because target and file follow time."
+    if len(order) < 100 or _with_time(order, moments):
+        return None
+    score = _tells_any(bin_codes(order, 50), answers, target)
+    if score <= (0.6 if target.task == "regression" else SORTED):
+        return None
+    measure = "explains" if target.task == "regression" else "AUC"
+    return score, f"the file is sorted by its target ({measure} {score:.3f}): a column that counts or names rows in this order would tell it"
+
+
+def _with_time(order: pl.Series, moments: np.ndarray | None) -> bool:
+    if moments is None or not np.isfinite(moments).all():
+        return False
+    ranks = (order.rank().to_numpy(), pl.Series(moments).rank().to_numpy())
+    return bool(ranks[0].std() and ranks[1].std() and abs(np.corrcoef(*ranks)[0, 1]) > 0.9)
+
+
 
 
 def _waived(waivers: Sequence[Waiver], check: str, column: str) -> str:
@@ -190,6 +450,13 @@ def unwaived(
 ) -> list[str]:                # columns
     "Features that leak and that nobody answers for."
     return leaks.filter((pl.col("verdict") == "leak") & (pl.col("role") == "feature") & (pl.col("waived") == ""))["column"].to_list()
+
+
+def answered_for(
+    leaks: pl.DataFrame,
+) -> pl.DataFrame:             # column, finding, waived: the reason
+    "Findings that a person answers for, as the audit trail keeps them."
+    return leaks.filter((pl.col("verdict") != "") & (pl.col("waived") != "")).select("column", "finding", "waived")
 
 
 def control(
@@ -206,11 +473,38 @@ def roles_of(
     "The role of each column, also of those left out."
     return {**{row["name"]: row["role"] for row in contract.left_out}, **{rule.name: rule.role for rule in contract.columns}}
 
+# %% ../../nbs/lib/data/07_leaks.ipynb #c7452c77
+PROXY = 0.9
 
-def by_row_order(
-    target: Target,     # in the order of the file
-) -> float:             # AUC of the row number for classes, explained variance for numbers
-    "How much the mere order of the rows tells: a file sorted by its target."
-    known = target.values.drop_nulls()
-    rows = pl.Series("(row order)", np.arange(len(known), dtype=float))
-    return _score(rows, "number", known, target)
+
+def find_proxies(
+    rows: pl.DataFrame,                          # converted training rows
+    kinds: Mapping[str, tuple[Kind, str]],
+    features: Sequence[str],                     # what a model would see
+    problem: Problem,
+) -> pl.DataFrame:                               # column, gives_away, auc, verdict, waived; worst first
+    "How well each feature alone gives each forbidden column away."
+    forbidden = [name for name in dict.fromkeys([*problem.comply.forbidden, *(n for n, c in problem.data.columns.items() if c.forbidden)]) if name in kinds]
+    some = rows.gather_every(-(-rows.height // MOST_ROWS)) if rows.height else rows
+    found = []
+    if forbidden:
+        codes = {name: bin_codes(some[name]) for name in features if name not in forbidden}
+    for hidden in forbidden:
+        answers = list(_values_of(some[hidden], kinds[hidden][0]))
+        for name, code in codes.items() if answers else ():
+            auc = max(tells_class(code, y, kinds[name][0] in ("number", "date", "bool")) for y in answers)
+            found.append({"column": name, "gives_away": hidden, "auc": auc, "verdict": "proxy" if auc > PROXY else "", "waived": _waived(problem.data.waive, "proxy", name)})
+    schema = {"column": pl.String, "gives_away": pl.String, "auc": pl.Float64, "verdict": pl.String, "waived": pl.String}
+    return pl.DataFrame(found, schema=schema).sort("auc", "column", "gives_away", descending=[True, False, False])
+
+# %% ../../nbs/lib/data/07_leaks.ipynb #6fb3882a
+def _values_of(values: pl.Series, kind: Kind) -> Iterator[np.ndarray]:
+    "Is it this value? For the twenty most frequent ones; of numbers and dates of many values: does it lie above the middle?"
+    known = values.drop_nulls()
+    if kind in ("number", "date") and known.n_unique() > FEW_VALUES:
+        yield (values > known.median()).fill_null(False).to_numpy()  # type: ignore[operator]
+        return
+    counted = known.value_counts(sort=False, name="rows").sort(["rows", values.name], descending=[True, False])
+    for value, n in counted.head(20).iter_rows():
+        if 10 <= n <= len(values) - 10:
+            yield (values == value).fill_null(False).to_numpy()

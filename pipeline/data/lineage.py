@@ -8,14 +8,17 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from ..core.run import phase_folders, read_receipt
+from ..core.store import Artifact, read_artifact
 from .contract import Contract
 
 # %% auto #0
-__all__ = ['PRODUCER', 'SPEC', 'FACET', 'CONTEXT', 'CARD_TYPES', 'lineage_events', 'croissant_card']
+__all__ = ['PRODUCER', 'SPEC', 'FACET', 'CONTEXT', 'CARD_TYPES', 'lineage_events', 'croissant_card', 'kept_tables']
 
 # %% ../../nbs/lib/data/10_lineage.ipynb #76081c37
 PRODUCER = "urn:pilothouse"
@@ -93,9 +96,28 @@ def croissant_card(
     }
 
 # %% ../../nbs/lib/data/10_lineage.ipynb #27a75b5a
-_ENCODINGS: Sequence[tuple[str, str]] = ((".zip", "application/zip"), (".parquet", "application/x-parquet"), (".pq", "application/x-parquet"))
+_ENCODINGS: Sequence[tuple[str, str]] = ((".zip", "application/zip"), (".parquet", "application/x-parquet"), (".pq", "application/x-parquet"),
+                                     (".jsonl", "application/jsonl"), (".xlsx", "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"),
+                                     (".gz", "application/gzip"), (".tar", "application/x-tar"))
 
 
 def _file(name: str, file: str, sha256: str, description: str) -> dict[str, Any]:
     encoding = next((kind for ending, kind in _ENCODINGS if file.endswith(ending)), "text/csv")
     return {"@type": "cr:FileObject", "@id": name, "name": name, "description": description, "contentUrl": file, "encodingFormat": encoding, "sha256": sha256}
+
+# %% ../../nbs/lib/data/10_lineage.ipynb #a65f5c34
+def kept_tables(
+    run: Path,          # outputs/problem/run
+    store: Path,        # outputs/store
+) -> list[str]:         # flights#v0123456789abcdef
+    "The table versions that a run's phases kept, each held against its digest; raises `IntegrityError` naming the file that differs."
+    from pipeline.data.versions import check_version
+
+    found = []
+    for folder in phase_folders(run):
+        outputs = read_receipt(folder)["outputs"]
+        if "data/version" in outputs:
+            name = str(read_artifact(folder, Artifact(name="data/version", **outputs["data/version"]))["uri"]).removeprefix("tables/")
+            check_version(store, *name.split("#"))
+            found.append(name)
+    return found

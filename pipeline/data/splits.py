@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +18,13 @@ import polars as pl
 from ..core.errors import InputError
 from ..core.problem import Problem, Split
 from .targets import Target
+from .twins import compared, twin_groups
 
 # %% auto #0
-__all__ = ['TRAIN', 'HOLDOUT', 'PRODUCTION', 'ASIDE', 'Rule', 'split_by_time', 'folds_by_time', 'strata_of', 'split_at_random',
-           'folds_at_random', 'folds_by_group', 'split_by_group', 'choose_rule', 'repeats', 'Parts', 'take_apart',
-           'fold_rows', 'each_fold', 'prove_disjoint', 'count_copies', 'time_dependence']
+__all__ = ['TRAIN', 'HOLDOUT', 'PRODUCTION', 'ASIDE', 'Rule', 'TIMELESS', 'split_by_time', 'folds_by_time', 'strata_of',
+           'split_at_random', 'folds_at_random', 'folds_by_labels', 'folds_by_group', 'split_by_group', 'chi2_tail',
+           'chi2_below', 'time_dependence', 'alike_neighbours', 'moves_with_time', 'choose_rule', 'find_time',
+           'repeats', 'Parts', 'take_apart', 'fold_rows', 'each_fold', 'prove_disjoint', 'count_copies']
 
 # %% ../../nbs/lib/data/04_splits.ipynb #7e6310f6
 TRAIN, HOLDOUT, PRODUCTION, ASIDE = 0, 1, 2, -1
@@ -119,6 +123,32 @@ def folds_at_random(
         dealt += len(rows)
     return found
 
+# %% ../../nbs/lib/data/04_splits.ipynb #41f5b916
+def folds_by_labels(
+    labels: np.ndarray,             # bool, (rows, labels); a row may carry none, one or several
+    folds: int,
+    rng: np.random.Generator,
+) -> np.ndarray:                    # fold of each row
+    "Folds in which every label keeps about its share; the rarest first."
+    n, kinds = labels.shape
+    found = np.full(n, -1, np.int8)
+    lacking = np.tile(labels.sum(0) / folds, (folds, 1))   # rows of each label that a fold still lacks
+    room = np.full(folds, n / folds)
+    shuffled = rng.permutation(n)
+    left = labels.sum(0).astype(np.int64)
+    while (left > 0).any():
+        label = int(np.where(left > 0, left, n + 1).argmin())
+        for row in shuffled[labels[shuffled, label] & (found[shuffled] < 0)]:
+            fold = int(np.lexsort((room, lacking[:, label]))[-1])
+            found[row] = fold
+            lacking[fold] -= labels[row]
+            room[fold] -= 1
+        left = labels[found < 0].sum(0)
+    for row in shuffled[found[shuffled] < 0]:
+        found[row] = int(room.argmax())
+        room[found[row]] -= 1
+    return found
+
 # %% ../../nbs/lib/data/04_splits.ipynb #c637eee2
 def folds_by_group(
     groups: pl.Series,              # one name a row
@@ -133,15 +163,18 @@ def folds_by_group(
         raise InputError(f"group column '{groups.name}' has {n_groups} groups, too few for {folds} parts; lower data.split.folds or drop data.group")
     if n_groups > 20_000:   # so many that chance keeps the proportions
         return (rng.permutation(n_groups) % folds)[codes].astype(np.int8)
-    counts = np.zeros((n_groups, n_strata))
-    np.add.at(counts, (codes, strata), 1)
-    ideal = counts.sum(0) / folds
-    held = np.zeros((folds, n_strata))
+    counts = np.bincount(codes * n_strata + strata, minlength=n_groups * n_strata).reshape(n_groups, n_strata).astype(float)
+    parts = np.column_stack([counts / np.maximum(counts.sum(0), 1), counts.sum(1) / len(codes)])   # of each class, and of all rows
+    held = np.zeros((folds, n_strata + 1))
     place = np.zeros(n_groups, np.int8)
-    for group in sorted(rng.permutation(n_groups), key=lambda g: -counts[g].max()):
-        excess = ((held + counts[group] - ideal) ** 2 - (held - ideal) ** 2).sum(1)
-        place[group] = int(excess.argmin())
-        held[place[group]] += counts[group]
+    shuffled = rng.permutation(n_groups)
+    for group in shuffled[np.argsort(-parts[shuffled].max(1), kind="stable")]:
+        place[group] = int((2 * held @ parts[group]).argmin())   # least growth of the squares: where the fold lacks what the group has
+        held[place[group]] += parts[group]
+    for group in np.tile(shuffled, 2) if n_groups <= 2000 else ():   # second thoughts
+        held[place[group]] -= parts[group]
+        place[group] = int((held @ parts[group]).argmin())
+        held[place[group]] += parts[group]
     return place[codes]
 
 
@@ -157,8 +190,104 @@ def split_by_group(
         return np.where(folds_by_group(groups, strata, max(round(1 / (1 - holdout_share)), 2), rng) == 0, TRAIN, HOLDOUT).astype(np.int8)
     return (folds_by_group(groups, strata, parts, rng) == 0).astype(np.int8)
 
+# %% ../../nbs/lib/data/04_splits.ipynb #b13f6d5d
+def chi2_tail(
+    value: float,
+    freedom: float,      # degrees of freedom
+) -> float:              # probability
+    "How often chance gives so much or more; good to a few percent of itself."
+    spread = 2 / (9 * freedom)
+    return 0.5 * math.erfc(((value / freedom) ** (1 / 3) - 1 + spread) / (2 * spread) ** 0.5) if value > 0 else 1.0
+
+
+def chi2_below(
+    value: float,
+    freedom: float,      # degrees of freedom
+) -> float:              # probability
+    "How often chance gives so little or less; exact below the mean."
+    a, x = freedom / 2, value / 2
+    if x <= 0 or x > a + 1:
+        return 0.0 if x <= 0 else 1 - chi2_tail(value, freedom)
+    term = total = 1 / a
+    for i in range(1, 1000):
+        term *= x / (a + i)
+        total += term
+        if term < 1e-15 * total:
+            break
+    return min(total * math.exp(a * math.log(x) - x - math.lgamma(a)), 1.0)
+
 # %% ../../nbs/lib/data/04_splits.ipynb #00363724
+def time_dependence(
+    values: pl.Series,     # the target, String classes or Float64
+    order: pl.Series,      # the time of each row
+    blocks: int = 0,       # 0: by the number of rows
+) -> tuple[float, float, bool]:    # effect in [0, 1], p-value, dependent?
+    "Does the target move with time?"
+    rows = pl.DataFrame({"y": values, "t": order}).drop_nulls().sort("t", maintain_order=True)
+    blocks = blocks or min(max(rows.height // 200, 10), 100)
+    if rows.height < 10 * blocks or rows["y"].n_unique() < 2:
+        return 0.0, 1.0, False
+    n, first = rows.height, rows["t"].rank("min").to_numpy().astype(np.int64) - 1      # rows of one moment share a block
+    block = np.unique(first * blocks // n, return_inverse=True)[1]
+    blocks = int(block[-1]) + 1
+    if blocks < 2:
+        return 0.0, 1.0, False
+    if rows.schema["y"] == pl.String:
+        classes = rows["y"].rank("dense").to_numpy().astype(np.int64) - 1
+        k = int(classes.max()) + 1
+        table = np.bincount(block * k + classes, minlength=blocks * k).reshape(blocks, k)
+        expected = table.sum(1, keepdims=True) * table.sum(0) / n
+        statistic, freedom = float(((table - expected) ** 2 / expected).sum()), (blocks - 1) * (k - 1)
+        share = (statistic - freedom) / (n * (min(table.shape) - 1))
+    else:
+        ranks = rows["y"].rank().to_numpy()
+        sums, sizes, ties = np.bincount(block, ranks), np.bincount(block), rows["y"].value_counts(sort=False, name="n")["n"].to_numpy().astype(float)
+        statistic = float(12 / (n * (n + 1)) * (sums**2 / sizes).sum() - 3 * (n + 1)) / (1 - float((ties**3 - ties).sum()) / (n**3 - n))
+        freedom = blocks - 1
+        share = (statistic - freedom) / (n - blocks)
+    p = chi2_tail(statistic, freedom)
+    effect = float(np.sqrt(max(share, 0.0)))
+    return effect, p, p < 0.01 and effect > 0.05
+
+
+def alike_neighbours(
+    values: pl.Series,     # the target, String classes or Float64
+    order: pl.Series,      # the time of each row
+) -> tuple[float, float]:  # effect in [-1, 1], p-value; 0 and 1 where rows share their moments
+    "Is a row's answer that of the row before it, more often than chance has it?"
+    rows = pl.DataFrame({"y": values, "t": order}).drop_nulls().sort("t", maintain_order=True)
+    if rows.height < 100 or rows["t"].n_unique() < 0.5 * rows.height or rows["y"].n_unique() < 2:
+        return 0.0, 1.0
+    if rows.schema["y"] == pl.String:
+        shares = rows["y"].value_counts(sort=False, name="n")["n"].to_numpy() / rows.height
+        chance, alike = float((shares**2).sum()), float((rows["y"] == rows["y"].shift()).sum()) / (rows.height - 1)
+        effect, error = (alike - chance) / (1 - chance), (chance * (1 - chance) / (rows.height - 1)) ** 0.5 / (1 - chance)
+    else:
+        ranks = rows["y"].rank().to_numpy()
+        effect, error = float(np.corrcoef(ranks[1:], ranks[:-1])[0, 1]), (rows.height - 1) ** -0.5
+    return effect, 0.5 * math.erfc(effect / error / 2**0.5)
+
+
+def moves_with_time(
+    values: pl.Series,     # the target, String classes or Float64
+    order: pl.Series,      # the time of each row
+) -> tuple[bool, str]:     # dependent?, in words
+    "Would a random split of these rows teach about earlier ones from later ones?"
+    effect, p, dependent = time_dependence(values, order)
+    if dependent:
+        return True, f"the target moves with '{order.name}' (effect {effect:.2f}, {_p(p)})"
+    near, near_p = alike_neighbours(values, order)
+    if near > 0.1 and near_p < 0.001:
+        return True, f"neighbours along '{order.name}' are alike (effect {near:.2f}, {_p(near_p)})"
+    return False, f"the target does not move with '{order.name}' (effect {effect:.2f}, {_p(p)})"
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.1g}" if p >= 1e-12 else "p < 1e-12"
+
+# %% ../../nbs/lib/data/04_splits.ipynb #0d06b45e
 Rule = Literal["time", "random", "group"]
+TIMELESS = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline")   # dates that are no moment of the row
 
 
 def choose_rule(
@@ -180,6 +309,25 @@ def choose_rule(
     if split.kind != "time" and (split.holdout_from or split.production_from):
         raise InputError(f"data.split has dates (holdout_from, production_from), but its kind is {split.kind}; set kind: time or drop the dates")
     return split.kind, "as the problem file asks"
+
+
+def find_time(
+    rows: pl.DataFrame,              # with an outcome
+    values: pl.Series,               # the target of these rows
+    declared: Sequence[str] = (),    # columns that a person called an outcome, an identifier or dropped
+    least: float = 0.1,              # effect from which on a date is taken
+) -> str | None:                     # the date column along which the target moves most
+    "The moment of the rows, where nobody named it and the target moves with it."
+    found: dict[str, float] = {}
+    for name, dtype in rows.schema.items():
+        if dtype != pl.Datetime or name.startswith("__") or name in declared or any(word in name.lower() for word in TIMELESS):
+            continue
+        if rows[name].null_count() <= 0.01 * rows.height and rows[name].n_unique() >= 10:
+            effect, _, dependent = time_dependence(values, rows[name])
+            near, p = alike_neighbours(values, rows[name])
+            found |= {name: max(effect if dependent else 0.0, near if p < 0.001 else 0.0)}
+    best = max(found, key=lambda name: found[name], default=None)
+    return best if best is not None and found[best] > least else None
 
 # %% ../../nbs/lib/data/04_splits.ipynb #f5cc9dc3
 def repeats(
@@ -209,6 +357,9 @@ class Parts:
     gap_days: float
     aside: dict[str, int] = field(default_factory=dict)   # reason -> rows in no part
     notes: tuple[str, ...] = ()
+    twins: int = 0                                        # rows kept on the side of their twin
+    forced: str = ""                                      # the reason for a random split of rows that move with time
+    unnamed_time: str = ""                                # a date along which the target moves, and that nobody named
 
     @property
     def ordered(self) -> bool:
@@ -223,7 +374,7 @@ class Parts:
         "What later rooms need to know, as JSON."
         spans = {name: _span(frame) for name, frame in self.named().items()}
         return {"kind": self.rule, "why": self.why, "ordered": self.ordered, "folds": self.folds, "gap_days": self.gap_days,
-                **{name: spans.get(name) for name in ("train", "holdout", "production", "unlabelled")}, "aside": self.aside, "notes": list(self.notes)}
+                **{name: spans.get(name) for name in ("train", "holdout", "production", "unlabelled")}, "aside": self.aside, "notes": list(self.notes), "twins": self.twins, "forced": self.forced}
 
     def table(self) -> pl.DataFrame:
         "One row a part: rows, share, first and last moment."
@@ -240,9 +391,15 @@ def take_apart(
     problem: Problem,
     rng: np.random.Generator,
 ) -> Parts:
-    "Training, holdout, production and unlabelled rows; raises `InputError` for a column or side that is missing."
+    "Training, holdout, production and unlabelled rows; raises `InputError` for a side that is missing and a random split against time."
     split, time, group = problem.data.split, problem.data.time, problem.data.group
+    found = None
+    if split.kind in ("auto", "random") and not time and not group:
+        declared = [name for name, column in problem.data.columns.items() if column.role != "feature"]
+        found = find_time(frame.filter(target.values.is_not_null()), target.values.drop_nulls(), declared)
+        time = found if split.kind == "auto" else None
     rule, why = choose_rule(split, time, group)
+    forced = split.force or "" if found else ""
     frame = frame.with_columns(target.values.alias(target.values.name))
     meta = {"__time": time, "__group": group}
     frame = frame.with_columns(pl.col(column).alias(name) for name, column in meta.items() if column)
@@ -257,7 +414,15 @@ def take_apart(
     if rows.height < 20:
         raise InputError(f"{rows.height} rows have an outcome{' and a time' if time else ''}; at least 20 are needed to train and to test")
     known = Target(rows[target.values.name], target.task, target.classes, target.positive, target.counts)
-    codes, folds = _codes(rows, known, rule, split, rng)
+    if time:
+        dependent, said = moves_with_time(known.values, rows["__time"].alias(time))
+        why = f"{why}; {said}"
+        if rule == "random" and dependent:
+            forced = _forced(problem, said)
+            why = f"forced: {forced}; {said}"
+    if found and rule == "time":
+        why = f"no time is declared; {said}, so production is taken to come after training"
+    codes, folds, twins = _codes(rows, known, rule, split, rng, time)
     sides = {part: rows.filter(pl.Series(codes == part)) for part in (TRAIN, HOLDOUT, PRODUCTION)}
     if rule == "time" and group:
         sides, aside["a group seen earlier"] = _new_groups(sides, group)
@@ -267,43 +432,59 @@ def take_apart(
     return Parts(
         train=train, holdout=sides[HOLDOUT], production=sides[PRODUCTION] if split.production_from else None, unlabelled=unlabelled, rule=rule, why=why,
         folds=int(folds.max()) + 1, gap_days=split.gap_days, aside={k: v for k, v in aside.items() if v},
-        notes=(*target.notes, *_thin(train, sides[HOLDOUT], target, int(folds.max()) + 1)),
+        notes=(*target.notes, *_thin(train, sides[HOLDOUT], target, int(folds.max()) + 1)), twins=twins,
+        forced=forced if rule == "random" else "", unnamed_time=found if found and rule == "random" else "",
     )
 
 # %% ../../nbs/lib/data/04_splits.ipynb #9e02fd2c
+MOST_COMPARED = 200_000   # rows among which near copies are looked for
+
+
 def _span(frame: pl.DataFrame) -> dict[str, Any]:
     known = frame["__time"].drop_nulls() if "__time" in frame.columns else pl.Series([])
     ends = (None, None) if known.is_empty() else (_shown(known.min()), _shown(known.max()))
     return {"n": frame.height, "from": ends[0], "to": ends[1]}
 
 
-def _codes(rows: pl.DataFrame, target: Target, rule: Rule, split: Split, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "The part of every row, and the fold of every training row."
+def _forced(problem: Problem, said: str) -> str:
+    "The reason why time may be left out of account."
+    reason = problem.data.split.force or next((w.reason for w in problem.data.waive if w.check == "split"), "")
+    if not reason:
+        raise InputError(f"data.split.kind is random, but {said}, so later rows would teach about earlier ones; set kind: time, or give a reason in data.split.force")
+    return reason
+
+
+def _codes(
+    rows: pl.DataFrame, target: Target, rule: Rule, split: Split, rng: np.random.Generator, time: str | None,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    "The part of every row, the fold of every training row, and how many rows stand where their twin does."
     if rule == "time":
         order = rows["__time"].alias("time")
         moments = {"holdout_from": _moment(split.holdout_from, order, "holdout_from"), "production_from": _moment(split.production_from, order, "production_from")}
         days = split.gap_days
         gap = (dt.timedelta(days=days) if order.dtype == pl.Datetime else days) if days else None
         codes = split_by_time(order, split.holdout_share, **moments, gap=gap)
-        return codes, folds_by_time(order.filter(pl.Series(codes == TRAIN)), split.folds)
+        return codes, folds_by_time(order.filter(pl.Series(codes == TRAIN)), split.folds), 0
     strata = strata_of(target)
     if rule == "group":
         codes = split_by_group(rows["__group"], strata, split.holdout_share, rng)
         inner = codes == TRAIN
-        return codes, folds_by_group(rows["__group"].filter(pl.Series(inner)), strata[inner], split.folds, rng)
-    first = _first_copies(rows)
+        return codes, folds_by_group(rows["__group"].filter(pl.Series(inner)), strata[inner], split.folds, rng), 0
+    first = _first_twins(rows, time)
     codes = split_at_random(strata, split.holdout_share, rng)[first]
     folds = np.zeros(len(codes), np.int8)
     inner = codes == TRAIN
     folds[inner] = folds_at_random(strata[inner], split.folds, rng)
-    return codes, folds[first][inner]
+    return codes, folds[first][inner], int((first != np.arange(len(first))).sum())
 
 
-def _first_copies(rows: pl.DataFrame) -> np.ndarray:
-    "For each row the position of its first exact copy, so that copies stand on one side. Where copies are the rule, itself."
+def _first_twins(rows: pl.DataFrame, time: str | None) -> np.ndarray:
+    "For each row the position of its first twin, so that twins stand on one side. Where copies are the rule, itself."
     if repeats(rows):
         return np.arange(rows.height)
-    at = pl.DataFrame({"key": _keys(rows, rows.columns)}).with_row_index("at")
+    if rows.height <= MOST_COMPARED:
+        return twin_groups(rows, compared(rows, time))
+    at = pl.DataFrame({"key": _keys(rows, rows.columns)}).with_row_index("at")   # exact copies only
     return at.select(pl.col("at").first().over("key"))["at"].to_numpy()
 
 
@@ -350,12 +531,13 @@ def fold_rows(
     ordered: bool,            # True for a split by time
     gap_days: float = 0.0,    # days (or units of a numeric time) left out before the fold
 ) -> tuple[np.ndarray, np.ndarray]:   # positions to train on, positions to validate on
-    "The two sides of one fold."
+    "The two sides of one fold. A made-up row (below 0) is never validated on, nor used where the rows it came from are."
     folds = frame["__fold"].to_numpy()
-    valid = folds == fold
+    block = folds == fold
+    valid = block & (frame["__row"] >= 0).to_numpy() if "__row" in frame.columns else block
     if not valid.any():
         raise InputError(f"fold {fold} has no rows; the training rows have folds 0 to {folds.max()}")
-    train = ~valid
+    train = ~block
     if ordered:
         start: Any = frame["__time"].filter(pl.Series(valid)).min()
         if gap_days:
@@ -377,20 +559,28 @@ def each_fold(
 
 # %% ../../nbs/lib/data/04_splits.ipynb #3fb4f1e6
 def prove_disjoint(
-    parts: dict[str, pl.DataFrame],   # train, holdout, perhaps production, in this order
+    parts: Mapping[str, pl.DataFrame],   # train, holdout, perhaps production and unlabelled
     ordered: bool,
+    gap_days: float = 0.0,               # days, or units of a numeric time, that must lie between
 ) -> pl.DataFrame:                    # promise, found, kept
-    "Rows on two sides, moments out of order, groups on two sides, exact copies on two sides: each must be none."
+    "Rows on two sides, moments out of order or too close, groups on two sides, in parts and in folds: each must be none."
     rows: list[dict[str, Any]] = []
-    names = [name for name in ("train", "holdout", "production") if name in parts and parts[name].height]
-    for earlier, later in zip(names, names[1:]):
-        rows.append(_none(f"rows in both {earlier} and {later}", _shared(parts[earlier], parts[later], ["__row"])))
-        if ordered:
-            last: Any = parts[earlier]["__time"].max()
-            start: Any = parts[later]["__time"].min()
-            rows.append({"promise": f"{earlier} ends before {later} begins", "found": f"{_shown(last)} before {_shown(start)}", "kept": last < start})
+    names = [name for name in ("train", "holdout", "production", "unlabelled") if name in parts and parts[name].height]
+    for one, other in combinations(names, 2):
+        rows.append(_none(f"rows in both {one} and {other}", _shared(parts[one], parts[other], ["__row"])))
+    judged = [name for name in names if name != "unlabelled"]
+    for earlier, later in combinations(judged, 2):
+        if ordered and judged.index(later) == judged.index(earlier) + 1:
+            rows.append(_before(earlier, parts[earlier], later, parts[later], gap_days if earlier == "train" else 0.0))
         if "__group" in parts[earlier].columns:
             rows.append(_none(f"groups in both {earlier} and {later}", _shared(parts[earlier], parts[later], ["__group"])))
+    train = parts["train"]
+    for fold in range(int(train["__fold"].max()) + 1) if "__fold" in train.columns else ():  # type: ignore[arg-type]
+        inside, valid = (train[side] for side in fold_rows(train, fold, ordered, gap_days))
+        if ordered and inside.height:
+            rows.append(_before(f"what fold {fold + 1} learns from", inside, f"fold {fold + 1}", valid, gap_days))
+        if "__group" in train.columns:
+            rows.append(_none(f"groups in both fold {fold + 1} and what it learns from", _shared(inside, valid, ["__group"])))
     return pl.DataFrame(rows)
 
 
@@ -409,30 +599,17 @@ def _shared(one: pl.DataFrame, other: pl.DataFrame, columns: Sequence[str]) -> i
     return one.select(columns).drop_nulls().unique().join(other.select(columns).unique(), on=list(columns), how="semi").height
 
 
+def _before(earlier: str, first: pl.DataFrame, later: str, second: pl.DataFrame, gap_days: float) -> dict[str, Any]:
+    last: Any = first["__time"].max()
+    start: Any = second["__time"].min()
+    gap: Any = dt.timedelta(days=gap_days) if isinstance(last, dt.datetime) else gap_days
+    promise = f"{earlier} ends {f'{gap_days:g} {_days(last, gap_days)} ' if gap_days else ''}before {later} begins"
+    return {"promise": promise, "found": f"{_shown(last)} before {_shown(start)}", "kept": last < start - gap if gap_days else last < start}
+
+
+def _days(moment: Any, number: float) -> str:
+    return ("day" if number == 1 else "days") if isinstance(moment, dt.datetime) else "units"
+
+
 def _none(promise: str, found: int) -> dict[str, Any]:
     return {"promise": f"no {promise}", "found": f"{found:,}", "kept": found == 0}
-
-# %% ../../nbs/lib/data/04_splits.ipynb #aa7bcc02
-def time_dependence(
-    values: pl.Series,     # the target, String classes or Float64
-    order: pl.Series,      # the time of each row
-    blocks: int = 0,       # 0: by the number of rows
-) -> tuple[float, float, bool]:    # effect in [0, 1], p-value, dependent?
-    "Does the target move with time?"
-    from scipy import stats
-
-    rows = pl.DataFrame({"y": values, "t": order}).drop_nulls().sort("t", maintain_order=True)
-    blocks = blocks or min(max(rows.height // 200, 10), 100)
-    if rows.height < 10 * blocks or rows["y"].n_unique() < 2:
-        return 0.0, 1.0, False
-    rows = rows.with_columns(block=pl.int_range(pl.len()) * blocks // pl.len())
-    if rows.schema["y"] == pl.String:
-        table = rows.group_by("block", "y").len().pivot(on="y", index="block", values="len").fill_null(0).drop("block").to_numpy()
-        found = stats.chi2_contingency(table)
-        p, chance = float(found[1]), (table.shape[0] - 1) * (table.shape[1] - 1)
-        share = (float(found[0]) - chance) / (table.sum() * (min(table.shape) - 1))
-    else:
-        h, p = stats.kruskal(*[part["y"].to_numpy() for part in rows.partition_by("block", maintain_order=True)])
-        share, p = (float(h) - blocks + 1) / (rows.height - blocks), float(p)
-    effect = float(np.sqrt(max(share, 0.0)))
-    return effect, p, p < 0.01 and effect > 0.05

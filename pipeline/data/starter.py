@@ -15,16 +15,20 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError, suggest
-from ..core.problem import Problem, Task, check_name, parse_problem, read_yaml
+from ..core.problem import Problem, Source, Task, check_name, parse_problem, read_yaml
+from ..core.settings import Settings, load_settings
 from ..core.store import write_whole
 from .contract import learn, looks_like_id, read_as_declared, target_of
-from .sources import read_table, tidy_names
+from .archives import inner_name
+from .inventory import place_of
+from .personal import find_personal
+from .sources import format_of, gather, read_table, tidy_names
 from .splits import take_apart, time_dependence
 from .targets import OPPOSITES, check_target, class_names
 from .types import Kind, guess_type, typed
 
 # %% auto #0
-__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'NOT_ORDERING', 'PEOPLE', 'guess_task', 'Guess', 'guess', 'problem_text',
+__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'NOT_ORDERING', 'guess_task', 'Guess', 'guess', 'problem_text', 'source_of',
            'start_problem']
 
 # %% ../../nbs/lib/data/13_starter.ipynb #33e93786
@@ -59,8 +63,6 @@ def guess_task(
 # %% ../../nbs/lib/data/13_starter.ipynb #cc4f0b61
 SUBJECTS = ("customer", "client", "user", "patient", "person", "member", "account", "subject", "employee", "student", "kunde", "household")
 NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline")
-PEOPLE = ("email", "e-mail", "mail", "phone", "mobile", "telefon", "surname", "firstname", "lastname", "first_name", "last_name", "full_name", "address",
-          "street", "ssn", "passport", "iban", "birth", "dob", "ip_address")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def guess(
     if time is None:
         time, time_why = _guess_order(frame, kinds, _answers(table[target], task)) or (time, time_why)
     ids = {name: why for name in kinds if name != time and (why := looks_like_id(frame[name], kinds[name][0]))}
-    people = {name: why for name in kinds if (why := _guess_person(frame[name]))}
+    people = {row["column"]: f"its {row['found_by']} look{'s' if row['found_by'] == 'name' else ''} like {'an' if row['kind'][0] in 'ae' else 'a'} {row['kind']}"
+              for row in find_personal(others, list(kinds)).filter("sure").reverse().iter_rows(named=True)}
+    people = {name: people[name] for name in kinds if name in people}
     group = next((name for name in kinds if name not in ids and name != time and _repeats_like_id(frame[name])), None)
     return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable)
 
@@ -125,17 +129,6 @@ def _guess_order(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]], answer
     return None
 
 
-def _guess_person(values: pl.Series) -> str | None:
-    name = values.name.lower()
-    if any(word in name for word in PEOPLE):
-        return "its name says so"
-    if values.dtype == pl.String:
-        some = values.drop_nulls().head(500)
-        if len(some) and float(some.str.contains(r"^[^@\s]+@[^@\s]+\.[a-zA-Z]{2,}$").mean() or 0) > 0.5:  # type: ignore[arg-type]
-            return "it holds mail addresses"
-    return None
-
-
 def _repeats_like_id(values: pl.Series) -> bool:
     name = values.name.lower()
     return name.endswith(("_id", "id", "_nr", "_no")) and len(name) > 2 and values.dtype != pl.Boolean and 20 <= values.n_unique() <= len(values) / 2
@@ -143,7 +136,7 @@ def _repeats_like_id(values: pl.Series) -> bool:
 # %% ../../nbs/lib/data/13_starter.ipynb #0ccc2489
 def problem_text(
     name: str,
-    path: str,                # of the table, as the file shall say it
+    source: Source,           # of the table, as the file shall say it
     table: pl.DataFrame,
     target: str,
     found: Guess,
@@ -152,13 +145,13 @@ def problem_text(
 ) -> str:                     # YAML
     "A problem file with each guess beside its reason."
     checked = check_target(table[target], found.task)
-    kind = "parquet" if path.lower().endswith((".parquet", ".pq")) else "csv"
+    place = ", ".join(f"{key}: {_q(str(value))}" for key, value in (("path", source.path), ("url", source.url), ("table", source.table)) if value)
     lines = [
         f"# Written by `pilothouse new` from {table.height:,} rows and {table.width:,} columns. Every guess says why; change what is wrong.",
         "# yaml-language-server: $schema=problem.schema.json",
         "problem:",
         f"  name: {_q(name)}",
-        f"  statement: {_q(f'Predict {target} for each row of {Path(path).name}.')}   # one sentence a sponsor would sign",
+        f"  statement: {_q(f'Predict {target} for each row of {place_of(source)}.')}   # one sentence a sponsor would sign",
         f"  kpi: {_kpi(checked, found)}   # the number by which people outside the team will know",
         f"  task: {found.task}   # guessed: {_c(found.task_why)}",
         f"  target: {_q(target)}",
@@ -166,7 +159,7 @@ def problem_text(
     if checked.positive is not None:
         lines.append(f"  positive: {_positive(table[target], checked.positive)}   # the answer that counts; guessed: {'the usual word for it' if checked.positive.lower() in OPPOSITES else 'the rarer one'}")
     lines += ["", "data:", "  sources:",
-              f"    - {{name: {_q(name)}, kind: {kind}, path: {_q(path)}, licence: {_q('own data (assumed)')}}}   # say by which right you use it, and add owner and collected (a date)"]
+              f"    - {{name: {_q(name)}, kind: {source.kind}, {place}, licence: {_q('own data (assumed)')}}}   # say by which right you use it, and add owner and collected (a date)"]
     if found.time:
         lines.append(f"  time: {_q(found.time)}   # guessed: {_c(found.time_why)}; rows are learned from in its order")
     else:
@@ -266,13 +259,39 @@ def _later_lines(table: pl.DataFrame, found: Guess) -> list[str]:
     lines += [f"  pii: [{', '.join(_q(p) for p in people)}]   # guessed: {_c(next(iter(found.people.values())))}"] if people else []
     return lines
 
+# %% ../../nbs/lib/data/13_starter.ipynb #a36b92cf
+def source_of(
+    name: str,                # of the problem
+    data: Path | str,         # a file, a Delta folder, https://…, s3://…, or dialect://…#table
+    root: Path,               # paths inside it are written relative to it
+) -> Source:
+    "The source that a person means by what stands after --data; raises `InputError` for a database without a table."
+    text = str(data)
+    if "://" in text:
+        url, _, table = text.partition("#")
+        if url.split("://")[0] in ("http", "https", "s3", "file", "ftp"):
+            return Source(name=name, kind="url", url=url)
+        if not table:
+            raise InputError("a database holds many tables; write the one that is meant after '#', such as sqlite:///shop.db#baskets")
+        return Source(name=name, kind="sql", url=url, table=table)
+    real = Path(data).resolve()
+    shown = real.relative_to(root.resolve()).as_posix() if real.is_relative_to(root.resolve()) else real.as_posix()
+    if (real / "_delta_log").is_dir():
+        return Source(name=name, kind="delta", path=shown)
+    first = b""
+    if real.is_file():
+        with real.open("rb") as file:
+            first = file.read(512)
+    return Source(name=name, kind=format_of(inner_name(real), first), path=shown)  # type: ignore[arg-type]
+
 # %% ../../nbs/lib/data/13_starter.ipynb #0223c68e
 def start_problem(
     name: str,                      # of the problem; becomes params/NAME.yml
-    file: Path | str,               # the table: CSV or parquet
+    file: Path | str,               # the table: CSV, parquet, JSON lines, a workbook, a Delta folder, a URL, or a database and #table
     target: str,                    # the column to predict
     params_dir: Path,               # where the problem file goes; its parent is the project's root
     force: bool = False,            # replace an existing file
+    settings: Settings | None = None,   # of the workplace, for what has to be fetched; read from the root by default
 ) -> Path:                          # the written file
     "Write a problem file from a table; raises one clear `InputError` and leaves nothing behind where that cannot be."
     destination = params_dir / f"{check_name(name, 'problem')}.yml"
@@ -280,26 +299,29 @@ def start_problem(
         raise InputError("a problem cannot be named 'store', which is the folder of what outlives runs; choose another name")
     if destination.exists() and not force:
         raise InputError(f"{params_dir.name}/{destination.name} exists; choose another name or pass --force to replace it")
-    file = Path(file)
-    table = read_table(file).frame
+    root = params_dir.resolve().parent
+    source = source_of(name, file, root)
+    if source.kind in ("sql", "delta", "url"):
+        path = gather([source], lambda found: found, settings or load_settings(root))[source.name]
+    else:
+        path = Path(file)
+    table = read_table(path).frame
     target = tidy_names([target], "target")[0]
     if target not in table.columns:
-        raise InputError(f"{file.name} has no column '{target}'{suggest(target, table.columns[:200])}")
+        raise InputError(f"{path.name} has no column '{target}'{suggest(target, table.columns[:200])}")
     found = guess(table, target)
-    root, real = params_dir.resolve().parent, file.resolve()
-    shown = real.relative_to(root).as_posix() if real.is_relative_to(root) else real.as_posix()
-    text = _first_that_runs(name, shown, table, target, found)
+    text = _first_that_runs(name, source, table, target, found)
     params_dir.mkdir(parents=True, exist_ok=True)
     write_whole(destination, text.encode())
     return destination
 
 # %% ../../nbs/lib/data/13_starter.ipynb #cd68e62f
-def _first_that_runs(name: str, path: str, table: pl.DataFrame, target: str, found: Guess) -> str:
+def _first_that_runs(name: str, source: Source, table: pl.DataFrame, target: str, found: Guess) -> str:
     "The text with the first split that the table carries."
     refusals: list[InputError] = []
     for guessed, split in _splits(table, found):
         why = f"   # by time was tried: {_c(str(refusals[-1]))}" if refusals else ""
-        text = problem_text(name, path, table, target, guessed, split + why, _replayed(table, guessed) if "production_from" in split else None)
+        text = problem_text(name, source, table, target, guessed, split + why, _replayed(table, guessed) if "production_from" in split else None)
         try:
             _try(parse_problem(*read_yaml(text, f"{name}.yml"), f"{name}.yml"), table)
             return text

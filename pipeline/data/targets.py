@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/data/02_targets.ipynb #7edbe22c
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ import polars as pl
 
 from ..core.errors import InputError, suggest
 from ..core.problem import Task
+from .names import difference, hidden_signs, twins
 
 # %% auto #0
-__all__ = ['OPPOSITES', 'class_name', 'class_names', 'Target', 'check_target']
+__all__ = ['LONGEST', 'OPPOSITES', 'class_name', 'class_names', 'Target', 'check_target']
 
 # %% ../../nbs/lib/data/02_targets.ipynb #e70b67c9
 def class_name(
@@ -23,9 +25,9 @@ def class_name(
     "The name of a class as text."
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))
-    return str(value).strip()
+    return unicodedata.normalize("NFC", str(value)).strip()
 
 
 def class_names(
@@ -33,11 +35,13 @@ def class_names(
 ) -> pl.Series:           # String, null where null or blank
     "The names of classes of a whole column."
     if values.dtype.is_float():
-        whole = bool((values.drop_nulls() % 1 == 0).all())
+        there = values.drop_nulls()
+        whole = bool((there % 1 == 0).all()) and (there.is_empty() or float(there.abs().max()) < 2**53)   # type: ignore[arg-type]
         values = values.cast(pl.Int64) if whole else values
     texts = values.cast(pl.String)
     texts = texts.str.to_lowercase() if values.dtype == pl.Boolean else texts.str.strip_chars()
-    return texts.replace("", None)
+    texts = texts.replace("", None)
+    return texts if (texts.str.len_bytes() == texts.str.len_chars()).all() else texts.str.normalize("NFC")
 
 # %% ../../nbs/lib/data/02_targets.ipynb #eb4da184
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
+LONGEST = 200   # characters of a class's name
 OPPOSITES = {"true": "false", "1": "0", "yes": "no", "y": "n", "t": "f", "positive": "negative", "pos": "neg"}   # positive: negative
 
 
@@ -62,6 +67,7 @@ def check_target(
 ) -> Target:
     "Refuse a target nothing can be learned from; raises `InputError` with counts and first rows."
     name = values.name
+    _refuse_nested(values)
     if values.null_count() == len(values):
         raise InputError(f"target '{name}' is missing in all {len(values):,} rows; check that the right column is named")
     _refuse_unreal(values)
@@ -69,14 +75,18 @@ def check_target(
         return _numbers(values)
     names = class_names(values)
     counted = {row[0]: row[1] for row in names.drop_nulls().value_counts(name="rows").iter_rows()}
+    if not counted:
+        raise InputError(f"target '{name}' is blank in all {len(values):,} rows; check that the right column is named")
+    _refuse_alike(name, counted)
     classes = sorted(counted, key=_order(list(counted)))
     if len(classes) == 1:
         raise InputError(f"target '{name}' has one class only, '{classes[0]}', in all {counted[classes[0]]:,} rows; nothing can be told apart")
     if task == "binary" and len(classes) != 2:
-        raise InputError(f"target '{name}' has {len(classes)} classes ({_some(classes)}) and task is binary; set problem.task: multiclass")
+        raise InputError(f"target '{name}' has {len(classes):,} classes ({_some(classes)}) and task is binary; set problem.task: {'multiclass' if len(classes) <= 200 else 'regression'}")
     if len(classes) > 200:
         raise InputError(f"target '{name}' has {len(classes):,} classes ({_some(classes)}), at most 200 can be told apart; group them, or set problem.task: regression")
     notes = [f"class '{c}' has {counted[c]} rows; too few to be judged" for c in classes if counted[c] < 10]
+    notes += [f"classes '{a}' and '{b}' differ in case only; write one if they are the same" for a, b in _cased(sorted(classes))]
     chosen = _positive(name, classes, counted, positive) if task == "binary" else None
     if chosen:
         classes = [c for c in classes if c != chosen] + [chosen]
@@ -93,6 +103,31 @@ def _order(classes: list[str]) -> Any:
     except ValueError:
         return None
     return lambda c: (numbers[c], c)
+
+
+def _refuse_nested(values: pl.Series) -> None:
+    if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
+        raise InputError(f"target '{values.name}' holds a {str(values.dtype.base_type().__name__).lower()} in a cell; one plain value a row is needed: name another column or take it apart")
+
+
+def _refuse_alike(name: str, counted: dict[str, int]) -> None:
+    "Names of classes that a reader cannot tell apart, cannot see whole, or that are whole texts."
+    long = next((c for c in counted if len(c) > LONGEST), None)
+    if long is not None:
+        raise InputError(f"target '{name}' holds a text of {len(long):,} characters, beginning {long[:40]!r}; a class has a name of at most {LONGEST}: name another column")
+    hidden = next((c for c in counted if hidden_signs(c)), None)
+    if hidden is not None:
+        raise InputError(f"target '{name}' has a class {ascii(hidden)} with hidden signs ({', '.join(hidden_signs(hidden))}) in {counted[hidden]:,} rows; write it anew")
+    pairs = twins(sorted(counted)) or (_cased(sorted(counted)) if len(counted) == 2 else [])
+    if pairs:
+        one, other = pairs[0]
+        how = "in case only" if one.casefold() == other.casefold() else f"only by {difference(one, other)}"
+        raise InputError(f"target '{name}' has classes {one!r} ({counted[one]:,}×) and {other!r} ({counted[other]:,}×), which differ {how}; write one of them throughout")
+
+
+def _cased(classes: list[str]) -> list[tuple[str, str]]:
+    first: dict[str, str] = {}
+    return [(first[c.casefold()], c) for c in classes if first.setdefault(c.casefold(), c) != c]
 
 
 def _refuse_unreal(values: pl.Series) -> None:
@@ -114,10 +149,15 @@ def _refuse_unreal(values: pl.Series) -> None:
 
 def _numbers(values: pl.Series) -> Target:
     name = values.name
+    if values.dtype == pl.String:
+        values = values.str.strip_chars().replace("", None)
     numbers = values.cast(pl.Float64, strict=False) if values.dtype == pl.String or values.dtype.is_numeric() or values.dtype == pl.Boolean else None
     lost = values.drop_nulls() if numbers is None else values.filter(numbers.is_null() & values.is_not_null())
     if numbers is None or len(lost):
         raise InputError(f"target '{name}' holds {_some([repr(v) for v in lost.to_list()[:6]])} where task regression needs numbers; mend {len(lost):,} rows or set problem.task")
+    _refuse_unreal(numbers)   # 1e999 reads as infinite
+    if numbers.null_count() == len(numbers):
+        raise InputError(f"target '{name}' is blank in all {len(values):,} rows; check that the right column is named")
     if numbers.n_unique() - (numbers.null_count() > 0) < 2:
         raise InputError(f"target '{name}' is {numbers.drop_nulls()[0]:g} in all rows; nothing varies")
     return Target(numbers, "regression", (), None, {})

@@ -142,8 +142,7 @@ def _bools(values: pl.Series) -> pl.Series:
 def _texts(values: pl.Series) -> pl.Series:
     if values.dtype not in (pl.String, pl.Categorical, pl.Enum, pl.Boolean) and not values.dtype.is_numeric():
         return values.cast(pl.String, strict=False)
-    texts = class_names(values)
-    return texts if (texts.str.len_bytes() == texts.str.len_chars()).all() else texts.str.normalize("NFC")
+    return class_names(values)
 
 # %% ../../nbs/lib/data/03_types.ipynb #b7d16d7e
 def typed(

@@ -5,99 +5,333 @@
 # %% ../../nbs/lib/data/09_versions.ipynb #79cb9112
 from __future__ import annotations
 
+import base64
+import fcntl
 import hashlib
+import io
 import json
+import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
+import numpy as np
 import polars as pl
 
 from ..core.errors import EnvironmentFault, InputError, IntegrityError, suggest
 from ..core.problem import check_name
+from ..core.store import digest_file, disk_errors, sync_path
 
 # %% auto #0
-__all__ = ['RETRIES', 'version_id', 'save_version', 'read_version', 'list_versions', 'forget_rows']
+__all__ = ['RETRIES', 'GROUP_CELLS', 'PATIENCE_S', 'Fingerprint', 'version_id', 'save_version', 'read_version', 'check_version',
+           'stream_version', 'list_versions', 'Difference', 'diff_versions', 'diff_frames', 'forget_rows']
 
 # %% ../../nbs/lib/data/09_versions.ipynb #40d404ce
+class Fingerprint:
+    "The name of a content that comes in pieces: the same name however it is cut."
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.schema: dict[str, pl.DataType] | None = None
+        self._columns: list[tuple[Any, Any, Any]] = []
+
+    def add(self, batch: pl.DataFrame) -> None:
+        "The next rows; raises `InputError` where their columns differ from those before."
+        schema = dict(batch.schema)
+        if self.schema is None:
+            self.schema, self._columns = schema, [(hashlib.sha256(), hashlib.sha256(), hashlib.sha256()) for _ in schema]
+        elif schema != self.schema or list(schema) != list(self.schema):
+            differing = next((name for name in (*schema, *self.schema) if schema.get(name) != self.schema.get(name)), "their order")
+            raise InputError(f"the batch after row {self.rows:,} differs in column '{differing}' ({schema.get(differing)} where {self.schema.get(differing)} was); give every batch the same columns")
+        for values, (nulls, lengths, content) in zip(batch.iter_columns(), self._columns):
+            if values.null_count():
+                nulls.update((values.is_null().arg_true().cast(pl.UInt64) + self.rows).to_numpy().tobytes())
+            _digest_values(values, lengths, content)
+        self.rows += batch.height
+
+    def name(self) -> str:
+        "v and 16 hexadecimal digits."
+        whole = hashlib.sha256(json.dumps([[name, str(dtype)] for name, dtype in (self.schema or {}).items()]).encode())
+        whole.update(str(self.rows).encode())
+        for column in self._columns:
+            for part in column:
+                whole.update(part.digest())
+        return f"v{whole.hexdigest()[:16]}"
+
+
 def version_id(
     frame: pl.DataFrame,
 ) -> str:               # v and 16 hexadecimal digits
     "The name of exactly these rows and columns."
-    digest = hashlib.sha256(json.dumps([[name, str(dtype)] for name, dtype in frame.schema.items()]).encode())
-    digest.update(str(frame.height).encode())
-    for values in frame.iter_columns():
-        digest.update(values.is_null().cast(pl.UInt8).to_numpy().tobytes())
-        digest.update(_content(values))
-    return f"v{digest.hexdigest()[:16]}"
+    fingerprint = Fingerprint()
+    fingerprint.add(frame)
+    return fingerprint.name()
 
 # %% ../../nbs/lib/data/09_versions.ipynb #b9ae0980
-def _content(values: pl.Series) -> bytes:
-    if values.dtype == pl.String:
-        lengths = values.str.len_bytes().fill_null(0).cast(pl.UInt32).to_numpy().tobytes()
-        return lengths + (values.str.join("", ignore_nulls=True).item() or "").encode()
-    if values.dtype == pl.Boolean:
-        return values.fill_null(False).cast(pl.UInt8).to_numpy().tobytes()
-    if values.dtype.is_numeric() or values.dtype.is_temporal():
-        return values.to_physical().fill_null(0).to_numpy().tobytes()
-    return values.cast(pl.String).str.join("\x1f", ignore_nulls=False).item().encode()
+def _digest_values(values: pl.Series, lengths: Any, content: Any) -> None:
+    dtype = values.dtype
+    if dtype == pl.Boolean:
+        content.update(values.fill_null(False).cast(pl.UInt8).to_numpy().tobytes())
+    elif (dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128)) or dtype.is_float() or dtype.is_temporal():
+        numbers = values.cast(pl.Int32 if dtype == pl.Date else pl.Int64) if dtype.is_temporal() else values
+        content.update(np.ascontiguousarray((numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy()).data)
+    elif dtype == pl.Binary:
+        _digest_values(values.bin.encode("hex"), lengths, content)
+    elif dtype.is_nested():
+        _digest_values(values.to_frame("it").select(pl.struct("it").struct.json_encode()).to_series(), lengths, content)
+    elif dtype == pl.String:
+        lengths.update(values.str.len_bytes().fill_null(0).cast(pl.UInt32).to_numpy().tobytes())
+        content.update((values.str.join("", ignore_nulls=True).item() or "").encode())
+    else:
+        _digest_values(values.cast(pl.String), lengths, content)
 
-# %% ../../nbs/lib/data/09_versions.ipynb #462907ce
+# %% ../../nbs/lib/data/09_versions.ipynb #fb610cc1
 RETRIES = 20
+GROUP_CELLS = 2_000_000    # least cells of a row group, but for the last
+PATIENCE_S = 900.0     # how long a writer waits for the others
 
 
 def save_version(
-    store: Path,             # what outlives runs: `run.store`
-    name: str,               # the table: the problem's name
-    frame: pl.DataFrame,     # with __row
-) -> dict[str, Any]:         # id, uri, rows, columns
+    store: Path,                                     # what outlives runs: `run.store`
+    name: str,                                       # the table: the problem's name
+    rows: pl.DataFrame | Iterable[pl.DataFrame],     # with __row; or batches of the same columns, in order
+) -> dict[str, Any]:                                 # id, uri, rows, columns
     "Keep a table's content under its own name; raises `EnvironmentFault` where the store cannot be written."
-    from deltalake import CommitProperties, write_deltalake
-    from deltalake.exceptions import CommitFailedError
-
-    version = version_id(frame)
     folder = store / "tables" / check_name(name, "table")
-    if _find(folder, version) is None:
-        names = _safe_names(frame.columns)
-        metadata = {"content": version, **({"names": json.dumps(frame.columns)} if names != frame.columns else {})}
-        stored = frame.rename(dict(zip(frame.columns, names))).with_columns(pl.selectors.by_dtype(pl.Null).cast(pl.String))
-        for attempt in range(RETRIES):
+    with _turn(folder):
+        return _save(folder, rows)
+
+# %% ../../nbs/lib/data/09_versions.ipynb #6230c7b3
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    "Hold the lock of a table; what a killed writer left half-written goes."
+    with disk_errors(f"writing table {folder.name}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
             try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                write_deltalake(
-                    folder, stored, mode="overwrite", schema_mode="overwrite", configuration={"delta.dataSkippingNumIndexedCols": "0"},
-                    commit_properties=CommitProperties(custom_metadata=metadata),
-                )
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except CommitFailedError as error:
-                if attempt == RETRIES - 1:
-                    raise EnvironmentFault(f"table {name} is written by others without pause; run again later") from error
-            except OSError as error:
-                raise EnvironmentFault(f"table {name} cannot be written into {store.name}/tables: {str(error).splitlines()[0][:120]}; check space and rights") from error
-    return {"id": version, "uri": f"tables/{name}#{version}", "rows": frame.height, "columns": frame.width}
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise EnvironmentFault(f"table {folder.name} has been held by another writer for {PATIENCE_S:.0f} s; end that process or run again later") from error
+                time.sleep(0.01)
+        for left in folder.glob(".writing-*"):
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
 
 
+def _save(folder: Path, rows: pl.DataFrame | Iterable[pl.DataFrame]) -> dict[str, Any]:
+    "Write, name, commit; the caller holds the lock."
+    if isinstance(rows, pl.DataFrame):
+        version = version_id(rows)
+        if _is_kept(folder, version):
+            return _said(folder, version, rows.height, rows.width)
+        rows = [rows]
+    temporary = folder / f".writing-{os.getpid()}.parquet"
+    try:
+        with disk_errors(f"writing table {folder.name}"):
+            fingerprint = _write_parquet(temporary, rows)
+        version, schema = fingerprint.name(), fingerprint.schema or {}
+        if not _is_kept(folder, version):
+            digest = digest_file(temporary)
+            final = folder / f"{version}-{digest[:12]}.parquet"
+            with disk_errors(f"writing table {folder.name}"):
+                sync_path(temporary)
+                os.replace(temporary, final)
+            told = {"content": version, "rows": fingerprint.rows, "sha256": digest, **_memory(schema)}
+            _commit(folder, final, {**told, "told": _digest_told(told)})
+        return _said(folder, version, fingerprint.rows, len(schema))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _said(folder: Path, version: str, rows: int, columns: int) -> dict[str, Any]:
+    return {"id": version, "uri": f"tables/{folder.name}#{version}", "rows": rows, "columns": columns}
+
+
+def _write_parquet(path: Path, batches: Iterable[pl.DataFrame]) -> Fingerprint:
+    "Every batch named and written, a checksum on every page."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fingerprint, writer = Fingerprint(), None
+    waiting: list[pl.DataFrame] = []     # small batches share a row group
+
+    def write() -> None:
+        nonlocal writer
+        table = (pl.concat(waiting) if len(waiting) > 1 else waiting[0]).to_arrow(compat_level=pl.CompatLevel.oldest())
+        waiting.clear()
+        if writer is None:
+            writer = pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
+        writer.write_table(table, row_group_size=1_000_000)
+        pa.default_memory_pool().release_unused()
+
+    try:
+        for batch in batches:
+            fingerprint.add(batch)
+            waiting.append(_stored(batch))
+            if sum(rows.height for rows in waiting) * batch.width >= GROUP_CELLS:
+                write()
+        if waiting:
+            write()
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        raise InputError("no batch came, so there is nothing to keep; give at least one, which may be empty of rows")
+    return fingerprint
+
+
+def _commit(folder: Path, file: Path, metadata: dict[str, Any]) -> None:
+    "One file becomes the table's newest version; older ones stay."
+    import pyarrow.parquet as pq
+    from deltalake import CommitProperties, Schema
+    from deltalake.exceptions import CommitFailedError
+    from deltalake.transaction import AddAction, PostCommitHookProperties, create_table_with_add_actions
+
+    schema = Schema.from_arrow(pq.read_schema(file).remove_metadata())
+    added = AddAction(file.name, file.stat().st_size, {}, int(time.time() * 1000), True, json.dumps({"numRecords": metadata["rows"]}))
+    for attempt in range(RETRIES):
+        try:
+            create_table_with_add_actions(
+                str(folder.resolve()), schema, [added], mode="overwrite", partition_by=[],
+                configuration={"delta.dataSkippingNumIndexedCols": "0", "delta.enableExpiredLogCleanup": "false", "delta.deletedFileRetentionDuration": "interval 36500 days"},
+                commit_properties=CommitProperties(custom_metadata=metadata), post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
+            )
+            return
+        except CommitFailedError as error:
+            if attempt == RETRIES - 1:
+                raise EnvironmentFault(f"table {folder.name} is written by others without pause; run again later") from error
+        except OSError as error:
+            raise EnvironmentFault(f"table {folder.name} cannot be written into {folder.parent.parent.name}/tables: {str(error).splitlines()[0][:120]}; check space and rights") from error
+
+# %% ../../nbs/lib/data/09_versions.ipynb #7c809a06
+_NATIVE = {pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date, pl.Binary}
+_WIDER: dict[Any, Any] = {pl.UInt8: pl.Int16, pl.UInt16: pl.Int32, pl.UInt32: pl.Int64}
+
+
+def _is_native(dtype: pl.DataType) -> bool:
+    return dtype.base_type() in _NATIVE or dtype in (pl.Datetime("us"), pl.Datetime("us", "UTC"))
+
+
+def _stored(frame: pl.DataFrame) -> pl.DataFrame:
+    "As Delta holds it."
+    return pl.DataFrame([_as_stored(values).alias(name) for name, values in zip(_safe_names(frame.columns), frame.iter_columns())])
+
+
+def _as_stored(values: pl.Series) -> pl.Series:
+    dtype = values.dtype
+    if _is_native(dtype):
+        return values
+    if dtype.base_type() in _WIDER:
+        return values.cast(_WIDER[dtype.base_type()])
+    if dtype == pl.UInt64:
+        return values.reinterpret(signed=True)
+    if dtype in (pl.Datetime, pl.Duration, pl.Time):
+        return values.to_physical()
+    if dtype.is_nested():
+        raise InputError(f"column '{values.name}' holds {dtype} in a cell; flatten it before it is kept as a version")
+    return values.cast(pl.String)    # categories, decimals, wide integers, nothing at all
+
+
+def _restored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
+    if values.dtype == dtype:
+        return values
+    if dtype == pl.UInt64:
+        return values.reinterpret(signed=False)
+    return values.cast(dtype)
+
+
+def _memory(schema: dict[str, pl.DataType]) -> dict[str, str]:
+    "What a commit must say so that names and kinds come back."
+    names = list(schema)
+    remembered = {"names": json.dumps(names)} if _safe_names(names) != names else {}
+    strange = {f"{i}": dtype for i, dtype in enumerate(schema.values()) if not _is_native(dtype)}
+    if strange:
+        file = io.BytesIO()
+        pl.DataFrame(schema=strange).write_ipc(file)
+        remembered["kinds"] = base64.b64encode(file.getvalue()).decode()
+    return remembered
+
+
+def _true(frame: pl.DataFrame, found: dict[str, Any], positions: Sequence[int]) -> pl.DataFrame:
+    "With the names and kinds that were saved."
+    if "names" in found:
+        names = json.loads(found["names"])
+        frame.columns = [names[i] for i in positions]
+    strange = pl.read_ipc(io.BytesIO(base64.b64decode(found["kinds"]))).schema if "kinds" in found else {}
+    return frame.with_columns([_restored(values, strange[str(i)]) for i, values in zip(positions, frame.iter_columns()) if str(i) in strange]) if strange else frame
+
+
+def _safe_names(names: Sequence[str]) -> list[str]:
+    "Names that a Delta table takes: others are numbered, the true ones stand in the commit."
+    lowered = [name.lower() for name in names]
+    return [name if re.fullmatch(r"[^ ,;{}()\n\t=]+", name) and lowered.count(name.lower()) == 1 else f"column_{i}" for i, name in enumerate(names)] \
+        if len(set(lowered)) < len(names) or any(re.search(r"[ ,;{}()\n\t=]", name) for name in names) else list(names)
+
+# %% ../../nbs/lib/data/09_versions.ipynb #364e7998
 def read_version(
     store: Path,
     name: str,
-    version: str,        # as `save_version` named it
-) -> pl.DataFrame:       # bit-equal to what was saved
+    version: str,                              # as `save_version` named it
+    columns: Sequence[str] | None = None,      # some only, in this order
+) -> pl.DataFrame:                             # bit-equal to what was saved
     "A kept version, digest compared; raises `InputError` for an unknown one, `IntegrityError` for one that was erased or changed."
-    folder = store / "tables" / check_name(name, "table")
-    found = _find(folder, version)
-    if found is None:
-        raise InputError(f"table {name} has no version {version}{suggest(version, [v['id'] for v in list_versions(store, name)])}")
-    try:
-        frame = pl.read_delta(str(folder), version=found["version"])
-    except Exception as error:   # deltalake and polars raise several unrelated kinds
-        raise IntegrityError(f"version {version} of table {name} is no longer whole: its rows were erased, or files are missing") from error
-    frame = frame.sort("__row") if "__row" in frame.columns else frame
-    if "names" in found:
-        frame.columns = json.loads(found["names"])
-    if version_id(frame) != version:
-        raise IntegrityError(f"version {version} of table {name} holds other values ({version_id(frame)}); it was changed outside the pipeline")
-    return frame
+    parts = list(stream_version(store, name, version, columns))
+    return pl.concat(parts, rechunk=len(parts) > 1)
+
+
+def check_version(
+    store: Path,
+    name: str,
+    version: str,
+) -> list[str]:        # its files
+    "Hold a version's file against the digest in its commit, without reading rows; raises `IntegrityError` naming the file."
+    return [file.name for file in _files(store, name, _known(store, name, version))]
+
+
+def stream_version(
+    store: Path,
+    name: str,
+    version: str,
+    columns: Sequence[str] | None = None,
+    batch_rows: int = 500_000,
+) -> Iterator[pl.DataFrame]:                   # at least one
+    "A kept version in batches; raises like `read_version`, for a changed value at the latest after the last batch."
+    import pyarrow.parquet as pq
+
+    found = _known(store, name, version)
+    fingerprint = Fingerprint()
+    for file in _files(store, name, found):
+        try:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False)    # else every page read stays in memory
+            stored, named = parquet.schema_arrow.names, json.loads(found["names"]) if "names" in found else parquet.schema_arrow.names
+            positions = _positions(named, columns, name)
+            came = False
+            for batch in parquet.iter_batches(batch_rows, columns=[stored[i] for i in positions]):
+                came = True
+                part = _true(pl.from_arrow(batch).select(stored[i] for i in positions), found, positions)  # type: ignore[union-attr]
+                if columns is None:
+                    fingerprint.add(part)
+                yield part
+            if not came:
+                part = _true(pl.from_arrow(parquet.schema_arrow.empty_table()).select(stored[i] for i in positions), found, positions)  # type: ignore[union-attr]
+                fingerprint.add(part)
+                yield part
+        except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+            raise IntegrityError(f"{file.name} of table {name} is damaged: {str(error).splitlines()[0][:120]}; restore it from a copy of the store") from error
+    if columns is None and fingerprint.name() != version:
+        raise IntegrityError(f"version {version} of table {name} holds other values ({fingerprint.name()}); it was changed outside the pipeline")
 
 
 def list_versions(
@@ -106,27 +340,188 @@ def list_versions(
 ) -> list[dict[str, Any]]:     # id, version, at (milliseconds), rows; oldest first
     "Every version that was kept."
     history = _history(store / "tables" / check_name(name, "table"))
-    return [{"id": h["content"], "version": h["version"], "at": h.get("timestamp"), "rows": (h.get("operationMetrics") or {}).get("num_added_rows")}
-            for h in sorted(history, key=lambda h: h["version"]) if "content" in h]
+    newest = {h["content"]: h for h in sorted(history, key=lambda h: h["version"]) if "content" in h}
+    return [{"id": h["content"], "version": h["version"], "at": h.get("timestamp"), "rows": h.get("rows", (h.get("operationMetrics") or {}).get("num_added_rows"))}
+            for h in sorted(newest.values(), key=lambda h: h["version"])]
 
-# %% ../../nbs/lib/data/09_versions.ipynb #fb610cc1
+# %% ../../nbs/lib/data/09_versions.ipynb #91220033
 def _history(folder: Path) -> list[dict[str, Any]]:
     if not (folder / "_delta_log").is_dir():
         return []
     from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
 
-    return list(DeltaTable(str(folder)).history())
+    try:
+        return list(DeltaTable(str(folder)).history())
+    except (DeltaError, OSError, ValueError) as error:
+        raise IntegrityError(f"the log of table {folder.name} is damaged: {str(error).splitlines()[0][:120]}; restore it from a copy of the store") from error
 
 
 def _find(folder: Path, version: str) -> dict[str, Any] | None:
     return next((h for h in _history(folder) if h.get("content") == version), None)
 
 
-def _safe_names(names: Sequence[str]) -> list[str]:
-    "Names that a Delta table takes: others are numbered, the true ones stand in the commit."
-    lowered = [name.lower() for name in names]
-    return [name if re.fullmatch(r"[^ ,;{}()\n\t=]+", name) and lowered.count(name.lower()) == 1 else f"column_{i}" for i, name in enumerate(names)] \
-        if len(set(lowered)) < len(names) or any(re.search(r"[ ,;{}()\n\t=]", name) for name in names) else list(names)
+def _is_kept(folder: Path, version: str) -> bool:
+    "Is a version there with its file? One that was erased is not."
+    from deltalake import DeltaTable
+
+    if not any(folder.glob(f"{version}-*.parquet")):    # the file is named so before its commit; a long log need not be read
+        return False
+    found = _find(folder, version)
+    return found is not None and all(_local(uri).is_file() for uri in DeltaTable(str(folder), version=found["version"]).file_uris())
+
+
+def _local(uri: str) -> Path:
+    return Path(unquote(urlparse(uri).path))
+
+
+_TOLD = ("content", "rows", "sha256", "names", "kinds")
+
+
+def _digest_told(metadata: dict[str, Any]) -> str:
+    "So that a changed letter in the log is found before anything is made of it."
+    return hashlib.sha256(json.dumps([metadata.get(key) for key in _TOLD]).encode()).hexdigest()
+
+
+def _known(store: Path, name: str, version: str) -> dict[str, Any]:
+    found = _find(store / "tables" / check_name(name, "table"), version)
+    if found is None:
+        raise InputError(f"table {name} has no version {version}{suggest(version, [v['id'] for v in list_versions(store, name)])}")
+    if "told" in found and found["told"] != _digest_told(found):
+        raise IntegrityError(f"the log of table {name} is damaged where it tells of version {version}; restore it from a copy of the store")
+    return found
+
+
+def _files(store: Path, name: str, found: dict[str, Any]) -> list[Path]:
+    "The files of a version, each whole."
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        files = [_local(uri) for uri in DeltaTable(str(store / "tables" / name), version=found["version"]).file_uris()]
+    except (DeltaError, OSError, ValueError) as error:
+        raise IntegrityError(f"the log of table {name} is damaged: {str(error).splitlines()[0][:120]}; restore it from a copy of the store") from error
+    gone = [file.name for file in files if not file.is_file()]
+    if gone or not files:
+        raise IntegrityError(f"version {found['content']} of table {name} is no longer whole: its rows were erased, or files are missing")
+    if "sha256" in found and (len(files) != 1 or digest_file(files[0]) != found["sha256"]):
+        raise IntegrityError(f"{files[0].name} of table {name} is not what was written (its sha256 differs); restore it from a copy of the store")
+    return files
+
+
+def _positions(names: Sequence[str], columns: Sequence[str] | None, table: str) -> list[int]:
+    if columns is None:
+        return list(range(len(names)))
+    places = {name: i for i, name in enumerate(names)}
+    for column in columns:
+        if column not in places:
+            raise InputError(f"table {table} has no column '{column}'{suggest(column, list(names)[:200])}")
+    return [places[column] for column in columns]
+
+# %% ../../nbs/lib/data/09_versions.ipynb #491fa78a
+@dataclass(frozen=True)
+class Difference:
+    "Rows by key: those only in the newer version, only in the older, and in both with other values."
+
+    key: tuple[str, ...]
+    added: pl.DataFrame        # keys
+    removed: pl.DataFrame      # keys
+    changed: pl.DataFrame      # keys
+    cells: pl.DataFrame        # key, column, before, after: of the first changed rows
+    columns: pl.DataFrame      # column, change (added, removed, other kind, values), rows
+    unchanged: int             # rows
+
+    def __str__(self) -> str:
+        return f"{self.added.height:,} rows added, {self.removed.height:,} removed, {self.changed.height:,} changed, {self.unchanged:,} unchanged"
+
+    def _repr_html_(self) -> str:
+        from pipeline.core.display import table
+
+        shown = str(table(self.columns, str(self))._repr_html_()) if self.columns.height else f"<p>{self}</p>"
+        return shown + (str(table(self.cells.head(20), "The first cells that changed")._repr_html_()) if self.cells.height else "")
+
+
+def diff_versions(
+    store: Path,
+    name: str,
+    older: str,                            # names of versions
+    newer: str,
+    key: Sequence[str] = ("__row",),       # columns that name a row
+    most: int = 1000,                      # rows whose cells are shown
+) -> Difference:
+    "What a newer version added, removed and changed; raises `InputError` for a key that is missing or names two rows."
+    def column(version: str, names: Sequence[str]) -> pl.DataFrame:
+        return read_version(store, name, version, names)
+
+    schemas = [_schema(store, name, version) for version in (older, newer)]
+    return _diff(schemas[0], schemas[1], lambda names: column(older, names), lambda names: column(newer, names), tuple(key), most, name)
+
+
+def diff_frames(
+    older: pl.DataFrame,
+    newer: pl.DataFrame,
+    key: Sequence[str] = ("__row",),
+    most: int = 1000,
+) -> Difference:
+    "The same of two tables at hand."
+    return _diff(dict(older.schema), dict(newer.schema), older.select, newer.select, tuple(key), most, "given")
+
+# %% ../../nbs/lib/data/09_versions.ipynb #d39e245c
+def _schema(store: Path, name: str, version: str) -> dict[str, pl.DataType]:
+    return dict(next(stream_version(store, name, version, batch_rows=1)).schema)
+
+
+def _diff(
+    before: dict[str, pl.DataType], after: dict[str, pl.DataType], old: Callable[[list[str]], pl.DataFrame], new: Callable[[list[str]], pl.DataFrame],
+    key: tuple[str, ...], most: int, name: str,
+) -> Difference:
+    for schema, side in ((before, "older"), (after, "newer")):
+        _positions(list(schema), key, f"{name} ({side} version)")
+    for column in key:
+        if before[column] != after[column]:
+            raise InputError(f"key column '{column}' is {before[column]} in the older and {after[column]} in the newer version; choose another key")
+    keys = [_unique(read(list(key)), key, name).with_row_index(place) for read, place in ((old, "__old"), (new, "__new"))]
+    added = keys[1].join(keys[0], on=list(key), how="anti", nulls_equal=True, maintain_order="left").select(key)
+    removed = keys[0].join(keys[1], on=list(key), how="anti", nulls_equal=True, maintain_order="left").select(key)
+    both = keys[0].join(keys[1], on=list(key), how="inner", nulls_equal=True, maintain_order="left")
+    del keys
+    places = both["__old"], both["__new"]
+    shared = [column for column in before if column in after and column not in key]
+    rows: list[dict[str, Any]] = [{"column": c, "change": "added", "rows": None} for c in after if c not in before]
+    rows += [{"column": c, "change": "removed", "rows": None} for c in before if c not in after]
+    differs = np.zeros(both.height, bool)
+    for column in shared:
+        found = _pair(old, new, column, places).select(pl.col("before").ne_missing(pl.col("after"))).to_series().to_numpy()
+        if before[column] != after[column]:
+            rows.append({"column": column, "change": f"{before[column]} became {after[column]}", "rows": int(found.sum())})
+        elif found.any():
+            rows.append({"column": column, "change": "values", "rows": int(found.sum())})
+        differs |= found
+    changed = both.filter(pl.Series(differs, dtype=pl.Boolean))
+    some = changed.head(most)
+    touched = {row["column"] for row in rows if row["rows"]}
+    cells = [some.select(key).with_columns(pl.lit(c).alias("column"), *_pair(old, new, c, (some["__old"], some["__new"])).select(pl.all().cast(pl.String)).iter_columns())
+             .filter(pl.col("before").ne_missing(pl.col("after"))) for c in shared if c in touched]
+    kinds: dict[str, Any] = {**{c: before[c] for c in key}, "column": pl.String, "before": pl.String, "after": pl.String}
+    return Difference(
+        key, added, removed, changed.select(key), pl.concat(cells) if cells else pl.DataFrame(schema=kinds),
+        pl.DataFrame(rows, schema={"column": pl.String, "change": pl.String, "rows": pl.Int64}), both.height - changed.height,
+    )
+
+
+def _pair(old: Callable[[list[str]], pl.DataFrame], new: Callable[[list[str]], pl.DataFrame], column: str, places: tuple[pl.Series, pl.Series]) -> pl.DataFrame:
+    "One column of the rows that both versions have, before and after."
+    before, after = old([column]).to_series().gather(places[0]).alias("before"), new([column]).to_series().gather(places[1]).alias("after")
+    if before.dtype != after.dtype or before.dtype in (pl.Categorical, pl.Enum):
+        before, after = before.cast(pl.String), after.cast(pl.String)
+    return pl.DataFrame([before, after])
+
+
+def _unique(keys: pl.DataFrame, key: tuple[str, ...], name: str) -> pl.DataFrame:
+    twice = keys.height - keys.n_unique()
+    if twice:
+        raise InputError(f"key {', '.join(key)} of table {name} names {twice:,} rows more than once; give the columns that name one row each")
+    return keys
 
 # %% ../../nbs/lib/data/09_versions.ipynb #6de8bf9d
 def forget_rows(
@@ -137,15 +532,32 @@ def forget_rows(
     "Erase rows from every version of a table, files included."
     from deltalake import DeltaTable
 
-    folder = store / "tables" / check_name(name, "table")
     latest = list_versions(store, name)
     if not latest:
         raise InputError(f"no table '{name}' in the store; nothing to forget")
-    names = (_find(folder, latest[-1]["id"]) or {}).get("names")
-    frame = pl.read_delta(str(folder)).sort("__row")
-    if names:
-        frame.columns = json.loads(names)
-    kept = frame.filter(~pl.col("__row").is_in(list(rows)))
-    saved = save_version(store, name, kept)
-    DeltaTable(str(folder)).vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False, full=True)
-    return {"id": saved["id"], "erased": frame.height - kept.height}
+    folder = store / "tables" / check_name(name, "table")
+    gone, erased = pl.Series(list(rows), dtype=pl.Int64), 0
+
+    def kept() -> Iterator[pl.DataFrame]:
+        nonlocal erased
+        for batch in stream_version(store, name, latest[-1]["id"]):
+            left = batch.filter(~pl.col("__row").is_in(gone.implode()))
+            erased += batch.height - left.height
+            yield left
+
+    with _turn(folder):
+        latest = list_versions(store, name)
+        saved = _save(folder, kept())
+        if saved["id"] != latest[-1]["id"]:
+            _make_newest(folder, saved["id"])
+        DeltaTable(str(folder)).vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False, full=True)
+    return {"id": saved["id"], "erased": erased}
+
+# %% ../../nbs/lib/data/09_versions.ipynb #10b4e1c3
+def _make_newest(folder: Path, version: str) -> None:
+    "A content that an older version has already is committed again, so that sweeping keeps its file."
+    found = _find(folder, version)
+    if found is None or found["version"] == max(h["version"] for h in _history(folder)):
+        return
+    metadata: dict[str, Any] = {key: found[key] for key in (*_TOLD, "told") if key in found}
+    _commit(folder, _files(folder.parent.parent, folder.name, found)[0], metadata)

@@ -5,28 +5,27 @@
 # %% ../../nbs/lib/deploy/10_batch.ipynb #020bf883
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
 
 from ..core.errors import InputError, suggest
-from ..core.store import disk_errors, sync_path, write_frame
+from ..data.export import EXPORTS, write_export
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['KINDS', 'AT_ONCE', 'read_rows', 'write_rows', 'harmless', 'predict_file', 'predict_all']
+__all__ = ['KINDS', 'AT_ONCE', 'read_rows', 'write_rows', 'predict_file', 'predict_all']
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #41dc06b1
-KINDS = (".csv", ".parquet")
+KINDS = (".csv", ".parquet", ".jsonl", ".xlsx")
 AT_ONCE = 100_000          # rows that are encoded together
 
 
 def read_rows(
-    path: Path | str,      # .csv or .parquet
+    path: Path | str,      # .csv, .parquet, .jsonl or .xlsx
 ) -> pl.DataFrame:         # CSV: every column as text
     "A table as it stands; raises `InputError` for a file that is missing, empty or of another kind."
     path = Path(path)
@@ -34,7 +33,11 @@ def read_rows(
         near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise InputError(f"no data file {path}{near or '; check the path after --data'}")
     if path.suffix.lower() not in KINDS:
-        raise InputError(f"{path.name} is no {' or '.join(KINDS)} file; convert it first")
+        raise InputError(f"{path.name} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; convert it first")
+    if path.suffix.lower() in (".jsonl", ".xlsx"):
+        from pipeline.data.sources import read_table
+
+        return read_table(path).frame
     try:
         if path.suffix.lower() == ".parquet":
             return pl.read_parquet(path)
@@ -47,45 +50,23 @@ def read_rows(
 
 def write_rows(
     frame: pl.DataFrame,   # answers
-    path: Path | str,      # .csv or .parquet
+    path: Path | str,      # .csv, .xlsx or .parquet
 ) -> None:
-    "A table under its final name when it is whole; texts cannot start a formula in CSV."
-    path = Path(path)
-    if path.suffix.lower() == ".parquet":
-        write_frame(path, frame)
-        return
-    with disk_errors(f"writing {path.name}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f".{path.name}.{os.getpid()}"
-        try:
-            harmless(frame).write_csv(partial)
-            sync_path(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def harmless(
-    frame: pl.DataFrame,
-) -> pl.DataFrame:
-    "Texts that a spreadsheet would run get an apostrophe in front; numbers stay numbers."
-    def quoted(column: pl.Expr, name: str) -> pl.Expr:
-        risky = column.str.contains(r"^[=+\-@\t\r\n]") & column.cast(pl.Float64, strict=False).is_null()
-        return pl.when(risky).then(pl.concat_str(pl.lit("'"), column)).otherwise(column).alias(name)
-    return frame.with_columns(quoted(pl.col(n), n) for n, t in frame.schema.items() if t == pl.String)
+    "A table under its final name when it is whole; texts cannot start a formula."
+    write_export(frame, path)
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #f73ed799
 def predict_file(
     run_folder: Path | str,   # outputs/PROBLEM/RUN
-    data: Path | str,         # .csv or .parquet
-    out: Path | str,          # .csv or .parquet
+    data: Path | str,         # .csv, .parquet, .jsonl or .xlsx
+    out: Path | str,          # .csv, .xlsx or .parquet
 ) -> int:                     # rows
     "Answer every row of a file with a run's verified package."
     from pipeline.deploy.package import load_package, package_of
 
     data, out = Path(data), Path(out)
-    if out.suffix.lower() not in KINDS:
-        raise InputError(f"{out.name} is no {' or '.join(KINDS)} file; name the output so")
+    if out.suffix.lower() not in EXPORTS:
+        raise InputError(f"{out.name} is no {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]} file; name the output so")
     if out.resolve() == data.resolve():
         raise InputError(f"{out} would overwrite the data; choose another file after --out")
     rows = read_rows(data)

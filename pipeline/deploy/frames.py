@@ -11,6 +11,9 @@ from typing import Any
 import polars as pl
 
 from ..core.errors import InputError, suggest
+from ..data.features import compute
+from ..data.targets import class_names
+from ..data.terms import refuse_breaches
 from .rows import shortened
 from .schema import Field, Schema, dtype_of
 
@@ -22,7 +25,7 @@ def check_frame(
     frame: pl.DataFrame,    # any columns in any order
     schema: Schema,
 ) -> pl.DataFrame:          # the model's columns, in its order and types
-    "Columns by name and type; raises `InputError` that names the column."
+    "Columns by name and type, derived ones made anew; raises `InputError` that names the column."
     given = set(frame.columns)
     missing = [n for n in schema.names if n not in given]
     if missing:
@@ -31,7 +34,9 @@ def check_frame(
     floats = [n for n, dtype in frame.select(schema.names).schema.items() if dtype.is_float()]      # all at once: there may be thousands
     infinite = {n for n, found in frame.select(pl.col(floats).is_infinite().any()).to_dicts()[0].items() if found} if floats else set()
     whole = frame.with_columns(pl.col(n).fill_nan(None) for n in floats if n not in infinite)
-    return pl.DataFrame([_cast(whole[spec.name], spec, spec.name in infinite) for spec in schema.fields])
+    read = pl.DataFrame([_cast(whole[spec.name], spec, spec.name in infinite) for spec in schema.fields])
+    refuse_breaches(read, {spec.name: spec.agreed for spec in schema.fields if spec.agreed})
+    return compute(read, schema.expressions) if schema.derived else read
 
 
 def _cast(series: pl.Series, spec: Field, infinite: bool = False) -> pl.Series:
@@ -40,7 +45,7 @@ def _cast(series: pl.Series, spec: Field, infinite: bool = False) -> pl.Series:
         return _from_text(series, spec, wanted)
     given = _no_infinity(series, spec) if infinite else series
     if given.dtype == wanted:
-        return given
+        return class_names(given) if wanted == pl.String else given     # texts as training read them
     cast = given.cast(wanted, strict=False)
     lost = cast.is_null() & given.is_not_null()
     if given.dtype.is_float() and wanted.is_integer():

@@ -30,62 +30,16 @@ def claim_limits(
 ) -> Html:
     "Claims and checks for latency, size, memory, throughput and availability."
     limits = run.problem.deploy
-    common: dict[str, Any] = {"on": "staging", "better": "lower"}
-    p50 = run.claim(
-        "latency_p50_ms",
-        of="deploy/latencies",
-        by=latency_quantile,
-        using={"q": 0.5},
-        unit="ms",
-        title="median latency of one row",
-        **common,
-    )
-    p99 = run.claim(
-        "latency_p99_ms",
-        of="deploy/latencies",
-        by=latency_quantile,
-        using={"q": 0.99},
-        unit="ms",
-        title="99th percentile of latency of one row",
-        **common,
-    )
-    size = run.claim("model_mb", of="deploy/package", by=folder_mb, unit="MB", title="model on disk", **common)
-    memory = run.claim(
-        "rss_mb",
-        of="deploy/resources",
-        by=of_key,
-        using={"key": "rss_mb"},
-        unit="MB",
-        title="memory of the service under load",
-        **common,
-    )
-    rps = run.claim(
-        "throughput_rps",
-        of="deploy/throughput",
-        by=throughput,
-        unit="1/s",
-        on="staging",
-        better="higher",
-        title="requests a second, 8 clients that never pause",
-    )
-    answered = run.claim(
-        "answered_share",
-        of="deploy/latencies",
-        by=answered_share,
-        on="staging",
-        better="higher",
-        title="share of requests answered",
-    )
-    rows = run.claim(
-        "batch_rows_per_s",
-        of="deploy/resources",
-        by=of_key,
-        using={"key": "batch_rows_per_s"},
-        unit="1/s",
-        on="staging",
-        better="higher",
-        title="rows a second in a batch",
-    )
+    lower: dict[str, Any] = {"on": "staging", "better": "lower"}
+    higher: dict[str, Any] = {"on": "staging", "better": "higher"}
+    spent: dict[str, Any] = {"of": "deploy/resources", "by": of_key}
+    p50, p99 = (run.claim(f"latency_p{q}_ms", of="deploy/latencies", by=latency_quantile, using={"q": q / 100}, unit="ms", title=title, **lower)
+                for q, title in ((50, "median latency of one row"), (99, "99th percentile of latency of one row")))
+    size = run.claim("model_mb", of="deploy/package", by=folder_mb, unit="MB", title="model on disk", **lower)
+    memory = run.claim("rss_mb", **spent, using={"key": "rss_mb"}, unit="MB", title="memory of the service under load", **lower)
+    rps = run.claim("throughput_rps", of="deploy/throughput", by=throughput, unit="1/s", title="requests a second, 8 clients that never pause", **higher)
+    answered = run.claim("answered_share", of="deploy/latencies", by=answered_share, title="share of requests answered", **higher)
+    rows = run.claim("batch_rows_per_s", **spent, using={"key": "batch_rows_per_s"}, unit="1/s", title="rows a second in a batch", **higher)
     if run.problem.problem.mode == "online":
         run.check("Latency, 99th percentile (deploy.latency_p99_ms)", p99, at_most=limits.latency_p99_ms, answers=["deploy.latency_p99_ms", "O6"])
         run.check("Throughput (deploy.throughput_rps)", rps, at_least=limits.throughput_rps, answers=["deploy.throughput_rps", "O6"])

@@ -5,22 +5,21 @@
 # %% ../../nbs/lib/deploy/06_package.ipynb #c29ec1df
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import audit
 from ..core.errors import InputError, IntegrityError
-from ..core.store import digest_bytes, digest_file, disk_errors, to_json, write_whole
+from ..core.store import digest_bytes, digest_file, disk_errors, locked, to_json, write_whole
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
+    from pipeline.deploy.schema import Schema
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEY', 'MANIFEST', 'SIGNATURE', 'SUFFIXES', 'Contents', 'fill', 'seal', 'content_digest', 'verify_package',
@@ -175,8 +174,18 @@ def load_package(
     folder = Path(folder)
     manifest = verify_package(folder, public_key, newest)
     schema = Schema.from_dict(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
+    _same_features(schema, folder)
     threshold = json.loads((folder / "threshold.json").read_text(encoding="utf-8")).get("threshold")
     return Predictor(load_model(folder / "model"), schema, threshold, manifest["name"], manifest["version"], digest_file(folder / MANIFEST))
+
+# %% ../../nbs/lib/deploy/06_package.ipynb #9b6b8432
+def _same_features(schema: Schema, folder: Path) -> None:
+    from pipeline.data.features import load_expressions
+
+    try:
+        load_expressions(schema.derived)
+    except IntegrityError as error:
+        raise IntegrityError(f"{called(folder)}: {error}; nothing was loaded") from error
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #d6be23ae
 def release(
@@ -189,7 +198,7 @@ def release(
     "Fill, sign and keep a package; the same content twice is one package."
     fill(work, model, contents)
     content = content_digest(work)
-    with _one_release(store):
+    with locked(store / "models.lock"):
         known = [m for m in released(store).values() if m["name"] == name]
         same = [m["version"] for m in known if m["content"] == content]
         version = same[0] if same else 1 + max((m["version"] for m in known), default=0)
@@ -220,17 +229,6 @@ def _keep(work: Path, final: Path) -> None:
             if path.is_file():
                 path.chmod(0o444)
         os.rename(partial, final)
-
-
-@contextmanager
-def _one_release(store: Path) -> Iterator[None]:
-    (store / "models").mkdir(parents=True, exist_ok=True)
-    handle = os.open(store / "models.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #2d76806f
 def package_of(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from ..core.display import Html, estimates, facts, note, stack, table
+from ..core.display import LEAST_CELL, Html, estimates, facts, note, stack, table
 from ..core.intervals import score
 from .batch import predict_all
 from .load import latency_quantile, measure
@@ -276,8 +276,9 @@ def show_refusals(rehearsal: Rehearsal) -> Html:
         return note(f"Strict handling, the default, would have answered every one of the {rehearsal.rows:,} holdout rows.", "go")
     return stack(
         table(
-            rehearsal.refusals,
+            rehearsal.refusals.with_columns(example=pl.when(pl.col("rows") < LEAST_CELL).then(pl.lit("")).otherwise("example")),
             f"Values that training never saw, in {rehearsal.rows:,} real rows: refused unless a caller sends Prefer: handling=lenient",
+            counts="rows",
         ),
         note("The replay asks leniently, as a batch does: each row in is one row out."),
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 from .schema import Finding, Schema
 
 # %% auto #0
-__all__ = ['BUCKETS', 'Limits', 'Refused', 'request_type', 'read_json', 'too_large', 'Counts']
+__all__ = ['ODD', 'BUCKETS', 'Limits', 'Refused', 'request_type', 'read_json', 'too_large', 'Counts']
 
 # %% ../../nbs/lib/deploy/07_requests.ipynb #95beebbb
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Refused(Exception):
         self.status, self.title, self.detail, self.findings, self.headers = status, title, detail, findings, list(headers)
 
 
+ODD = re.compile(r'["\\\x00-\x1f]')    # msgspec takes no such names; rows that have them are read the slow way
+
+
 def request_type(
     schema: Schema,
 ) -> Any:
@@ -42,7 +46,7 @@ def request_type(
 
     kinds: dict[str, Any] = {"number": int | float, "category": str | int | float | bool, "text": str, "date": str, "bool": bool | int}
     fields = [(f"f{i}", kinds[spec.type] | None) for i, spec in enumerate(schema.fields)]
-    names = {f"f{i}": spec.name for i, spec in enumerate(schema.fields)}
+    names = {f"f{i}": f"\ufffd{i}" if ODD.search(spec.name) else spec.name for i, spec in enumerate(schema.fields)}
     row: Any = msgspec.defstruct("Row", fields, rename=names, forbid_unknown_fields=True)
     return msgspec.defstruct("Request", [("rows", list[row])], forbid_unknown_fields=True)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.errors import suggest
+from ..core.errors import InputError, suggest
+from ..data.features import compute, compute_only
+from ..data.terms import breaks
 from .schema import MAX_TEXT, SHOWN_LEVELS, Field, Finding, Schema, dtype_of
 
 # %% auto #0
 __all__ = ['Checked', 'check_rows', 'check_columns', 'shortened', 'summarise']
 
 # %% ../../nbs/lib/deploy/02_rows.ipynb #47a1a42b
+_SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"   # as polars strips
+
+
 class _Bad(Exception):
     "A value that cannot be read; carries the problem and what would have been right."
 
@@ -49,6 +55,10 @@ def _read_level(value: Any, spec: Field) -> Any:
             raise _Bad(f"has {len(value):,} characters", f"at most {MAX_TEXT:,} characters")
         if not value.isascii() and _lone_surrogate(value):
             raise _Bad("is not valid Unicode", "a text in UTF-8")
+        value = value.strip(_SPACES)
+        value = value if value.isascii() else unicodedata.normalize("NFC", value)
+        if not value:
+            return None
     return _as_dtype(value, spec)
 
 
@@ -65,7 +75,7 @@ def _as_dtype(value: Any, spec: Field) -> Any:
     return _read_number(number, spec)
 
 
-def _read_text(value: Any, spec: Field) -> str:
+def _read_text(value: Any, spec: Field) -> str | None:
     if not isinstance(value, str):
         raise _Bad("is not a text", "a text")
     return _read_level(value, spec)
@@ -100,6 +110,8 @@ _READ = {"number": _read_number, "category": _read_level, "text": _read_text, "b
 # %% ../../nbs/lib/deploy/02_rows.ipynb #02456fcb
 def _surprise(value: Any, spec: Field) -> tuple[bool, str, Any] | None:
     "(refused in strict handling, problem, allowed), or nothing."
+    if spec.agreed and (why := breaks(value, spec.agreed)):
+        return True, why, _some(spec.agreed["levels"]) if why.endswith("agreed") else f"a {spec.type}" if value is None else [spec.agreed.get("min"), spec.agreed.get("max")]
     if value is None:
         return None if spec.nullable else (True, "is missing", f"a {spec.type}")
     if spec.type == "number" and spec.low is not None and spec.high is not None:
@@ -129,16 +141,21 @@ class Checked:
     columns: dict[str, list[Any]]
     refused: list[Finding] = field(default_factory=list)
     warned: list[Finding] = field(default_factory=list)
+    made: pl.DataFrame | None = None      # derived columns; None where there are none or something was refused
 
     @property
     def frame(self) -> pl.DataFrame:
         "In the model's order and types; without rows where something was refused."
-        return _frame({n: [] if self.refused else v for n, v in self.columns.items()}, self.schema)
+        sent = _frame({n: [] if self.refused else v for n, v in self.columns.items()}, self.schema.fields)
+        return sent if not self.schema.derived else compute(sent, self.schema.expressions) if self.made is None else sent.hstack(self.made)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         "Row by row."
-        return [] if self.refused else [dict(zip(self.columns, values)) for values in zip(*self.columns.values())]
+        if self.refused:
+            return []
+        columns = self.columns if self.made is None else self.columns | self.made.to_dict(as_series=False)
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def check_rows(
@@ -169,7 +186,29 @@ def check_columns(
     "The same for rows that were turned into columns already."
     refused, warned = [] if refused is None else refused, [] if warned is None else warned
     columns = {spec.name: _column(spec, given[spec.name], refused, warned, lenient) for spec in schema.fields}
-    return Checked(schema, columns, sorted(refused, key=lambda f: f.row), warned)
+    made = _make(columns, schema, refused) if schema.derived and not refused else None
+    return Checked(schema, columns, sorted(refused, key=lambda f: f.row), warned, made)
+
+
+def _make(columns: Mapping[str, list[Any]], schema: Schema, refused: list[Finding]) -> pl.DataFrame | None:
+    "Derived columns of rows that were read; a row of which one cannot be made is refused."
+    given = {spec.name: columns[spec.name] for spec in schema.sources}
+    alone = bool(schema.sources) and len(next(iter(given.values()))) == 1
+    sent = _frame({name: values * 2 for name, values in given.items()} if alone else given, schema.sources)    # one row as two: see `compute`
+    try:
+        made = compute_only(sent, schema.expressions)
+        return made.head(1) if alone else made
+    except InputError as error:
+        sent = sent.head(1) if alone else sent
+        for number in range(sent.height):
+            for name, expression in schema.expressions.items():
+                try:
+                    compute(sent[number:number + 1], {name: expression})
+                except InputError:
+                    refused.append(Finding(number, name, f"cannot be made from {', '.join(dict.fromkeys(expression.meta.root_names()))}"))
+        if not refused:
+            raise error
+        return None
 
 
 _MISSING, _NO_ROW = object(), object()
@@ -224,9 +263,9 @@ def shortened(value: Any, most: int = 120) -> Any:
     return text if len(text) <= most else text[:most] + "…"
 
 # %% ../../nbs/lib/deploy/02_rows.ipynb #e44da351
-def _frame(columns: Mapping[str, list[Any]], schema: Schema) -> pl.DataFrame:
+def _frame(columns: Mapping[str, list[Any]], fields: Sequence[Field]) -> pl.DataFrame:
     series = []
-    for spec in schema.fields:
+    for spec in fields:
         wanted = dtype_of(spec.dtype)
         wide = pl.Float64 if wanted == pl.Float32 else pl.Int64 if spec.dtype.startswith(("Int", "UInt")) else wanted
         read = pl.Series(spec.name, columns[spec.name], wide, strict=False)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import polars as pl
 
 from ..core.errors import InputError, suggest
+from ..data.features import Derived, derived_in, load_expressions, needs_of
+from ..data.terms import room, still_grows
 
 # %% auto #0
 __all__ = ['RARE', 'MAX_TEXT', 'SHOWN_LEVELS', 'TYPES', 'Field', 'Finding', 'Schema', 'make_schema', 'dtype_of', 'json_schema']
@@ -38,6 +41,7 @@ class Field:
     most: float | None = None
     levels: tuple[str, ...] | None = None    # None: any text
     closed: bool = False                     # a level outside `levels` is refused
+    agreed: dict[str, Any] | None = None     # what people ask of a value; then nothing else is refused
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,37 @@ class Finding:
 
 @dataclass(frozen=True)
 class Schema:
-    "All fields in the model's order, and columns that a caller may send without use."
+    "All fields in the model's order, columns that are made from them, and columns that a caller may send without use."
 
     fields: tuple[Field, ...]
     ignored: tuple[str, ...] = ()
+    derived: tuple[Derived, ...] = ()        # made here, by the functions that made them for training
 
     @property
     def names(self) -> list[str]:
-        "The model's columns in order."
+        "The columns of a request in order."
         return [f.name for f in self.fields]
+
+    @cached_property
+    def expressions(self) -> dict[str, pl.Expr]:
+        "What makes each derived column; raises `IntegrityError` where its code is not what training used."
+        return load_expressions(self.derived)
+
+    @cached_property
+    def sources(self) -> tuple[Field, ...]:
+        "The fields that derived columns are made from."
+        needed = set(needs_of(self.derived))
+        return tuple(f for f in self.fields if f.name in needed)
 
     def to_dict(self) -> dict[str, Any]:
         "As JSON holds it."
-        return {"fields": [asdict(f) for f in self.fields], "ignored": list(self.ignored)}
+        return {"fields": [asdict(f) for f in self.fields], "ignored": list(self.ignored), "derived": [asdict(d) for d in self.derived]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Schema:
         "Back from JSON."
         fields = [Field(**{**f, "levels": None if f["levels"] is None else tuple(f["levels"])}) for f in value["fields"]]
-        return cls(tuple(fields), tuple(value["ignored"]))
+        return cls(tuple(fields), tuple(value["ignored"]), tuple(Derived(**d) for d in value.get("derived", ())))
 
 # %% ../../nbs/lib/deploy/01_schema.ipynb #3496da6e
 def make_schema(
@@ -79,10 +95,13 @@ def make_schema(
     train: pl.DataFrame | None = None,   # data/train: opens vocabularies that still grow
 ) -> Schema:
     "What a request may hold."
-    columns = {c["name"]: c for c in contract["columns"]}
-    fields = [_field(columns[name], train) for name in contract["features"]]
+    columns, derived = {c["name"]: c for c in contract["columns"]}, derived_in(contract)
+    made = {d.name for d in derived}
+    asked = [name for name in contract["features"] if name not in made]
+    asked += [name for name in needs_of(derived) if name not in asked]
+    fields = [_field(columns[name], train) for name in asked]
     others = sorted({*columns, contract["target"], *(contract.get(k) for k in ("time", "group", "subject"))} - {None})
-    return Schema(tuple(fields), tuple(n for n in others if n not in set(contract["features"])))
+    return Schema(tuple(fields), tuple(n for n in others if n not in set(asked)), derived)
 
 
 def _field(column: Mapping[str, Any], train: pl.DataFrame | None) -> Field:
@@ -92,11 +111,16 @@ def _field(column: Mapping[str, Any], train: pl.DataFrame | None) -> Field:
     rows = None if train is None or name not in train.columns else train[name]
     few = rows is not None and len(rows) < 1 / RARE
     levels = column.get("levels")
+    agreed = column.get("agreed")
+    if agreed is not None:
+        asked = agreed.get("levels") or levels
+        return Field(name, kind, str(column["dtype"]), agreed.get("nullable", True), _finite(column.get("min")), _finite(column.get("max")), _finite(agreed.get("min")),
+                     _finite(agreed.get("max")), None if asked is None else tuple(str(v) for v in asked), "levels" in agreed, dict(agreed))
     known = Field(name, kind, str(column["dtype"]), bool(column.get("nullable", True)) or few)
     if kind == "number":
         return _ranged(known, _finite(column.get("min")), _finite(column.get("max")))
     if kind == "category" and levels is not None:
-        return Field(name, kind, known.dtype, known.nullable, levels=tuple(str(v) for v in levels), closed=not _grows(rows))
+        return Field(name, kind, known.dtype, known.nullable, levels=tuple(str(v) for v in levels), closed=rows is None or not still_grows(rows))
     return known
 
 
@@ -109,18 +133,7 @@ def _ranged(known: Field, low: float | None, high: float | None) -> Field:
     "Refuse what lies a whole range outside of what was seen, or on the other side of zero."
     if low is None or high is None:
         return known
-    span = (high - low) or abs(high) or 1.0
-    least = max(low - span, 0.0) if low >= 0 else low - span
-    most = min(high + span, 0.0) if high <= 0 else high + span
-    return Field(known.name, known.type, known.dtype, known.nullable, low, high, least, most)
-
-
-def _grows(rows: pl.Series | None) -> bool:
-    "Whether new levels are to be expected: the share of rows whose level was seen once (Good 1953)."
-    if rows is None or not len(rows):
-        return False
-    counts = rows.drop_nulls().value_counts(name="__n")["__n"]
-    return bool((counts == 1).sum() / max(len(rows), 1) > RARE)
+    return Field(known.name, known.type, known.dtype, known.nullable, low, high, *room(low, high))
 
 # %% ../../nbs/lib/deploy/01_schema.ipynb #97e85af0
 def dtype_of(
@@ -157,8 +170,7 @@ def _property(spec: Field) -> dict[str, Any]:
         found["type"] = ["string", "number", "boolean", *(["null"] if spec.nullable else [])]
     if spec.type == "date":
         found["format"] = "date" if spec.dtype == "Date" else "date-time"
-    if spec.least is not None and spec.most is not None:
-        found.update(minimum=spec.least, maximum=spec.most)
+    found |= {key: end for key, end in (("minimum", spec.least), ("maximum", spec.most)) if end is not None}
     if spec.closed and spec.levels is not None and spec.dtype in ("String", "Categorical"):
         found["enum"] = [*spec.levels, *([None] if spec.nullable else [])]
     return found

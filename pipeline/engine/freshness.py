@@ -215,7 +215,7 @@ def _changed_files(receipt: dict[str, Any], facts: Facts) -> list[str]:
             continue
         if (state.st_size, state.st_mtime_ns) != (was["bytes"], was["mtime_ns"]) and facts.memory.digest(path) != was["sha256"]:
             reasons.append(f"file {name} changed")
-    return reasons
+    return reasons + [f"file {name} is new" for name in receipt.get("absent", []) if (facts.root / name).exists()]
 
 
 def _changed_code(receipt: dict[str, Any], phase: Phase, facts: Facts) -> list[str]:

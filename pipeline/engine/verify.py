@@ -14,6 +14,7 @@ from typing import Any
 from ..core import audit
 from ..core.errors import InputError, IntegrityError, PilothouseError
 from ..core.run import Claim, as_estimate, function_named, read_claims, read_receipt
+from ..core.receipt import module_digests
 from ..core.settings import Settings
 from ..core.store import Artifact, digest, digest_file, read_artifact, write_whole
 from .manifest import read_manifest
@@ -81,8 +82,7 @@ def check_files_read(
     read = {path: seen["sha256"] for phase in manifest["phases"] for path, seen in read_receipt(run / phase)["files"].items()}
     here = {path: sha256 for path, sha256 in read.items() if (root / path).exists()}
     for path, sha256 in here.items():
-        if digest(root / path) != sha256:
-            raise IntegrityError(f"{path} is not what the run read (its sha256 differs); restore it, or run again on what it is now")
+        _compare_read(root / path, path, sha256)
     return len(here), tuple(sorted(set(read) - set(here)))
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #3f63f239
@@ -146,9 +146,18 @@ def verify_run(
             try:
                 check_claim(claim, load)
             except IntegrityError as error:
-                raise IntegrityError(f"{phase}: {error}") from error
+                changed = _changed_code(claim.by.partition(":")[0], read_receipt(run / phase)["modules"])
+                raise IntegrityError(f"{phase}: {error}{changed}") from error
             claims += 1
     return Verified(entries, files, artifacts, claims, sources, absent)
+
+# %% ../../nbs/lib/engine/11_verify.ipynb #ee92cff3
+def _changed_code(module: str, known: dict[str, str]) -> str:
+    "What to add where the function's module, or one of those that the phase used, is no longer what it was."
+    now = module_digests()
+    changed = [name for name, was in known.items() if now.get(name, was) != was]
+    first = module if module in changed else next(iter(changed), "")
+    return f" ({first} has changed since; run the phase again, or check out the commit of the run)" if first else ""
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #f88cb01a
 @dataclass(frozen=True)
@@ -165,13 +174,25 @@ def write_problem(
     run: Path,                  # the run to be reproduced
     again: Path,                # where
     manifest: dict[str, Any],
+    root: Path,                 # the project's
 ) -> Path:                      # the problem file
-    "The manifest's problem as a file of the new run."
+    "The manifest's problem as a file of the new run, with the contract that stood beside it; raises `IntegrityError` where that changed."
     if again == run:
         raise InputError(f"a run cannot be reproduced into itself; choose a name other than {run.name}")
     file = again / "problem.yml"
     write_whole(file, manifest["problem_text"])
+    beside = Path(manifest["problem_file"]).parent
+    for phase in manifest["phases"]:
+        for path, seen in read_receipt(run / phase)["files"].items():
+            if path.endswith(".contract.yml") and Path(path).parent == beside:
+                _compare_read(root / path, path, seen["sha256"])
+                write_whole(again / Path(path).name, (root / path).read_bytes())
     return file
+
+
+def _compare_read(file: Path, shown: str, sha256: str) -> None:
+    if not file.exists() or digest(file) != sha256:
+        raise IntegrityError(f"{shown} is not what the run read (its sha256 differs); restore it, or run again on what it is now")
 
 
 def compare_runs(
@@ -214,7 +235,7 @@ def reproduce_run(
 ) -> Reproduced:
     "Run a manifest again in a new run and compare; raises `IntegrityError` naming the first artifact that differs."
     manifest, again = read_manifest(run), run.with_name(name)
-    execute(write_problem(run, again, manifest), manifest["overrides"])
+    execute(write_problem(run, again, manifest, settings.root), manifest["overrides"])
     repeated = read_manifest(again)
     notes = differences(manifest, repeated)
     try:

@@ -253,7 +253,8 @@ def check_cohorts(
     run.save("evaluate/cohorts", pl.concat(tables.values(), how="diagonal_relaxed"))
     for column in present:
         _check_gap(run, column, limit, holdout)
-    return stack(*[_shown(by, tables[by], holdout) for by in present], _worst_pairs(tables, pairs, holdout))
+    least = max(SUPPRESSED, run.problem.comply.least_cell)
+    return stack(*[_shown(by, tables[by], holdout, least) for by in present], _worst_pairs(tables, pairs, holdout, least))
 
 
 def compared_by(
@@ -285,12 +286,12 @@ def _word(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text)
 
 
-def _shown(by: str, rows: pl.DataFrame, holdout: Holdout) -> Any:
+def _shown(by: str, rows: pl.DataFrame, holdout: Holdout, least: int) -> Any:
     from pipeline.core.charts import bars
 
     label = LABELS[holdout.main]
-    whole = table(_readable(rows, label), f"All groups by {by}", formats=_formats(label), rows=LEVELS, small=("n", SUPPRESSED))
-    known = rows.filter(pl.col("cohort").is_in(compared_by(holdout, by)) & pl.col("value").is_not_null())
+    whole = table(_readable(rows, label), f"All groups by {by}", formats=_formats(label), rows=LEVELS, counts="n", least=least)
+    known = rows.filter(pl.col("cohort").is_in(compared_by(holdout, by)) & pl.col("value").is_not_null() & (pl.col("n") >= least))
     known = known.sort("value", "cohort", descending=[BETTER[holdout.main] == "higher", False])
     if not known.height:
         return stack(note(f"No group of {by} is large enough to compare.", "warn"), whole)
@@ -299,10 +300,10 @@ def _shown(by: str, rows: pl.DataFrame, holdout: Holdout) -> Any:
     return stack(bars(known, "cohort", "value", message, low="low", high="high", xlabel=label), whole)
 
 
-def _worst_pairs(tables: dict[str, pl.DataFrame], pairs: list[str], holdout: Holdout) -> Any:
+def _worst_pairs(tables: dict[str, pl.DataFrame], pairs: list[str], holdout: Holdout, least: int) -> Any:
     if not pairs:
         return note("One cohort column, so there are no pairs of groups.")
-    rows = pl.concat([tables[p] for p in pairs], how="diagonal_relaxed").filter(~pl.col("small").fill_null(True) & pl.col("value").is_not_null())
+    rows = pl.concat([tables[p] for p in pairs], how="diagonal_relaxed").filter(~pl.col("small").fill_null(True) & pl.col("value").is_not_null() & (pl.col("n") >= least))
     worst = rows.sort("value", "cohort", descending=[BETTER[holdout.main] == "lower", False]).head(10)
     label = LABELS[holdout.main]
     return table(_readable(worst, label), f"The ten weakest of {rows.height} pairs of groups; among so many, some are weak by chance", formats=_formats(label))

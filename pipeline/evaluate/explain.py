@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['COLUMNS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_model', 'important_columns',
-           'show_one_row']
+__all__ = ['COLUMNS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_group', 'explain_model',
+           'important_columns', 'show_one_row']
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #25cec61f
 def shuffle_importance(
@@ -104,7 +104,41 @@ def explain_row(
         "score_so_far": [float(one[-1]), *sums.tolist(), float(sums[-1]) if len(sums) else float(one[-1])],
     }, schema={"column": pl.String, "value": pl.String, "contribution": pl.Float64, "score_so_far": pl.Float64})
 
+
+def explain_group(
+    model: Model,
+    rows: pl.DataFrame,              # at least `comply.least_cell` rows
+) -> pl.DataFrame:                   # as `explain_row`: mean contributions, and values that are usual in the group
+    "The same for several rows together, so that nobody's own row is shown; each value is a median or a frequent level."
+    features, answers = model.features, model.predict(rows)
+    mean = answers.mean(axis=0)
+    told = 0 if answers.ndim == 1 else int(np.argmax(mean))
+    parts = model.contributions(rows)
+    values = [_usual(rows[c]) for c in features]
+    if parts is None:
+        nothing = pl.Series([None] * (len(values) + 1), dtype=pl.Float64)
+        return pl.DataFrame({"column": [*features, "answer"], "value": [*values, _answer(model, mean)], "contribution": nothing, "score_so_far": nothing})
+    one = (parts[:, told] if parts.ndim == 3 else parts).mean(axis=0)
+    order = np.argsort(-np.abs(one[:-1]), kind="stable")
+    sums = one[-1] + np.cumsum(one[:-1][order])
+    return pl.DataFrame({
+        "column": [f"base of class {model.classes[told]}" if parts.ndim == 3 else "base", *[features[i] for i in order], "answer"],
+        "value": ["", *[values[i] for i in order], _answer(model, mean)],
+        "contribution": [float(one[-1]), *one[:-1][order].tolist(), None], "score_so_far": [float(one[-1]), *sums.tolist(), float(sums[-1]) if len(sums) else float(one[-1])],
+    }, schema={"column": pl.String, "value": pl.String, "contribution": pl.Float64, "score_so_far": pl.Float64})
+
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #0415f5e4
+def _usual(values: pl.Series) -> str:
+    "What is usual in a group: about the median, or a level that most of it shares."
+    known = values.drop_nulls()
+    if len(known) * 2 < len(values):
+        return "mostly missing"
+    if known.dtype.is_numeric():
+        return f"about {number(float(f'{np.median(known.to_numpy()):.2g}'))}"
+    level = known.cast(pl.String).value_counts(sort=True).sort(["count", values.name], descending=[True, False]).row(0)
+    return f"mostly {level[0]}" if level[1] * 2 > len(values) else "mixed"
+
+
 def _text(value: Any) -> str:
     return "missing" if value is None else number(value) if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
 
@@ -155,23 +189,34 @@ def show_one_row(
     run: Run,
     holdout: Holdout,       # opened
 ) -> Html:
-    "One row's answer, step by step: the row whose score is nearest to the threshold, or in the middle."
+    "An answer, step by step: of the row whose score is nearest to the threshold, or in the middle; of several together where rows are about people."
     _, answers = predictions_of(holdout.predictions, holdout.using["classes"])
     if holdout.task == "regression":
         score = answers if answers.ndim == 1 else answers[:, 0]
     else:
         score = answers[:, 1] if holdout.task == "binary" else answers.max(1)
     wanted = holdout.using["threshold"] if holdout.task == "binary" else float(np.median(score))
+    least, what = run.problem.comply.least_cell, {"binary": "nearest to the threshold", "multiclass": "of middling certainty", "regression": "in the middle"}[holdout.task]
+    unit = f"in units of {holdout.contract['target']}" if holdout.task == "regression" else "in log-odds"
+    if _about_people(holdout.contract):
+        near = np.argsort(np.abs(score - wanted), kind="stable")[:least]
+        if len(near) < least:
+            return note(f"Not applicable: the rows are about people, and {len(near)} of them are too few to show anybody's answer among.")
+        return table(explain_group(holdout.model, holdout.frame[np.sort(near)]), f"How answers come about: the {least} cases {what}, together, {unit}; nobody's own row is shown", rows=40,
+                     formats={"contribution": "+.3f", "score_so_far": "+.3f"})
     at = int(np.argmin(np.abs(score - wanted)))
     told = explain_row(holdout.model, holdout.frame[at: at + 1], holdout.contract)
     hidden = {c["name"] for c in holdout.contract["columns"] if c.get("pii")}
     shown = told.with_columns(value=pl.when(pl.col("column").is_in(list(hidden))).then(pl.lit("withheld")).otherwise(pl.col("value")))
-    what = {"binary": "nearest to the threshold", "multiclass": "of middling certainty", "regression": "in the middle"}[holdout.task]
-    unit = f"in units of {holdout.contract['target']}" if holdout.task == "regression" else "in log-odds"
     return table(shown, f"How one answer comes about: the case {what}, {unit}", rows=40,
                  formats={"contribution": "+.3f", "score_so_far": "+.3f"})
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #b65e2548
+def _about_people(contract: dict[str, Any]) -> bool:
+    "Whether a column was found or declared to tell who somebody is, kept or left out."
+    return any(c.get("pii_kind") for c in contract["columns"]) or any(row.get("role") == "personal" for row in contract.get("left_out", []))
+
+
 def _importance_displays(saved: pl.DataFrame, holdout: Holdout) -> Html:
     from pipeline.core.charts import bars
 

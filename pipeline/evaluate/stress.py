@@ -271,7 +271,7 @@ def show_by_class(
     rarest = found.row(0, named=True)
     share = "none" if rarest["found"] is None else f"{rarest['found']:.0%}"
     return table(found, f"The rarest class, {rarest['class']}, is found in {share} of its {rarest['n']:,} cases",
-                 formats=dict.fromkeys(("share", "found", "low", "high"), ".1%"), small=("n", 10))
+                 formats=dict.fromkeys(("share", "found", "low", "high"), ".1%"), counts="n")
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #b616fdc2
 def _answer_columns(holdout: Holdout) -> list[str]:

@@ -220,7 +220,7 @@ def check_queue(
     counts = queue.group_by("stratum").agg(
         *[(pl.col("kind") == k).sum().alias(k) for k in KINDS], rows=pl.len()).sort(["rows", "stratum"], descending=[True, False])
     first = queue.group_by("kind", maintain_order=True).head(3).sort("rank").select("rank", "kind", "why", "uncertainty", "stratum")
-    return stack(estimates([cost], "What the next batch costs"), table(counts, "Rows to ask about, by stratum and kind", rows=20),
+    return stack(estimates([cost], "What the next batch costs"), table(counts, "Rows to ask about, by stratum and kind", rows=20, counts="rows"),
                  table(first, "The first questions of each kind", formats={"uncertainty": ".2f"}))
 
 # %% ../../nbs/lib/label/08_review.ipynb #49958a86

@@ -56,7 +56,7 @@ def show_windows(found: Look) -> Any:
         pl.col("outcome").alias(_outcome_name(found)), pl.col("metric").alias(_label(found)), "low", "high",
         pl.col("window").replace_strict(alarms, default=0, return_dtype=pl.Int64).alias("alarms opened"),
     )
-    return table(rows, "Production, window by window; low and high hold the metric with 95 %", rows=60, small=("n", 10),
+    return table(rows, "Production, window by window; low and high hold the metric with 95 %", rows=60, counts="n",
                  formats={"mean score": ".3f", _outcome_name(found): ".3f", _label(found): ".3f", "low": ".3f", "high": ".3f"})
 
 

@@ -5,16 +5,18 @@
 # %% ../../nbs/problems/flights.ipynb #3a9dc979
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import polars as pl
 
 from ..core.errors import InputError, suggest
+from ..data.features import feature
 from ..data.sources import read_table
 
 # %% auto #0
-__all__ = ['LATE_MINUTES', 'LARGE', 'MEDIUM', 'WEATHER', 'PLANE', 'OUTCOMES', 'SCHEDULE', 'is_late', 'scheduled', 'last_hour',
-           'with_weather', 'with_planes', 'prepare']
+__all__ = ['LATE_MINUTES', 'DUE', 'LARGE', 'MEDIUM', 'WEATHER', 'PLANE', 'OUTCOMES', 'SCHEDULE', 'is_late', 'hour', 'minute',
+           'weekday', 'scheduled', 'last_hour', 'with_weather', 'with_planes', 'prepare']
 
 # %% ../../nbs/problems/flights.ipynb #751b979b
 LATE_MINUTES = 15
@@ -25,6 +27,27 @@ def is_late(
 ) -> pl.Expr:              # Boolean, null without an outcome
     "True for flights that arrived 15 minutes late or more."
     return (arr_delay >= LATE_MINUTES).alias("late")
+
+# %% ../../nbs/problems/flights.ipynb #7d85c65f
+DUE = "scheduled departure"    # known long before; it is when the question is asked
+
+
+@feature(known_at=DUE, examples=[(datetime(2013, 1, 1, 5, 15), 5), (datetime(2013, 7, 4, 23, 59), 23), (None, None)])
+def hour(scheduled_departure: pl.Expr) -> pl.Expr:
+    "Hour of the day, 0 to 23, in New York."
+    return scheduled_departure.dt.hour()
+
+
+@feature(known_at=DUE, examples=[(datetime(2013, 1, 1, 5, 15), 15), (datetime(2013, 7, 4, 23, 59), 59), (None, None)])
+def minute(scheduled_departure: pl.Expr) -> pl.Expr:
+    "Minute of the hour."
+    return scheduled_departure.dt.minute()
+
+
+@feature(known_at=DUE, examples=[(datetime(2013, 1, 1, 5, 15), "Tue"), (datetime(2013, 7, 7), "Sun"), (None, None)])
+def weekday(scheduled_departure: pl.Expr) -> pl.Expr:
+    "Day of the week."
+    return scheduled_departure.dt.strftime("%a")
 
 # %% ../../nbs/problems/flights.ipynb #711c941b
 LARGE, MEDIUM = 310, 90   # flights in January: ten a day, three a day
@@ -38,9 +61,6 @@ def scheduled(
     minutes = (arrival // 100 * 60 + arrival % 100) - (due // 100 * 60 + due % 100)
     return flights.with_columns(
         scheduled_departure=pl.datetime("year", "month", "day", due // 100, due % 100),
-        weekday=pl.date("year", "month", "day").dt.strftime("%a"),
-        hour=due // 100,
-        minute=due % 100,
         scheduled_minutes=(minutes + 1440) % 1440,   # on the clocks of both ends: hours of flight plus the time zone
         flight=pl.col("carrier") + pl.col("flight").cast(pl.String),
         departures_due=pl.len().over("origin", "year", "month", "day", due // 100),
@@ -103,7 +123,7 @@ def with_planes(
 
 # %% ../../nbs/problems/flights.ipynb #875b9d22
 OUTCOMES = ["dep_time", "dep_delay", "arr_time", "arr_delay", "air_time"]
-SCHEDULE = ["hour", "minute", "weekday", "carrier", "flight", "origin", "dest", "dest_size", "distance", "scheduled_minutes", "departures_due"]
+SCHEDULE = ["carrier", "flight", "origin", "dest", "dest_size", "distance", "scheduled_minutes", "departures_due"]
 
 
 def prepare(

@@ -47,6 +47,8 @@ def requirements(
     found += [Requirement(f"data.sources.{s.name}", f"rows of {s.name} may be used", s.licence or "a licence", "data") for s in data.sources]
     found.append(Requirement("data.split", "rows for training, holdout and production are disjoint", "none shared", "data"))
     found.append(Requirement("data.columns", "no column tells the answer before it is known", "none", "data"))
+    if data.target_distribution:
+        found.append(Requirement("data.target_distribution", "the sample has enough rows of every declared stratum", "none too thin", "data"))
     for i, line in enumerate(acceptance_table(problem).iter_rows(named=True)):
         asked = f"{LABELS[line['metric']]} on {line['on']} ({line['judged_by']})"
         found.append(Requirement(f"evaluate.acceptance.{i}", asked, line["limit"], "monitor" if line["on"] == "production" else "evaluate"))
