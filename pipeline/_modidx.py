@@ -857,6 +857,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'pipeline.data.figures.show_findings': ( 'lib/data/figures.html#show_findings',
                                                                                 'pipeline/data/figures.py'),
                                        'pipeline.data.figures.show_leaks': ('lib/data/figures.html#show_leaks', 'pipeline/data/figures.py'),
+                                       'pipeline.data.figures.show_profile': ( 'lib/data/figures.html#show_profile',
+                                                                               'pipeline/data/figures.py'),
                                        'pipeline.data.figures.show_target': ( 'lib/data/figures.html#show_target',
                                                                               'pipeline/data/figures.py'),
                                        'pipeline.data.figures.show_version': ( 'lib/data/figures.html#show_version',

@@ -363,7 +363,7 @@ print(found["peak_mb"])
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(ROOT)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) < 900
+    assert int(done.stdout.split()[-1]) < 1_500   # MB, libraries and allocator included; half of what a table of 20 million rows may take
 
 
 def test_a_table_that_would_not_come_through_is_told_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,3 +464,31 @@ def test_a_phase_streams_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.M
     assert profile["high"][0] == trained["price"].max() and profile["distinct"][0] == trained["price"].n_unique()
     assert pl.read_parquet(folder / "proof.parquet")["kept"].all()
     assert not any(b"client-0" in p.read_bytes() for p in (tmp_path / "outputs").rglob("*") if p.is_file())
+
+
+def test_versions_are_listed_and_compared_on_the_command_line(project: Path, pilothouse: Any) -> None:
+    store = project / "outputs/store"
+    assert pilothouse("versions", "trips").stdout.strip() == "no version of trips is kept yet"
+    before = pl.DataFrame({"__row": [0, 1, 2], "wind": [1.0, 2.0, 3.0]})
+    old = save_version(store, "trips", before)["id"]
+    new = save_version(store, "trips", pl.DataFrame({"__row": [1, 2, 3], "wind": [2.0, 9.0, 4.0]}))["id"]
+    listed = json.loads(pilothouse("versions", "trips", "--json").stdout)
+    assert [v["id"] for v in listed] == [old, new] and old in pilothouse("versions", "trips").stdout
+    found = pilothouse("diff", "trips", old, new, "--json")
+    assert json.loads(found.stdout) == {"old": old, "new": new, "added": 1, "removed": 1, "changed": 1}
+    assert "1 rows added, 1 removed, 1 changed, 1 unchanged" in pilothouse("diff", "trips", old, new).stdout
+    wrong = pilothouse("diff", "trips", old, "v0000000000000000")
+    assert wrong.returncode == 2 and "no version v0000000000000000" in wrong.stderr
+    assert pilothouse("diff", "trips", old, new, "--key", "wnd").returncode == 2
+
+
+def test_a_contract_is_proposed_on_the_command_line(project: Path, pilothouse: Any) -> None:
+    pl.DataFrame({"wind": [float(i % 9) for i in range(200)], "late": ["yes", "no"] * 100}).write_csv(project / "trips.csv")
+    assert pilothouse("new", "trips", "--data", "trips.csv", "--target", "late").returncode == 0
+    told = pilothouse("contract", "trips", "--json")
+    assert json.loads(told.stdout) == {"contract": "params/trips.contract.yml"}, told.stderr
+    text = (project / "params/trips.contract.yml").read_text()
+    assert "wind: {type: number" in text and "late: {levels: [\"no\", \"yes\"]}" in text
+    again = pilothouse("contract", "trips")
+    assert again.returncode == 2 and "exists and may hold what people agreed on" in again.stderr
+    assert pilothouse("contract", "trips", "--force").returncode == 0

@@ -21,8 +21,8 @@ from .targets import Target
 from .terms import say_limits
 
 # %% auto #0
-__all__ = ['target_over_time', 'show_target', 'show_findings', 'show_contract', 'show_leaks', 'find_gaps', 'keep_gaps',
-           'show_version']
+__all__ = ['target_over_time', 'show_target', 'show_findings', 'show_profile', 'show_contract', 'show_leaks', 'find_gaps',
+           'keep_gaps', 'show_version']
 
 # %% ../../nbs/lib/data/12_figures.ipynb #9045d350
 def target_over_time(
@@ -88,6 +88,21 @@ def show_findings(
     return table(frame, caption, **options) if frame.height else note(nothing, "go")
 
 
+def show_profile(
+    profile: pl.DataFrame,     # data/profile
+) -> Any:
+    "Every column at a glance: what is missing, how many values, from where to where, and the usual one."
+    def span(row: Mapping[str, Any]) -> str:
+        ends = [number(row[end]) for end in ("low", "middle", "high")]
+        return " · ".join(ends) if row["low"] is not None else ""
+
+    rows = pl.DataFrame([{
+        "column": row["column"], "type": row["type"], "missing": row["missing"], "different values": row["distinct"], "low · middle · high": span(row),
+        "most frequent": "" if row["usual"] is None else f"{row['usual']} ({row['usual_share']:.0%})",
+    } for row in profile.iter_rows(named=True)], schema_overrides={"low · middle · high": pl.String, "most frequent": pl.String})
+    return table(rows, "The columns of the training rows", formats={"missing": ".1%", "different values": ",d"}, rows=40)
+
+
 def show_contract(
     contract: Contract,
 ) -> Any:
@@ -113,8 +128,9 @@ def show_leaks(
     found, declared = control(leaks)
     measure = "variance explained" if task == "regression" else "AUC alone"
     said = f"As a control: of {declared} columns declared as outcomes the check finds {found} by itself." if declared else "No column is declared as an outcome, so the check has no control here."
-    rows = leaks.select("column", "role", pl.col("score").alias(measure), pl.col("missing_gap").alias("missing with the outcome"), "finding", "verdict", "waived")
-    return stack(table(rows.head(12), "What single columns know of the outcome, worst first", formats={measure: ".3f", "missing with the outcome": ".1%"}), note(said))
+    rows = leaks.select("column", "role", pl.col("score").alias(measure), pl.col("missing_gap").alias("missing with the outcome"), "finding", "verdict", "waived").head(12)
+    rows = rows.drop(name for name in ("finding", "verdict", "waived") if (rows[name].fill_null("") == "").all())
+    return stack(table(rows, "What single columns know of the outcome, worst first", formats={measure: ".3f", "missing with the outcome": ".1%"}), note(said))
 
 # %% ../../nbs/lib/data/12_figures.ipynb #4fa6ec38
 def _range(low: Any, high: Any, levels: int | None) -> str:
@@ -122,7 +138,9 @@ def _range(low: Any, high: Any, levels: int | None) -> str:
         return f"{levels:,} levels"
     if low is None:
         return ""
-    return f"{low:.4g} to {high:.4g}" if isinstance(low, float) else f"{str(low)[:16].replace('T', ' ')} to {str(high)[:16].replace('T', ' ')}"
+    if isinstance(low, float):
+        return f"{number(low)} to {number(high)}"
+    return f"{str(low)[:16].replace('T', ' ')} to {str(high)[:16].replace('T', ' ')}"
 
 # %% ../../nbs/lib/data/12_figures.ipynb #6f6004ea
 def find_gaps(

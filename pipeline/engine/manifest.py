@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import IntegrityError
-from ..core.run import room_of
 from ..core.receipt import interpreter, lock_digest
 from ..core.store import digest_file, to_json, write_whole
 from .freshness import Resolved
@@ -37,7 +36,7 @@ def phase_entry(
     return {
         "verdict": receipt["verdict"], "answer": receipt["answer"], "started": receipt["started"], "finished": receipt["finished"],
         **measured, **(ran or {}), "notebook": receipt["notebook"],
-        **({"version": json.loads((folder / "version.json").read_text(encoding="utf-8")).get("id")} if f"{room_of(folder.name)}/version" in receipt["outputs"] else {}),
+        **({"version": json.loads((folder / "version.json").read_text(encoding="utf-8")).get("id")} if f"{folder.name.partition('_')[2]}/version" in receipt["outputs"] else {}),
         "artifacts": receipt["outputs"], "files": {name: digest_file(folder / name) for name in FILES if (folder / name).exists()},
     }
 
