@@ -25,7 +25,7 @@ import polars as pl
 
 from ..core.errors import EnvironmentFault, InputError, IntegrityError, suggest
 from ..core.problem import check_name
-from ..core.store import digest_file, disk_errors, sync_path
+from ..core.store import digest_file, disk_errors, sync_path, write_whole
 
 # %% auto #0
 __all__ = ['RETRIES', 'GROUP_CELLS', 'PATIENCE_S', 'Fingerprint', 'version_id', 'save_version', 'read_version', 'check_version',
@@ -208,12 +208,26 @@ def _commit(folder: Path, file: Path, metadata: dict[str, Any]) -> None:
                 configuration={"delta.dataSkippingNumIndexedCols": "0", "delta.enableExpiredLogCleanup": "false", "delta.deletedFileRetentionDuration": "interval 36500 days"},
                 commit_properties=CommitProperties(custom_metadata=metadata), post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
             )
+            _note_log(folder, str(metadata["content"]))
             return
         except CommitFailedError as error:
             if attempt == RETRIES - 1:
                 raise EnvironmentFault(f"table {folder.name} is written by others without pause; run again later") from error
         except OSError as error:
             raise EnvironmentFault(f"table {folder.name} cannot be written into {folder.parent.parent.name}/tables: {str(error).splitlines()[0][:120]}; check space and rights") from error
+
+
+def _log_of(folder: Path, number: int) -> tuple[Path, Path]:
+    "The file of a commit, and where its digest is noted: a folder that Delta overlooks."
+    log = folder / "_delta_log" / f"{number:020}.json"
+    return log, folder / "_digests" / f"{log.stem}.sha256"
+
+
+def _note_log(folder: Path, version: str) -> None:
+    found = _find(folder, version)
+    assert found
+    log, noted = _log_of(folder, found["version"])
+    write_whole(noted, digest_file(log) + "\n")
 
 # %% ../../nbs/lib/data/09_versions.ipynb #7c809a06
 _NATIVE = {pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date, pl.Binary}
@@ -296,8 +310,16 @@ def check_version(
     name: str,
     version: str,
 ) -> list[str]:        # its files
-    "Hold a version's file against the digest in its commit, without reading rows; raises `IntegrityError` naming the file."
-    return [file.name for file in _files(store, name, _known(store, name, version))]
+    "Hold a version's file and the table's commits against their digests, without reading rows; raises `IntegrityError` naming the file."
+    folder = store / "tables" / check_name(name, "table")
+    for noted in sorted((folder / "_digests").glob("*.sha256")):
+        log = folder / "_delta_log" / f"{noted.stem}.json"
+        if not log.is_file() or noted.read_text(encoding="ascii", errors="replace").strip() != digest_file(log):
+            raise IntegrityError(f"{log.name} in the log of table {name} is not what was written (its sha256 differs); restore it from a copy of the store")
+    found = _known(store, name, version)
+    if not _log_of(folder, found["version"])[1].is_file():
+        raise IntegrityError(f"the digest of commit {found['version']} of table {name} is missing; restore _digests from a copy of the store")
+    return [file.name for file in _files(store, name, found)]
 
 
 def stream_version(
