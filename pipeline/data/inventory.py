@@ -18,11 +18,15 @@ from ..core.problem import Source
 from ..core.store import digest_file
 from .network import shown_url
 from .sources import count_table
+from .streams import open_stream
 
 # %% auto #0
-__all__ = ['NOT_COMMERCIAL', 'take_inventory', 'place_of', 'unlicensed', 'forbids', 'incompatible', 'with_age']
+__all__ = ['LARGE_TEXT', 'NOT_COMMERCIAL', 'take_inventory', 'place_of', 'unlicensed', 'forbids', 'incompatible', 'with_age']
 
 # %% ../../nbs/lib/data/01_inventory.ipynb #dac4283e
+LARGE_TEXT = 200_000_000   # bytes; a larger text is counted in passing, not taken into memory
+
+
 def take_inventory(
     sources: Sequence[Source],
     files: dict[str, Path],      # name of the source -> file
@@ -31,7 +35,7 @@ def take_inventory(
     rows = []
     for source in sources:
         path = files[source.name]
-        height, width, notes = count_table(path)
+        height, width, notes = _counted(path)
         if source.rows is not None and height != source.rows:
             raise InputError(f"source '{source.name}': {path.name} has {height:,} rows, data.sources says {source.rows:,}; get the whole file, or state the new number")
         rows.append({
@@ -41,6 +45,14 @@ def take_inventory(
             "kind": source.kind, "place": place_of(source), "origin": source.origin,
         })
     return pl.DataFrame(rows, schema_overrides={"licence": pl.String, "owner": pl.String, "collected": pl.String, "cost": pl.Float64})
+
+
+def _counted(path: Path) -> tuple[int, int, tuple[str, ...]]:
+    "Rows, columns and notes; of a large text they are counted in passing."
+    if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file() and path.stat().st_size > LARGE_TEXT:
+        stream = open_stream(path)
+        return stream.rows, len(stream.schema), tuple(stream.notes)
+    return count_table(path)
 
 
 def place_of(
