@@ -473,6 +473,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'pipeline.core.problem._sentence': ('lib/core/problem.html#_sentence', 'pipeline/core/problem.py'),
                                        'pipeline.core.problem._value': ('lib/core/problem.html#_value', 'pipeline/core/problem.py'),
                                        'pipeline.core.problem.check_name': ('lib/core/problem.html#check_name', 'pipeline/core/problem.py'),
+                                       'pipeline.core.problem.forbidden_columns': ( 'lib/core/problem.html#forbidden_columns',
+                                                                                    'pipeline/core/problem.py'),
                                        'pipeline.core.problem.json_schema': ( 'lib/core/problem.html#json_schema',
                                                                               'pipeline/core/problem.py'),
                                        'pipeline.core.problem.leaves': ('lib/core/problem.html#leaves', 'pipeline/core/problem.py'),

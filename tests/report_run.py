@@ -76,7 +76,7 @@ def shown(text: str) -> list[Any]:
     frame = pl.DataFrame({"carrier": [*CARRIERS[:-1], text], text: ["a", "b", "c", "d", text], "n": [500, 400, 300, 200, 4], "late": [0.2, 0.25, 0.3, 0.18, 0.5],
                           "low": [0.18, 0.22, 0.27, 0.15, 0.1], "high": [0.22, 0.28, 0.33, 0.21, 0.9], "verdict": ["go", "go", "no-go", "inconclusive", "inconclusive"]})
     return [
-        table(frame, f"Late by carrier {text}", formats={"late": ".1%"}, small=("n", 10)),
+        table(frame, f"Late by carrier {text}", formats={"late": ".1%"}, counts="n", least=10),
         stack(facts({text: text, "rows": 336776}, text), note(text, "warn")),
         headline([(text, text, {"value": 0.7, "low": 0.6, "high": 0.8}, 0.65)]),
         bars(frame, "carrier", "late", f"Bars {text}", low="low", high="high", limit=0.25, spec=".0%", xlabel=text, ylabel=text),

@@ -259,7 +259,6 @@ def table(
     formats: Mapping[str, str] | None = None,            # column -> format spec such as ".1%"
     units: Mapping[str, str] | None = None,              # column -> unit, shown in its header
     rows: int = 25,                                      # most rows shown
-    small: tuple[str, int] | None = None,                # (count column, k): as `counts` and `least`
     counts: str | None = None,                           # the column that counts what a row stands for: rows, people
     least: int = LEAST_CELL,                             # fewer are never shown
 ) -> Html:
@@ -267,7 +266,6 @@ def table(
     import polars as pl
 
     frame = frame if isinstance(frame, pl.DataFrame) else _frame_of(frame)
-    counts, least = small or (counts, least)
     if counts is not None and counts not in frame.columns:
         raise InputError(f"table {caption!r}: rows are counted by the column {counts!r}, which is not there{suggest(counts, frame.columns)}")
     shown = frame.head(rows)

@@ -24,7 +24,8 @@ __all__ = ['NAME', 'Name', 'Share', 'Positive', 'NotNegative', 'Task', 'Family',
            'check_name', 'Section', 'Kpi', 'Statement', 'Source', 'Column', 'Split', 'Waiver', 'Synthetic',
            'DataSection', 'LabelSection', 'TrainSection', 'Acceptance', 'Costs', 'EvaluateSection', 'DeploySection',
            'RolloutSection', 'MonitorSection', 'ComplySection', 'Team', 'ScopeSection', 'Problem', 'Place', 'read_yaml',
-           'load_problem', 'parse_problem', 'Watched', 'plain', 'leaves', 'parse_setting', 'json_schema']
+           'forbidden_columns', 'load_problem', 'parse_problem', 'Watched', 'plain', 'leaves', 'parse_setting',
+           'json_schema']
 
 # %% ../../nbs/lib/core/02_problem.ipynb #693a00c2
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -422,6 +423,13 @@ def _date(text: str, file: str, line: int) -> dt.date:
         raise InputError(f"{file}:{line}: {text} is no date; write YYYY-MM-DD") from error
 
 # %% ../../nbs/lib/core/02_problem.ipynb #f030bdd0
+def forbidden_columns(
+    problem: Problem,
+) -> list[str]:        # each once
+    "Columns that may not be used, as comply.forbidden and data.columns say."
+    return list(dict.fromkeys([*problem.comply.forbidden, *(name for name, column in problem.data.columns.items() if column.forbidden)]))
+
+
 def load_problem(
     path: Path | str,                        # the YAML file
     overrides: dict[str, Any] | None = None, # dotted key -> value, as `--set train.budget_s=30` gives them

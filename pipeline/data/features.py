@@ -24,7 +24,7 @@ import polars as pl
 from ..core.display import Html, note
 from ..core.display import table as display_table
 from ..core.errors import EnvironmentFault, InputError, IntegrityError, suggest
-from ..core.problem import Problem
+from ..core.problem import Problem, forbidden_columns
 from ..core.receipt import source_digest
 from .types import DTYPES, Kind, convert
 
@@ -337,7 +337,7 @@ def check_sources(
     "Refuse a feature that is made from what it may not be; raises `InputError` naming the column."
     told, columns = problem.data, set(given)
     personal = {*hidden, *problem.comply.pii, *(name for name, column in told.columns.items() if column.pii), *filter(None, [problem.comply.subject])}
-    banned = {*problem.comply.forbidden, *(name for name, column in told.columns.items() if column.forbidden)}
+    banned = set(forbidden_columns(problem))
     for name in made.needs:
         column = told.columns.get(name)
         why = (

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from ..core.display import note, stack, table
-from ..core.problem import Waiver
+from ..core.problem import Waiver, forbidden_columns
 from ..core.run import Run
 from .leaks import answered_for, find_proxies
 from .splits import Parts
@@ -73,7 +73,7 @@ def check_proxies(
 ) -> Any:
     "No feature gives away a column that may not be used; what was found is kept in data/proxies."
     title = "No feature stands in for a forbidden column"
-    forbidden = [*run.problem.comply.forbidden, *(name for name, column in run.problem.data.columns.items() if column.forbidden)]
+    forbidden = forbidden_columns(run.problem)
     if not forbidden:
         run.not_applicable(title, "neither comply.forbidden nor data.columns forbids one", answers=["comply.forbidden"])
         return note("No column is forbidden, so none can be stood in for.")

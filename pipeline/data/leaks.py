@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import polars as pl
 
-from ..core.problem import Column, Problem, Waiver
+from ..core.problem import Column, Problem, Waiver, forbidden_columns
 from .contract import Contract, looks_like_id
 from .splits import chi2_below
 from .targets import Target
@@ -484,7 +484,7 @@ def find_proxies(
     problem: Problem,
 ) -> pl.DataFrame:                               # column, gives_away, auc, verdict, waived; worst first
     "How well each feature alone gives each forbidden column away."
-    forbidden = [name for name in dict.fromkeys([*problem.comply.forbidden, *(n for n, c in problem.data.columns.items() if c.forbidden)]) if name in kinds]
+    forbidden = [name for name in forbidden_columns(problem) if name in kinds]
     some = rows.gather_every(-(-rows.height // MOST_ROWS)) if rows.height else rows
     found = []
     if forbidden:

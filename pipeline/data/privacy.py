@@ -16,7 +16,7 @@ import polars as pl
 from ..core.crypto import SEALED, are_forgotten, keys_by_token, named, pseudonym_key, seal, subject_keys, token, unseal
 from ..core.display import note, stack, table
 from ..core.errors import InputError, suggest
-from ..core.problem import Problem
+from ..core.problem import Problem, forbidden_columns
 from .contract import Contract, Rule
 from .personal import find_personal
 from .terms import Agreement
@@ -225,7 +225,7 @@ def protect(
     hidden = {name: kind for name, kind in hidden_columns(decided).items() if name not in special and name in rows.columns}
     if not hidden:
         return Privacy(decided, rows, dict(kinds), dict(unusable), _unchanged, rows, dict(kinds), dropped, looked_at)
-    compared = [*problem.evaluate.cohorts, *problem.comply.forbidden, *(n for n, c in problem.data.columns.items() if c.forbidden), *(n for n, t in (agreement.terms if agreement else {}).items() if t.forbidden)]
+    compared = [*problem.evaluate.cohorts, *forbidden_columns(problem), *(n for n, t in (agreement.terms if agreement else {}).items() if t.forbidden)]
     readable = common_levels(rows, [n for n in compared if n in hidden and n != subject], problem.comply.least_cell)
     tokens: dict[str, Mapping[str, str]] = {}
     if encrypt and subject in hidden:
