@@ -481,3 +481,18 @@ def test_the_head_of_a_large_file_tells_its_columns(tmp_path: Path) -> None:
     (tmp_path / "u16.csv").write_bytes("a;b\n1;ü\n".encode("utf-16"))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no PAR1")
     assert peek(tmp_path / "u16.csv") == {"a": "numbers", "b": "texts"} and peek(tmp_path / "broken.parquet") == {}
+
+
+def test_a_damaged_parquet_footer_is_left_to_its_reader(tmp_path: Path) -> None:
+    file = tmp_path / "t.parquet"
+    pl.DataFrame({"size": [1.0, 2.0], "kind": ["a", "b"]}).write_parquet(file)
+    whole = file.read_bytes()
+    assert peek(file) == {"size": "numbers", "kind": "texts"}
+    told = 0
+    for place in range(len(whole) - 4 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1:])
+        try:
+            told += peek(file) == {}
+        except InputError:    # a name that no longer is one
+            continue
+    assert told > 10

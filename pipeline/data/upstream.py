@@ -42,7 +42,7 @@ def peek(
     head, kind = _head(path, member)
     try:
         names, frame = _frame(path, head, kind, sheet)
-    except (pl.exceptions.PolarsError, ValueError, OSError, csv.Error, StopIteration):
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OSError, csv.Error, StopIteration):
         return {}
     return dict(zip(tidy_names(names, path.name), map(_word, frame.iter_columns())))
 
