@@ -22,10 +22,10 @@ from .errors import InputError, suggest
 # %% auto #0
 __all__ = ['NAME', 'Name', 'Share', 'Positive', 'NotNegative', 'Task', 'Family', 'Metric', 'MAX_BYTES', 'MAX_DEPTH', 'MAX_NODES',
            'check_name', 'Section', 'Kpi', 'Statement', 'Source', 'Column', 'Split', 'Waiver', 'Synthetic',
-           'DataSection', 'LabelSection', 'TrainSection', 'Acceptance', 'Costs', 'EvaluateSection', 'DeploySection',
-           'RolloutSection', 'MonitorSection', 'ComplySection', 'Team', 'ScopeSection', 'Problem', 'Place', 'read_yaml',
-           'forbidden_columns', 'load_problem', 'parse_problem', 'Watched', 'plain', 'leaves', 'parse_setting',
-           'json_schema']
+           'DataSection', 'LabelSection', 'TrainSection', 'Acceptance', 'Rule', 'Mitigation', 'Costs',
+           'EvaluateSection', 'DeploySection', 'RolloutSection', 'MonitorSection', 'ComplySection', 'Team',
+           'ScopeSection', 'Problem', 'Place', 'read_yaml', 'forbidden_columns', 'load_problem', 'parse_problem',
+           'Watched', 'plain', 'leaves', 'parse_setting', 'json_schema']
 
 # %% ../../nbs/lib/core/02_problem.ipynb #693a00c2
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -69,6 +69,7 @@ class Statement(Section):
     kpi: Kpi
     task: Task
     target: str = Field(min_length=1, description="the column to predict")
+    further_targets: list[str] = Field([], description="more columns to predict from the same features, by one shared model or by several")
     positive: bool | int | str | None = Field(None, description="the target's value that counts as positive (binary)")
     mode: Literal["online", "batch"] = "online"
     human_review: NotNegative = Field(0.0, lt=1, description="share of decisions that people will look at")
@@ -189,18 +190,23 @@ class LabelSection(Section):
     queue: int = Field(200, ge=1, description="how many rows to propose next")
 
 
-Family = Literal["dummy", "linear", "trees", "portfolio", "nets"]
+Family = Literal["dummy", "linear", "text", "trees", "portfolio", "nets", "backbone"]
 
 
 class TrainSection(Section):
     "What training may spend, and which families compete."
 
-    budget_s: Positive = Field(60.0, description="wall seconds for all families together")
+    budget_s: Positive = Field(60.0, description="seconds for all families together")
+    clock: Literal["wall", "core"] = Field("wall", description="what the budget counts: seconds on the wall, or of cores at work")
     seeds: int = Field(3, ge=1, le=50)
     families: list[Family] = ["dummy", "linear", "trees", "portfolio"]
     rows_max: int = Field(1_000_000, ge=100)
     interpretable: bool = False
     tolerance: NotNegative = Field(0.002, description="loss of the main metric that simplicity may cost")
+    latency_ms: Positive | None = Field(None, description="most CPU milliseconds that the model may take for one row")
+    ensemble: bool = Field(True, description="weigh several candidates together, where the limits allow it")
+    distill: bool = Field(False, description="try a small student of the best candidate")
+    backbone: str | None = Field(None, description="a local folder with a sentence-embedding model; nothing is ever downloaded")
 
 
 Metric = Literal[
@@ -225,6 +231,31 @@ class Acceptance(Section):
         return self
 
 
+class Rule(Section):
+    "How answers must behave when an input changes."
+
+    kind: Literal["monotone", "invariant"]
+    column: str
+    direction: Literal["up", "down"] = Field("up", description="of a monotone rule: where the answer may go when the column rises")
+    reason: str = Field(min_length=10)
+
+
+class Mitigation(Section):
+    "What is done about a gap between cohorts, and who answers for it."
+
+    method: Literal["none", "reweigh", "thresholds"] = "none"
+    by: str | None = Field(None, description="the cohort column that it levels")
+    criterion: Literal["demographic_parity", "equalized_odds"] = "equalized_odds"
+    reason: str | None = Field(None, min_length=10, description="why this one, and why it is lawful here")
+    approver: str | None = Field(None, description="the person who signed it off")
+
+    @model_validator(mode="after")
+    def _names_a_column(self) -> Mitigation:
+        if self.method != "none" and not (self.by and self.reason):
+            raise ValueError(f"mitigation by {self.method} needs `by` and `reason`")
+        return self
+
+
 class Costs(Section):
     "Money a decision: what a false alarm, a miss and a hit are worth."
 
@@ -245,6 +276,11 @@ class EvaluateSection(Section):
     stable_runs: int = Field(1, ge=1)
     costs: Costs = Costs()
     bootstrap: int = Field(500, ge=100, le=20_000)
+    margin: NotNegative = Field(0.005, description="loss of the main metric against the default model that is still no worse")
+    rules: list[Rule] = []
+    attack: dict[str, Positive] = Field({}, description="number column -> by how much an adversary may change it; a twentieth of its spread by default")
+    mitigation: Mitigation = Mitigation()
+    look_again: str | None = Field(None, min_length=10, description="the reason for measuring another model on the sealed rows")
 
 
 class DeploySection(Section):
@@ -255,6 +291,7 @@ class DeploySection(Section):
     rss_mb: Positive = 1000.0
     throughput_rps: NotNegative = 0.0
     uptime: Annotated[float, Field(gt=0, le=1)] = 0.99
+    target: Literal["server", "edge"] = Field("server", description="edge: one file for a small runtime, checked on one thread")
 
 
 class RolloutSection(Section):
