@@ -18,8 +18,8 @@ from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'contract', 'run', 'status', 'why', 'verify', 'reproduce',
-           'lineage', 'versions', 'diff', 'report', 'readiness', 'audit_verify', 'audit_log', 'predict', 'serve', 'lab',
-           'doctor']
+           'lineage', 'versions', 'diff', 'report', 'readiness', 'audit_verify', 'audit_log', 'models', 'predict',
+           'serve', 'lab', 'doctor']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
 app = typer.Typer(
@@ -326,6 +326,40 @@ def _show_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(Text("" if v is None else str(v)) for v in row.values()))
     Console().print(table)
+
+# %% ../../nbs/lib/cli/04_verbs.ipynb #dfa43a59
+@app.command(epilog="Example: pilothouse models flights --move 3 --to staging --reason 'passed the rehearsal'")
+def models(
+    problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="The problem's name; all by default.")] = "",
+    move: Annotated[int, typer.Option("--move", min=0, help="The version to move.")] = 0,
+    to: Annotated[str, typer.Option("--to", help="candidate, staging, canary, production or retired.")] = "",
+    back: Annotated[bool, typer.Option("--back", help="Bring back what was in production before.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why; goes into the audit trail.")] = "",
+    history: Annotated[bool, typer.Option("--history", help="Every move instead of every package.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "The packages of the registry and their states; one of them moved, or the one before brought back."
+    from pipeline.core.settings import load_settings
+    from pipeline.deploy.registry import Registry
+
+    if (move or back or to) and not problem:
+        raise InputError("moving a package needs the problem's name; for example: pilothouse models flights --move 3 --to staging --reason '…'")
+    if bool(move) != bool(to) or (move and back):
+        raise InputError("a move names one version and one state (--move 3 --to staging), and --back stands alone")
+    if back and not reason.strip():
+        raise InputError("going back needs a reason; give one with --reason")
+    settings = load_settings()
+    registry = Registry(settings.store, settings.database)
+    try:
+        moved = registry.rollback(problem, reason) if back else registry.move(problem, move, to, reason) if move else None
+        rows = [vars(e) for e in (registry.moves(problem or None) if history else registry.entries(problem or None))]
+    finally:
+        registry.close()
+    rows = [{k: f"{v:%Y-%m-%d %H:%M:%S}" if hasattr(v, "strftime") else v[:12] if k == "digest" else v for k, v in row.items()} for row in rows]
+    told = f"{moved.name} v{moved.version} is {moved.state}" if moved else "nothing is registered yet; a deploy phase registers its package"
+    say(rows, told if moved or not rows else partial(_show_rows, rows), as_json)
+    return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f194b5c1
 @app.command(epilog="Example: pilothouse predict flights/main --data tomorrow.csv --out answers.csv")

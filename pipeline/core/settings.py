@@ -32,6 +32,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "engine": {"name": "local", "spares": "2", "phase_minutes": "60", "phase_memory_gb": "16",
                "phase_output_mb": "64", "threads": "0"},
     "tracking": {"mode": "offline", "project": "pilothouse", "entity": ""},
+    "store": {"database": ""},
     "network": {"hosts": "", "private": "no", "timeout_s": "30", "max_mb": "2000"},
     "prices": {"core_hour": "0.04", "gram_co2e_per_kwh": "350", "watts_per_core": "10"},
 }
@@ -52,6 +53,7 @@ class Settings:
     tracking_mode: str
     tracking_project: str
     tracking_entity: str
+    database: str                 # of the registry: an SQLAlchemy url, {env:NAME} for a secret; empty: SQLite in the store
     hosts: tuple[str, ...]        # that data may be fetched from
     private: bool                 # may those be private, loopback or link-local addresses?
     network_timeout_s: float
@@ -115,6 +117,7 @@ def _typed(root: Path, values: dict[str, dict[str, str]]) -> Settings:
         phase_memory_gb=number("engine", "phase_memory_gb"), phase_output_mb=number("engine", "phase_output_mb"),
         threads=int(number("engine", "threads")) or len(os.sched_getaffinity(0)), tracking_mode=mode,
         tracking_project=values["tracking"]["project"], tracking_entity=values["tracking"]["entity"],
+        database=values["store"]["database"].strip(),
         hosts=tuple(host.strip().lower() for host in network["hosts"].split(",") if host.strip()), private=network["private"] == "yes",
         network_timeout_s=number("network", "timeout_s"), network_max_mb=number("network", "max_mb"),
         core_hour=number("prices", "core_hour"), gram_co2e_per_kwh=number("prices", "gram_co2e_per_kwh"),

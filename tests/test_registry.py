@@ -1,0 +1,199 @@
+"""The registry of packages: the same promises on SQLite and on a real PostgreSQL, with several writers and a crash in between."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.core import audit
+from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
+from pipeline.deploy.package import Contents, release
+from pipeline.deploy.registry import EVENT, Registry
+from pipeline.deploy.schema import make_schema
+from pipeline.train.models import train_model
+from pipeline.train.protocol import Fitting
+from tests.servers.postgres import PASSWORD, postgres, programs
+
+CONTRACT = {"target": "late", "task": "binary", "classes": ["False", "True"], "features": ["hour"], "columns": [
+    {"name": "hour", "type": "number", "dtype": "Float64", "nullable": False, "min": 5.0, "max": 23.0}]}
+
+
+@pytest.fixture(scope="module")
+def server():
+    if programs() is None:
+        pytest.skip("PostgreSQL is not installed here")
+    os.environ["PGPASS"] = PASSWORD
+    with postgres() as running:
+        yield running
+    del os.environ["PGPASS"]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def world(request, tmp_path):
+    "A store with three released packages and an empty registry."
+    url = ""
+    if request.param == "postgresql":
+        running = request.getfixturevalue("server")
+        import sqlalchemy
+
+        from pipeline.data.network import fill_secrets
+
+        admin = sqlalchemy.create_engine(fill_secrets(running.url)[0], isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS packages, moves"))
+        admin.dispose()
+        url = running.url
+    hour = np.random.default_rng(5).uniform(5, 23, 200)
+    model = train_model("trees", pl.DataFrame({"hour": hour}), (hour > 15).astype(int), CONTRACT, Fitting({"rounds": 3})).save(tmp_path / "trained")
+
+    def packed(card: str) -> Path:
+        told = Contents(CONTRACT, make_schema(CONTRACT).to_dict(), {"threshold": 0.4}, [], {"name": "late"}, card, {})
+        return release(tmp_path / "store", tmp_path / card, "late", model, told)
+
+    registry = Registry(tmp_path / "store", url)
+    packages = [packed(f"card{i}") for i in range(3)]
+    for package in packages:
+        registry.register(package, "go", "late/main", by="ci")
+    yield registry, url, packages
+    registry.close()
+
+
+def up(registry: Registry, version: int, *states: str) -> None:
+    for state in states:
+        registry.move("late", version, state, "a reason", by="ann")
+
+
+def test_one_in_production_whatever_comes(world):
+    registry, _, packages = world
+    up(registry, 1, "staging", "canary", "production")
+    up(registry, 2, "staging", "canary", "production")
+    assert {e.version: e.state for e in registry.entries("late")} == {3: "candidate", 2: "production", 1: "retired"}
+    assert registry.register(packages[1], "no-go", "late/main").state == "production", "what is live is not judged anew by a run"
+    assert registry.entry("late", 2).verdict == "go"
+    back = registry.rollback("late", "errors", by="bob")
+    assert (back.version, back.state, registry.entry("late", 2).state) == (1, "production", "retired")
+    with pytest.raises(InputError, match="nothing older"):
+        registry.rollback("late", "further")
+    up(registry, 3, "staging", "canary", "production")
+    assert registry.rollback("late", "again", by="bob").version == 1, "a package that was rolled back does not come back by a rollback"
+    assert audit.verify(registry.store) == len(registry.moves())
+
+
+def test_a_failed_gate_cannot_be_promoted(world):
+    registry, _, packages = world
+    registry.register(packages[2], "no-go", "late/main")
+    before = registry.entries()
+    with pytest.raises(InputError, match="verdict no-go"):
+        registry.move("late", 3, "staging", "please")
+    assert registry.entries() == before
+
+
+def test_a_changed_package_is_not_registered(world):
+    registry, _, packages = world
+    model = packages[0] / "model" / "model.txt"
+    model.chmod(0o644)
+    model.write_bytes(model.read_bytes().replace(b"threshold=1", b"threshold=2", 1))
+    before = registry.entries()
+    with pytest.raises(IntegrityError, match="model/model.txt differs"):
+        registry.register(packages[0], "go")
+    assert registry.entries() == before
+
+
+RIVAL = """
+import sys
+from pathlib import Path
+from pipeline.core.errors import InputError
+from pipeline.deploy.registry import Registry
+store, url, version, to, expected = sys.argv[1:]
+registry = Registry(Path(store), url)
+sys.stdin.readline()
+try:
+    registry.move("late", int(version), to, "I was first", by=f"process {version}", expected=expected)
+    print("moved")
+except InputError as error:
+    print(error)
+"""
+
+
+def rivals(registry: Registry, url: str, wishes: list[tuple[int, str, str]]) -> list[str]:
+    "Each wish from a process of its own, all let go at the same moment."
+    started = [subprocess.Popen([sys.executable, "-c", RIVAL, str(registry.store), url, str(v), to, seen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+               for v, to, seen in wishes]
+    for process in started:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate(timeout=120)[0].strip() for process in started]
+
+
+def test_only_one_of_many_wins(world):
+    registry, url, _ = world
+    up(registry, 1, "staging")
+    answers = rivals(registry, url, [(1, "canary", "staging")] * 6)
+    assert answers.count("moved") == 1 and sum("is canary, not staging" in a for a in answers) == 5, answers
+    assert audit.verify(registry.store) == len(registry.moves()) == 5
+
+
+def test_two_packages_cannot_both_be_on_trial(world):
+    registry, url, _ = world
+    for version in (1, 2, 3):
+        up(registry, version, "staging")
+    answers = rivals(registry, url, [(v, "canary", "staging") for v in (1, 2, 3)])
+    assert answers.count("moved") == 1 and sum("is on trial already" in a for a in answers) == 2, answers
+    assert len([e for e in registry.entries() if e.state == "canary"]) == 1
+
+
+def test_the_database_itself_keeps_a_second_production_out(world):
+    import sqlalchemy
+
+    registry, _, _ = world
+    up(registry, 1, "staging", "canary", "production")
+    table = registry.tables.packages
+    with pytest.raises(sqlalchemy.exc.IntegrityError), registry.engine.begin() as connection:
+        connection.execute(table.update().where(table.c.version == 2).values(state="production"))
+    assert registry.holder("late").version == 1
+
+
+def test_a_crash_before_the_trail_is_made_good(world, monkeypatch):
+    registry, url, _ = world
+
+    def lost(*words, **more):
+        raise KeyboardInterrupt
+
+    told = len(audit.entries(registry.store))
+    with monkeypatch.context() as patched:
+        patched.setattr(audit, "append", lost)
+        with pytest.raises(KeyboardInterrupt):
+            registry.move("late", 1, "staging", "a reason", by="ann")
+    assert registry.entry("late", 1).state == "staging" and len(audit.entries(registry.store)) == told
+    Registry(registry.store, url).close()
+    last = audit.entries(registry.store)[-1]
+    assert last["event"] == EVENT and last["details"]["to"] == "staging" and len(audit.entries(registry.store)) == told + 1
+
+
+def test_a_database_that_is_not_there(tmp_path):
+    os.environ["PGNOWHERE"] = "x"
+    with pytest.raises(EnvironmentFault, match="does not answer") as told:
+        Registry(tmp_path, "postgresql+psycopg://ann:{env:PGNOWHERE}@127.0.0.1:1/db")
+    assert "ann" not in str(told.value).split("(")[0]
+
+
+def test_a_database_file_that_is_none(tmp_path):
+    (tmp_path / "pilothouse.db").write_bytes(b"not a database, sorry" * 100)
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        Registry(tmp_path)
+
+
+def test_the_command(project, pilothouse):
+    "Verb `models` on an empty registry of a project: nothing yet, and slips are told in one sentence."
+    done = pilothouse("models", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == []
+    assert "needs the problem's name" in pilothouse("models", "--move", "3", "--to", "staging").stderr
+    wrong = pilothouse("models", "late", "--move", "3", "--to", "staging", "--reason", "why not")
+    assert wrong.returncode == 2 and "late v3 is not registered" in wrong.stderr
