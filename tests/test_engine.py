@@ -234,3 +234,22 @@ def test_phases_that_end_together_share_one_process_that_draws(tmp_path: Path) -
     assert len(processes) == 1 and pages.asked == 32
     assert pages.finish(tmp_path) == [] and pages.asked == 0   # each order was answered; these folders hold nothing to draw
     pages.stop()
+
+
+def test_a_phase_that_took_more_than_last_time_is_told(tmp_path: Path) -> None:
+    "The manifest keeps what the phase took before, also in another run of the problem; the run's page says where it rose."
+    from pipeline.report.cost import Prices, phase_costs, risen
+    from pipeline.report.evidence import read_run
+
+    root, run = write_project(tmp_path / "p", phases=2, leaves=()), tmp_path / "p" / "outputs" / "tiny"
+    assert call(root, "run", "tiny").returncode == 0
+    slow = chain_cells("02_p2", "01_p1", work="import time\nend = time.process_time() + 2.5\nwhile time.process_time() < end:\n    pass")
+    write_notebook(root / "nbs" / "phases" / "02_p2.ipynb", *slow)
+    assert call(root, "run", "tiny").returncode == 0
+    phases = json.loads((run / "main" / "manifest.json").read_text())["phases"]
+    assert phases["02_p2"]["before"]["run"] == "main" and phases["02_p2"]["cpu_s"] > phases["02_p2"]["before"]["cpu_s"] + 2
+    assert "before" not in phases["01_p1"]
+    told = risen(phase_costs(read_run(run / "main").phases, Prices(0.04, 350, 10)))
+    assert len(told) == 1 and told[0].startswith("02 p2 took ") and told[0].split(" (")[0] in (run / "main" / "index.html").read_text()
+    assert call(root, "run", "tiny", "--run", "second").returncode == 0
+    assert json.loads((run / "second" / "manifest.json").read_text())["phases"]["01_p1"]["before"]["run"] == "main"

@@ -335,7 +335,19 @@ class _Work:
         "What an earlier manifest says the engine measured of a phase that is still in place."
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             entry = json.loads((self.run / "manifest.json").read_text(encoding="utf-8"))["phases"][name]
-            return {key: entry[key] for key in ("wall_s", "cpu_s", "peak_rss_mb", "cells", "reasons") if key in entry}
+            return {key: entry[key] for key in ("wall_s", "cpu_s", "peak_rss_mb", "cells", "reasons", "before") if key in entry}
+        return None
+
+    def _before(self, name: str) -> dict[str, Any] | None:
+        "What the phase took the last time: in this run, else in the newest other run of the problem."
+        took = self._measured(name)
+        if took is not None and "cpu_s" in took:
+            return {"run": self.run.name, "cpu_s": took["cpu_s"], "wall_s": took["wall_s"]}
+        others = [m for m in self.run.parent.glob("*/manifest.json") if m.parent != self.run]
+        for manifest in sorted(others, key=lambda m: m.stat().st_mtime, reverse=True):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                entry = json.loads(manifest.read_text(encoding="utf-8"))["phases"][name]
+                return {"run": manifest.parent.name, "cpu_s": entry["cpu_s"], "wall_s": entry["wall_s"]}
         return None
 
     def _imports(self, phase: Phase) -> tuple[str, ...]:
@@ -367,7 +379,8 @@ class _Work:
             try:
                 task = Task(phase, self._parameters(), kept, self._imports(phase))
                 used = self.executor.run(task, lambda cell, of: self.tell("cell", phase=phase.name, cell=cell, of=of))
-                self._put_in_place(phase, kept, {**used, "reasons": reasons})
+                last = self._before(phase.name)
+                self._put_in_place(phase, kept, {**used, "reasons": reasons, **({"before": last} if last else {})})
             except BaseException as error:
                 self._keep_failed(phase, kept)
                 self.tell("phase_failed", phase=phase.name, error=str(error), code=getattr(error, "exit_code", 4))

@@ -17,7 +17,8 @@ from ..core.settings import DEFAULTS, Settings, find_root, load_settings
 from .evidence import Phase
 
 # %% auto #0
-__all__ = ['Prices', 'prices_of', 'phase_costs', 'with_total', 'cost_line', 'duration']
+__all__ = ['RISE', 'LEAST', 'Prices', 'prices_of', 'phase_costs', 'more_than_before', 'risen', 'with_total', 'cost_line',
+           'duration']
 
 # %% ../../nbs/lib/report/02_cost.ipynb #f1a89130
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def prices_of(
 def phase_costs(
     phases: Sequence[Phase],
     prices: Prices,
-) -> pl.DataFrame:   # phase, wall_s, cpu_s, peak_rss_mb, money, co2e_g
-    "What each phase took. A phase without a measurement has empty cells, not zeros."
+) -> pl.DataFrame:   # phase, wall_s, cpu_s, peak_rss_mb, money, co2e_g, more (share; empty where there is no last time)
+    "What each phase took, and the processor's share more than last time. A phase without a measurement has empty cells, not zeros."
     rows = []
     for phase in phases:
         cpu = phase.receipt.get("cpu_s")
@@ -54,9 +55,30 @@ def phase_costs(
             "phase": phase.name.replace("_", " "), "wall_s": _float(phase.receipt.get("wall_s")), "cpu_s": _float(cpu),
             "peak_rss_mb": _float(phase.receipt.get("peak_rss_mb")), "money": None if hours is None else hours * prices.core_hour,
             "co2e_g": None if hours is None else hours * prices.watts_per_core / 1000 * prices.gram_co2e_per_kwh,
+            "more": more_than_before(_float(cpu), phase.receipt.get("before")),
         })
-    numbers = dict.fromkeys(("wall_s", "cpu_s", "peak_rss_mb", "money", "co2e_g"), pl.Float64)
+    numbers = dict.fromkeys(("wall_s", "cpu_s", "peak_rss_mb", "money", "co2e_g", "more"), pl.Float64)
     return pl.DataFrame(rows, schema={"phase": pl.String, **numbers})
+
+
+RISE, LEAST = 0.2, 1.0   # a fifth more, and at least a second of the processor, is told
+
+
+def more_than_before(
+    cpu_s: float | None,
+    before: object,         # what the manifest says of the last time: {"cpu_s": …}
+) -> float | None:          # .34: a third more
+    "The share of processor time that a phase took beyond its last time."
+    last = _float(before.get("cpu_s")) if isinstance(before, dict) else None
+    return None if cpu_s is None or not last else cpu_s / last - 1
+
+
+def risen(
+    costs: pl.DataFrame,    # from `phase_costs`
+) -> list[str]:
+    "A sentence for each phase that took notably more than the last time."
+    rows = costs.filter((pl.col("more") > RISE) & (pl.col("cpu_s") * pl.col("more") / (1 + pl.col("more")) >= LEAST))
+    return [f"{r['phase']} took {r['more']:.0%} more processor time than the last time ({r['cpu_s']:.1f} s)." for r in rows.iter_rows(named=True)]
 
 
 def with_total(
@@ -65,6 +87,7 @@ def with_total(
     "The same with a last row: sums, and the largest memory."
     total = costs.select(
         pl.lit("all phases").alias("phase"), pl.col("wall_s", "cpu_s").sum(), pl.col("peak_rss_mb").max(), pl.col("money", "co2e_g").sum(),
+        pl.lit(None, pl.Float64).alias("more"),
     )
     return pl.concat([costs, total])
 

@@ -157,5 +157,5 @@ def _as_measured(phase: Phase, manifest: dict[str, Any]) -> Phase:
     "The engine sees a phase from outside, kernel included; where it measured, its figures count."
     entry = (manifest.get("phases") or {}).get(phase.name) or {}
     same = entry.get("finished") == phase.receipt.get("finished")
-    measured = {k: entry[k] for k in ("wall_s", "cpu_s", "peak_rss_mb") if same and entry.get(k) is not None}
+    measured = {k: entry[k] for k in ("wall_s", "cpu_s", "peak_rss_mb", "before") if same and entry.get(k) is not None}
     return replace(phase, receipt={**phase.receipt, **measured})

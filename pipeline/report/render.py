@@ -16,7 +16,7 @@ from ..core.display import VERDICTS, clean, esc, estimates, facts, number, stack
 from ..core.errors import InputError
 from ..core.run import room_of
 from ..core.store import write_whole
-from .cost import Prices, cost_line, duration, phase_costs, prices_of, with_total
+from .cost import Prices, cost_line, duration, phase_costs, prices_of, risen, with_total
 from .evidence import QUESTIONS, Evidence, Phase, read_json, read_phase, read_run
 from .page import fill, page
 from .sections import SEVERITY, big_numbers, carrying, criteria, decided, sentence_case, unknowns
@@ -194,7 +194,7 @@ def render_run(
         verdict=verdict(state, sentence, judged(run)).html, numbers=big_numbers(telling(run)), phases=_strip(run),
         limited=limited, others=others, others_n=others.count('<th scope="row"'),
         decisions=folded(decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]), 0),
-        unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=cost_line(costs, _currency(run.manifest)),
+        unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=" ".join([cost_line(costs, _currency(run.manifest)), *risen(costs)]),
         costs=_cost_table(costs, _currency(run.manifest)), origin=facts(_run_origin(run), "Where this run comes from").html,
         parameters=_parameters(leaves),
     )
@@ -304,9 +304,10 @@ def _cost_table(costs: pl.DataFrame, currency: str) -> str:
     if not costs.height:
         return ""
     shown = with_total(costs).rename({"wall_s": "time", "cpu_s": "processor", "peak_rss_mb": "peak memory", "money": "money ", "co2e_g": "CO₂e"})
+    shown = shown.drop("more") if shown["more"].null_count() == shown.height else shown.rename({"more": "against last time"})
     return table(
         shown, "What each phase took", rows=60, units={"time": "s", "processor": "s", "peak memory": "MB", "money ": currency, "CO₂e": "g"},
-        formats={"time": ",.1f", "processor": ",.1f", "peak memory": ",.0f", "money ": ".4f", "CO₂e": ".2f"},
+        formats={"time": ",.1f", "processor": ",.1f", "peak memory": ",.0f", "money ": ".4f", "CO₂e": ".2f", "against last time": "+.0%"},
     ).html
 
 
