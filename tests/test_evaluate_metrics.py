@@ -2,17 +2,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import WORLDS, held
 from sklearn import metrics as sk
 
 from pipeline.core.errors import InputError
-from pipeline.core.intervals import bootstrap, combine_seeds, draw_metric, interval, over_seeds, paired, student
-from pipeline.core.metrics import BETTER, LABELS, TASKS, metric, metric_or_none
+from pipeline.core.intervals import (
+    Estimate, against_margin, bootstrap, chance_of, combine_seeds, draw_metric, holm, interval, over_seeds, paired, score, student,
+)
+from pipeline.core.metrics import BETTER, LABELS, TASKS, Settings, brier_parts, metric, metric_or_none, metrics_for
 from pipeline.core.run import judge
+from pipeline.scope.value import best_threshold, break_even
 
 COSTS = {"false_alarm": 40, "miss": 100, "hit": 5}
 
@@ -78,6 +83,144 @@ def test_regression_metrics_equal_sklearn(n: int, seed: int) -> None:
     assert metric("mae", y, band) == metric("mae", y, p)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(4, 200), st.integers(0, 10_000), st.sampled_from([4, 10**9]))
+def test_weighted_metrics_equal_sklearn(n: int, seed: int, grid: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(0, 4, n) + (rng.random(n) < 0.5) * rng.random(n)
+    p = np.round(rng.random(n) * grid) / grid
+    y = (rng.random(n) < p).astype(int)
+    y[:2], y[-2:], w[:2], w[-2:] = 0, 1, 1.5, 0.5
+    precision, reached, _ = sk.precision_recall_curve(y, p, sample_weight=w)
+    worth = np.where(p >= 0.4, np.where(y == 1, 105, -40), 0)
+    binary = {
+        "roc_auc": sk.roc_auc_score(y, p, sample_weight=w), "average_precision": sk.average_precision_score(y, p, sample_weight=w),
+        "log_loss": sk.log_loss(y, p, sample_weight=w), "brier": sk.brier_score_loss(y, p, sample_weight=w),
+        "accuracy": sk.accuracy_score(y, p >= 0.4, sample_weight=w), "balanced_accuracy": sk.balanced_accuracy_score(y, p >= 0.4, sample_weight=w),
+        "f1": sk.f1_score(y, p >= 0.4, sample_weight=w, zero_division=0), "value_per_1000": 1000 * np.average(worth, weights=w),
+        "precision_at_recall": precision[reached >= 0.7].max(),
+    }
+    for name, value in binary.items():
+        assert metric(name, y, p, weights=w, threshold=0.4, recall=0.7, costs=COSTS) == pytest.approx(value, abs=1e-12, rel=1e-12), name
+    q = rng.dirichlet(np.ones(3), n)
+    c = np.r_[0, 1, 2, rng.integers(0, 3, n - 3)]
+    w[:3] = 1
+    several = {
+        "log_loss": sk.log_loss(c, q, labels=range(3), sample_weight=w), "accuracy": sk.accuracy_score(c, q.argmax(1), sample_weight=w),
+        "roc_auc": sk.roc_auc_score(c, q, multi_class="ovr", sample_weight=w),
+        "f1": sk.f1_score(c, q.argmax(1), average="macro", sample_weight=w, zero_division=0),
+        "balanced_accuracy": sk.balanced_accuracy_score(c, q.argmax(1), sample_weight=w),
+    }
+    for name, value in several.items():
+        assert metric(name, c, q, weights=w) == pytest.approx(value, abs=1e-12, rel=1e-12), name
+    t = rng.normal(10, 3, n)
+    for name, reference in (("mae", sk.mean_absolute_error), ("rmse", sk.root_mean_squared_error), ("r2", sk.r2_score)):
+        assert metric(name, t, t + p, weights=w) == pytest.approx(reference(t, t + p, sample_weight=w), abs=1e-9), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 25), st.integers(0, 10_000), st.sampled_from([3, 10**9]))
+def test_means_over_lists_equal_sklearn_list_by_list(lists: int, seed: int, grid: int) -> None:
+    rng = np.random.default_rng(seed)
+    group = np.sort(rng.integers(0, lists, lists * 7))
+    y = np.maximum(rng.integers(-2, 4, len(group)), 0)
+    s = np.round(rng.random(len(group)) * grid) / grid
+    mixed = rng.permutation(len(group))
+    kept = [g for g in np.unique(group) if y[group == g].any()]
+    if not kept:
+        assert metric_or_none("ndcg", y, s, group=group) is None
+        return
+    gain = np.mean([sk.ndcg_score([y[group == g]], [s[group == g]]) if (group == g).sum() > 1 else 1.0 for g in kept])
+    mean = np.mean([sk.average_precision_score(y[group == g] > 0, s[group == g]) for g in kept])
+    assert metric("ndcg", y[mixed], s[mixed], group=group[mixed]) == pytest.approx(gain, abs=1e-12)
+    assert metric("map", y[mixed], s[mixed], group=group[mixed]) == pytest.approx(mean, abs=1e-12)
+    shuffles = []
+    for _ in range(40 if grid == 3 else 1):
+        order = np.lexsort((rng.random(len(s)), -s, group))
+        shuffles.append(np.mean([1 / (1 + np.flatnonzero(y[order][group[order] == g])[0]) for g in kept]))
+    assert metric("mrr", y, s, group=group) == pytest.approx(np.mean(shuffles), abs=0.25 if grid == 3 else 1e-12)
+
+
+def test_a_mean_over_lists_draws_lists_and_needs_them() -> None:
+    import polars as pl
+
+    rng = np.random.default_rng(4)
+    group = np.repeat([f"q{i}" for i in range(60)], 6)
+    y = (rng.random(360) < 0.3).astype(int)
+    p = np.clip(0.3 * y + rng.random(360), 0.01, 1.5) / 1.5
+    frame = pl.DataFrame({"__group": group, "y": y, "p_no": 1 - p, "p_yes": p})
+    found = score(frame, "ndcg", ["no", "yes"])
+    assert found is not None and found.value == pytest.approx(metric("ndcg", y, p, group=group)) and found.low < found.value < found.high
+    assert score(frame.drop("__group"), "ndcg", ["no", "yes"]) is None
+    with pytest.raises(InputError, match="no list is named"):
+        metric("mrr", y, p)
+    with pytest.raises(InputError, match="different blocks"):
+        bootstrap("map", y, p, group=group, unit=np.arange(360) // 10)
+    assert bootstrap("map", y, p, group=group, unit=np.arange(360) // 12).value == bootstrap("map", y, p, group=group).value
+    with pytest.raises(InputError, match="cannot rank models"):
+        metrics_for("binary", main="ndcg")
+
+
+def test_pinball_equals_sklearn_and_needs_an_interval() -> None:
+    rng = np.random.default_rng(3)
+    y = rng.normal(size=300)
+    band = np.column_stack([y * 0, y * 0 - 1.2, y * 0 + 1.7])
+    by_hand = (sk.mean_pinball_loss(y, band[:, 1], alpha=0.05) + sk.mean_pinball_loss(y, band[:, 2], alpha=0.95)) / 2
+    assert metric("pinball_90", y, band) == pytest.approx(by_hand, abs=1e-12)
+    with pytest.raises(InputError, match="no intervals"):
+        metric("pinball_90", y, band[:, 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 400), st.integers(0, 10_000), st.sampled_from([2, 10, 15]))
+def test_the_parts_of_a_brier_score_add_up(n: int, seed: int, bins: int) -> None:
+    rng = np.random.default_rng(seed)
+    p = rng.random(n)
+    y = (rng.random(n) < p**2).astype(int)
+    made = brier_parts(y, p, bins)
+    assert made.uncertainty - made.resolution + made.reliability + made.within == pytest.approx(sk.brier_score_loss(y, p), abs=1e-12)
+
+
+def test_noise_is_taken_off_a_calibration_error() -> None:
+    plain, clean = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        p = rng.beta(2, 4, 400)
+        y = (rng.random(400) < p).astype(int)
+        plain.append(metric("ece", y, p))
+        clean.append(metric("ece_debiased", y, p))
+        assert 0 <= clean[-1] <= plain[-1]
+    assert np.mean(clean) < 0.4 * np.mean(plain)                    # the truth is zero
+    rng = np.random.default_rng(1)
+    p = rng.beta(2, 4, 50_000)
+    y = (rng.random(50_000) < p / 2).astype(int)
+    assert metric("ece_debiased", y, p) == pytest.approx(metric("ece", y, p), rel=0.01)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 120), st.integers(0, 10_000), st.sampled_from([5, 10**9]), st.floats(1, 200), st.floats(1, 200))
+def test_the_best_threshold_is_worth_what_brute_force_finds(n: int, seed: int, grid: int, false_alarm: float, miss: float) -> None:
+    rng = np.random.default_rng(seed)
+    p = np.round(rng.random(n) * grid) / grid
+    y = (rng.random(n) < p).astype(int)
+    costs = {"false_alarm": false_alarm, "miss": miss, "hit": 0.0}
+    worth = [metric("value_per_1000", y, p, threshold=t, costs=costs) for t in [*np.unique(p), 1.1]]
+    found = metric("value_per_1000", y, p, threshold=best_threshold(y, p, costs), costs=costs)
+    assert found == pytest.approx(max(worth), abs=1e-9)
+    swapped = {"false_alarm": miss, "miss": false_alarm, "hit": 0.0}
+    assert (break_even(costs) < break_even(swapped)) == (false_alarm < miss) or false_alarm == miss
+
+
+def test_a_setting_that_does_not_exist_is_refused() -> None:
+    for call in (metric, bootstrap):
+        with pytest.raises(InputError, match="no setting 'treshold'; did you mean 'threshold'"):
+            call("accuracy", [0, 1], [0.2, 0.7], treshold=0.3)
+    assert metric("accuracy", [0, 1], [0.2, 0.7], settings=Settings(threshold=0.1)) == 0.5
+    for weights in ([1.0], [0.0, 0.0], [1.0, math.nan], [-1.0, 2.0]):
+        with pytest.raises(InputError, match="weights"):
+            metric("accuracy", [0, 1], [0.2, 0.7], weights=weights)
+
+
 def test_calibration_error_equals_its_definition() -> None:
     rng = np.random.default_rng(7)
     p = rng.beta(2, 3, 5000)
@@ -103,6 +246,12 @@ def test_undefined_is_an_error_with_a_reason_and_no_go_at_a_gate(name: str, y: l
     assert judge(None, 0.0, None) == "no-go"
 
 
+def test_precision_at_a_recall_by_hand_also_with_ties() -> None:
+    y, p = [1, 0, 1, 1, 0, 0, 1, 0], [0.9, 0.8, 0.7, 0.7, 0.7, 0.4, 0.3, 0.1]
+    for recall, by_hand in ((0.25, 1.0), (0.5, 3 / 5), (0.75, 3 / 5), (0.76, 4 / 7), (1.0, 4 / 7)):   # the three of .7 come together
+        assert metric("precision_at_recall", y, p, recall=recall) == pytest.approx(by_hand, abs=1e-9)
+
+
 def test_an_unreachable_recall_says_so() -> None:
     with pytest.raises(InputError, match="not reachable"):
         metric("precision_at_recall", [0, 1], [0.2, 0.7], recall=1.5)
@@ -115,6 +264,51 @@ def test_every_name_of_the_problem_file_is_defined_for_a_task_and_has_a_directio
 
     names = set(get_args(Metric))
     assert names == set(BETTER) == set(LABELS) == {m for ms in TASKS.values() for m in ms}
+
+
+# One of each method: a share, sums, a tail, a ranking, a calibration error, lists; all of them: tests/bench/intervals.py
+COVERED = [
+    ("binary, 800 rows", "one model", "ece"), ("binary, 800 rows", "one model", "accuracy"), ("binary, 40 days of 20 rows", "one model", "value_per_1000"),
+    ("binary, 40 days of 20 rows", "two models", "roc_auc"), ("regression, 40 days of 10 rows", "one model", "rmse"), ("100 lists of 8 rows", "one model", "ndcg"),
+    ("regression, 400 rows", "10 seeds", "mae"),
+]
+
+
+@pytest.mark.parametrize(("world", "way", "name"), COVERED)
+def test_intervals_hold_the_truth(world: str, way: str, name: str) -> None:
+    inside, below, above, _ = held(next(w for w in WORLDS if w.name == world), way, name, 150, 150)
+    assert 0.9 <= inside <= 0.99 and max(below, above) <= 0.075
+
+
+def test_a_perfect_score_on_few_rows_is_no_certainty() -> None:
+    y, p = np.array([0, 1] * 15), np.array([0.1, 0.9] * 15)
+    for name in ("accuracy", "balanced_accuracy", "f1", "roc_auc", "average_precision"):
+        found = bootstrap(name, y, p)
+        assert found.value == found.high == 1 and 0.7 < found.low < 0.95, name
+
+
+def test_a_calibration_error_of_true_probabilities_reaches_down_to_zero() -> None:
+    low = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        p = rng.random(500)
+        found = bootstrap("ece", (rng.random(500) < p).astype(int), p, draws=200)
+        low.append(found.low)
+        assert found.low <= found.value <= found.high
+    assert np.mean(np.array(low) < 1e-3) > 0.85
+
+
+def test_many_comparisons_need_more_evidence() -> None:
+    assert holm([0.01, 0.02, 0.03, 0.9]) == pytest.approx([0.04, 0.06, 0.06, 0.9]) and holm([]) == []
+    assert chance_of(Estimate(0.5, 0.0, 1.0)) == pytest.approx(0.05, abs=1e-6)
+    with pytest.raises(InputError, match="without an interval"):
+        chance_of(Estimate(0.5))
+    rng, false = np.random.default_rng(3), 0
+    for _ in range(400):
+        gains = rng.normal(0, 1, 10)
+        false += min(holm([chance_of(Estimate(g, g - 1.959964, g + 1.959964)) for g in gains])) <= 0.05
+    assert false / 400 <= 0.08                                       # one by one it would be 40 %
+    assert against_margin(Estimate(-0.002, -0.004, 0.0), 0.005) == "no worse" and against_margin(Estimate(0.1), 0.005) == "unclear"
 
 
 def test_student_equals_scipy() -> None:
@@ -208,3 +402,50 @@ def test_few_or_one_sided_rows_give_no_confident_interval() -> None:
         over_seeds("mae", [1.0, 2.0], [[1.0, 2.0]])
     found = bootstrap("roc_auc", [1, 0, 0, 0, 0, 0], [0.9, 0.1, 0.2, 0.3, 0.1, 0.1])
     assert judge(found, 0.65, None, "low") == "inconclusive"
+
+
+class Watched:
+    "Notes what a phase would claim, check and decide."
+
+    def __init__(self, margin: float) -> None:
+        from types import SimpleNamespace
+
+        self.problem = SimpleNamespace(evaluate=SimpleNamespace(margin=margin))
+        self.verdicts: dict[str, str] = {}
+        self.decided = ""
+
+    def load(self, name: str) -> None:
+        assert name == "data/train"
+
+    def claim(self, name: str, *, by: Any, using: dict[str, Any], **told: Any) -> Any:
+        return by(self.frame, **using)
+
+    def check(self, title: str, found: Any, *, at_least: float | None = None, at_most: float | None = None, bound: Any = None, **told: Any) -> None:
+        self.verdicts[title] = judge(found, at_least, at_most, bound)
+
+    def decide(self, title: str, options: list, chose: str, because: str) -> None:
+        self.decided = because
+
+
+@pytest.mark.parametrize(("error", "verdict", "words"), [
+    (0.5, "go", "it wins"), (1.0, "go", "no worse than the default model"), (1.3, "no-go", "is worse than"),
+])
+def test_a_loss_beyond_the_margin_is_refused_and_a_small_one_is_not(monkeypatch: pytest.MonkeyPatch, error: float, verdict: str, words: str) -> None:
+    from types import SimpleNamespace
+
+    import polars as pl
+
+    from pipeline.evaluate import compare
+
+    rng = np.random.default_rng(6)
+    y = rng.normal(50, 10, 1500)
+    frame = pl.DataFrame({"y": y, "prediction": y + error * rng.normal(0, 1, 1500), "current_prediction": y + rng.normal(0, 1, 1500)})
+    run = Watched(margin=0.1)
+    run.frame = frame
+    using = {"classes": None, "unit": None, "draws": 200, "seed": 7, "level": 0.95, "threshold": 0.5, "recall": 0.8, "costs": None}
+    holdout = SimpleNamespace(predictions=frame, contract={"classes": []}, task="regression", main="mae", using=using, current=True,
+                              model=SimpleNamespace(family="trees"))
+    monkeypatch.setattr(compare, "target_values", lambda frame, contract: y)
+    compare.compare_simpler(run, holdout)                                    # ten per cent of the default's error would be tolerated
+    assert run.verdicts["not shown to lose more against the default model than evaluate.margin"] == verdict
+    assert run.verdicts["better than one answer for all rows"] == "go" and words in run.decided

@@ -84,7 +84,7 @@ class Place:
         y = indexed(train, contract)
         learnt = 1 - y if reverse else y
         data = self.open("02_data", run)
-        data.save("data/train", train)
+        data.save("data/train", train.with_columns(__fold=pl.Series(np.arange(cut) * 4 // cut - 1, dtype=pl.Int8)))
         data.save("data/holdout", held, sealed=True)
         data.save("data/contract", contract)
         data.save("data/splits", {"kind": "time" if timed else "random", "ordered": timed, "folds": 3})

@@ -23,15 +23,17 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.data.contract import Contract, Rule
 from pipeline.train.budget import plan_fits
 from pipeline.train.checkpoints import Checkpoints
-from pipeline.train.choice import Limits, choose, fit_finally, leaderboard, rows_of, validation_frame
+from pipeline.train.choice import Limits, choose, leaderboard, rows_of
 from pipeline.train.features import MAX_LEVELS, learn_encoder
+from pipeline.train.final import fit_finally, validation_frame
 from pipeline.train.models import Model, load_model, retrain, train_model
-from pipeline.train.protocol import FAMILIES, Fitting, Shape, fit
+from pipeline.train.protocol import Fitting, Shape, fit
 from pipeline.train.search import Goal, Rows, run_search
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"dummy": {}, "linear": {}, "trees": {"rounds": 15}, "portfolio": {"rounds": 15, "feature_fraction": 0.7, "num_leaves": 15},
          "nets": {"epochs": 8, "hidden": 24, "batch": 64}}
+FAMILIES = tuple(QUICK)   # what every family must do stands in test_families
 TASKS = ("binary", "multiclass", "regression")
 KINDS = {"größe {\"m\"}": "number", "shop, [kind]: x": "category", "rain": "bool", "opened": "date", "note": "text", "always": "number", "leer": "number"}
 

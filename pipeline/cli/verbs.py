@@ -17,9 +17,9 @@ from .run import drawn_pages, run_named, run_problem
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'say', 'new', 'contract', 'run', 'status', 'why', 'verify', 'reproduce',
-           'lineage', 'versions', 'diff', 'report', 'readiness', 'audit_verify', 'audit_log', 'models', 'predict',
-           'serve', 'lab', 'doctor']
+__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'advice', 'say', 'new', 'contract', 'run', 'status', 'why', 'verify',
+           'reproduce', 'lineage', 'versions', 'diff', 'report', 'readiness', 'audit_verify', 'audit_log', 'models',
+           'advise_hosting', 'predict', 'explain_row', 'serve', 'lab', 'doctor']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
 app = typer.Typer(
@@ -361,6 +361,31 @@ def models(
     say(rows, told if moved or not rows else partial(_show_rows, rows), as_json)
     return 0
 
+# %% ../../nbs/lib/cli/04_verbs.ipynb #27699cb0
+advice = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Advice from a file of answers.", epilog="Example: pilothouse advise hosting answers.yml")
+app.add_typer(advice, name="advise")
+
+
+@advice.command("hosting", epilog="Example: pilothouse advise hosting answers.yml")
+def advise_hosting(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML with your answers; a wrong or missing one is named.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Where a model should run: options ranked, those that your answers rule out, and which answer would turn the advice."
+    from pipeline.scope.hosting import read_answers, weigh_hosting
+
+    found = weigh_hosting(read_answers(file))
+    options, flips = found.options.to_dicts(), found.flips.to_dicts()
+
+    def show() -> None:
+        print(f"advice: {found.best or 'nothing that is left keeps to your answers'}")
+        _show_rows([{k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()} for row in options])
+        _show_rows(flips)
+
+    say({"best": found.best, "options": options, "flips": flips}, show, as_json)
+    return 0
+
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f194b5c1
 @app.command(epilog="Example: pilothouse predict flights/main --data tomorrow.csv --out answers.csv")
 def predict(
@@ -380,6 +405,35 @@ def predict(
 
     rows = predict_file(run, data, out)
     say({"rows": rows, "out": out}, f"{rows} answers in {out}", as_json)
+    return 0
+
+
+@app.command(epilog="Example: pilothouse explain-row flights 212345 --run main")
+def explain_row(
+    problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="The problem's name.")],
+    row: Annotated[str, typer.Argument(metavar="ROW", help="The __row of a row in data/, a row as JSON, or a JSON file.")],
+    name: Annotated[str, typer.Option("--run", help="The run's name.")] = "main",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Follow one row from what is sent to what is answered, step by step; not equal to the served answer is exit 3."
+    from pipeline.core import audit
+    from pipeline.core.errors import IntegrityError
+    from pipeline.core.settings import load_settings
+
+    settings = load_settings()
+    folder = run_named(f"{problem.removesuffix('.yml').rpartition('/')[2]}/{name}", settings)
+    from pipeline.deploy.package import load_package, package_of
+    from pipeline.deploy.trace import row_of, trace_row
+
+    package, key = package_of(folder)
+    contract = json.loads((package / "contract.json").read_text(encoding="utf-8"))
+    found, where = row_of(folder, row)
+    trace = trace_row(load_package(package, key), found, tuple(c["name"] for c in contract["columns"] if c.get("pii")))
+    audit.append(settings.store, "row.explained", {"row": row if row.isdigit() else "given", "from": where, "model": trace.model}, f"{folder.parent.name}/{folder.name}")
+    say(trace.to_dict() | {"from": where}, f"row {row if row.isdigit() else 'given'} from {where}\n{trace.to_text()}", as_json)
+    if not trace.equal:
+        raise IntegrityError(f"the trace ends in {trace.answer}, the service answers {trace.served}; one of them is not this model")
     return 0
 
 

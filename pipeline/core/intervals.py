@@ -7,35 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from .bounds import accelerated, expanded, inverted, share_bounds, student, studentized, wilson
 from .errors import InputError
-from .metrics import RANKED, Context, checked, from_sums, metric, predictions_of, rankings, row_parts
+from .lists import GROUPED
+from .metrics import RANKED, Ranking, Settings, checked, from_sums, metric, predictions_of, rankings, row_parts
 from .run import Estimate
 
 # %% auto #0
-__all__ = ['RANGES', 'RARE', 'wilson', 'units_of', 'draws_of', 'draw_metric', 'block_sums', 'student', 'interval', 'bootstrap',
-           'paired', 'over_seeds', 'combine_seeds', 'score', 'score_over_seeds', 'score_difference']
+__all__ = ['MOST', 'RANGES', 'SHARES', 'CALIBRATION', 'RARE', 'FEW', 'LEFT_OUT', 'LIST', 'units_of', 'draws_of', 'drawn_together',
+           'Redrawn', 'redraw', 'draw_metric', 'block_sums', 'span', 'interval', 'bootstrap', 'paired', 'chance_of',
+           'holm', 'against_margin', 'over_seeds', 'combine_seeds', 'score', 'score_over_seeds', 'score_difference']
 
-# %% ../../nbs/lib/core/10_intervals.ipynb #455a02ca
-def wilson(
-    hits: float,
-    n: float,
-    z: float = 1.959964,      # 95 %
-) -> tuple[float, float]:     # low, high
-    "Wilson's interval of a share (1927): sensible at 0, at 1 and for few rows."
-    if n <= 0:
-        return 0.0, 1.0
-    share, weight = hits / n, z * z / n
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * np.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    return float(max(middle - half, 0.0)), float(min(middle + half, 1.0))
-
-# %% ../../nbs/lib/core/10_intervals.ipynb #2a2763d4
+# %% ../../nbs/lib/core/10_intervals.ipynb #66db59b3
 def units_of(
     frame: pl.DataFrame,        # stored predictions
     unit: str | None,           # the column whose values belong together; None: every row for itself
@@ -57,11 +47,76 @@ def draws_of(
     draws: int,
 ) -> Iterator[np.ndarray]:  # how often each block was drawn
     "The bootstrap's draws, always the same for the same seed."
-    rng = np.random.default_rng([seed, 20_190_919])
-    for _ in range(draws):
-        yield np.bincount(rng.integers(0, units, units), minlength=units)
+    for together in drawn_together(units, seed, draws):
+        yield from together
+
+
+def drawn_together(
+    units: int,         # how many blocks there are
+    seed: int,
+    draws: int,
+    rows: int = 0,      # more rows than blocks: fewer draws at a time
+) -> Iterator[np.ndarray]:  # (some draws, units) how often each block was drawn
+    "The same draws, several at a time: as many as fit into a processor's cache."
+    rng, step = np.random.default_rng([seed, 20_190_919]), max(1, 60_000 // max(units, rows, 1))
+    for start in range(0, draws, step):
+        count = min(step, draws - start)
+        picked = rng.integers(0, units, (count, units)) + np.arange(count)[:, None] * units
+        yield np.bincount(picked.ravel(), minlength=count * units).reshape(count, units)
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #89e4cf07
+MOST = 5_000   # blocks that are drawn: more make draws dearer and intervals no better
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    "A metric of these rows as a function of how often each block was drawn."
+
+    name: str
+    units: int                                                         # blocks
+    rows: int
+    sums: np.ndarray | None = field(default=None, repr=False)          # (units, m) of a summed metric
+    ranked: tuple[tuple[Ranking, np.ndarray], ...] = field(default=(), repr=False)   # with the block of each sorted row
+    recall: float = 0.8
+
+    def on(
+        self,
+        drawn: np.ndarray,       # (draws, units)
+    ) -> np.ndarray:             # (draws,); NaN where a draw does not define it
+        "The metric on each draw."
+        if self.sums is not None:
+            return from_sums(self.name, np.einsum("du,um->dm", drawn.astype(float), self.sums))
+        return np.mean([r.values(self.name, drawn[:, placed], self.recall) for r, placed in self.ranked], axis=0)
+
+    def pulls(
+        self,
+        drawn: np.ndarray,       # (draws, units)
+    ) -> np.ndarray:             # (draws, units)
+        "How much each block pulls a summed metric on each draw: slope times distance from the mean block."
+        assert self.sums is not None
+        total = np.einsum("du,um->dm", drawn.astype(float), self.sums)
+        pulled = np.einsum("dm,um->du", _slopes(self.name, total, np.abs(self.sums).sum(0)), self.sums)
+        return pulled - np.einsum("du,du->d", drawn, pulled)[:, None] / self.units
+
+
+def redraw(
+    name: str,                         # one of pipeline.core.metrics.BETTER
+    y: Any,                            # outcomes
+    p: Any,                            # predictions
+    unit: np.ndarray | None = None,    # block of each row
+    settings: Settings = Settings(),
+    group: np.ndarray | None = None,   # list of each row, for the means over lists
+) -> Redrawn:
+    "Prepare a metric for drawing; lists are drawn whole. Raises `InputError`."
+    y, p = checked(name, y, p)
+    if name in GROUPED:
+        unit = _blocks_of_lists(name, unit, group, len(y))
+    block, count = _blocks(unit, len(y))
+    if name in RANKED:
+        return Redrawn(name, count, len(y), ranked=tuple((r, block[r.order]) for r in rankings(y, p)), recall=settings.recall)
+    return Redrawn(name, count, len(y), block_sums(row_parts(name, y, p, settings, group), block, count))
+
+
 def draw_metric(
     name: str,                       # one of pipeline.core.metrics.BETTER
     y: Any,                          # outcomes
@@ -69,20 +124,12 @@ def draw_metric(
     unit: np.ndarray | None = None,  # block of each row
     seed: int = 0,
     draws: int = 500,
-    context: Context = Context(),
+    settings: Settings = Settings(),
+    group: np.ndarray | None = None,
 ) -> np.ndarray:                     # (draws,); NaN where a draw does not define the metric
     "The metric on each draw of the blocks."
-    y, p = checked(name, y, p)
-    block, count = _blocks(unit, len(y))
-    if name in RANKED:
-        ranked = [(r, block[r.order]) for r in rankings(y, p)]
-        return np.array([
-            np.mean([r.value(name, drawn[placed], context.recall) for r, placed in ranked])
-            for drawn in draws_of(count, seed, draws)
-        ])
-    sums = block_sums(row_parts(name, y, p, context), block, count)
-    drawn_sums = [np.einsum("i,ij->j", drawn.astype(float), sums) for drawn in draws_of(count, seed, draws)]
-    return from_sums(name, np.array(drawn_sums))
+    prepared = redraw(name, y, p, unit, settings, group)
+    return np.concatenate([prepared.on(drawn) for drawn in drawn_together(prepared.units, seed, draws, prepared.rows)])
 
 
 def block_sums(
@@ -97,36 +144,74 @@ def block_sums(
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #9f548bfe
 def _blocks(unit: np.ndarray | None, n: int) -> tuple[np.ndarray, int]:
-    "Block numbers from 0 and how many there are."
-    if unit is None:
-        return np.arange(n), n
-    if len(unit) != n:
+    "Block numbers from 0 and how many there are; a great many blocks are dealt out to a few thousand, which are as independent."
+    if unit is not None and len(unit) != n:
         raise InputError(f"{len(unit):,} units for {n:,} rows; give one a row")
-    names, block = np.unique(unit, return_inverse=True)
-    return block, len(names)
+    block = np.arange(n) if unit is None else np.unique(unit, return_inverse=True)[1]
+    count = n if unit is None else int(block.max()) + 1
+    return (block, count) if count <= MOST else (block % MOST, MOST)
 
-# %% ../../nbs/lib/core/10_intervals.ipynb #ba71a23f
+
+def _blocks_of_lists(name: str, unit: np.ndarray | None, group: np.ndarray | None, n: int) -> np.ndarray | None:
+    "A list is a block unless larger blocks hold whole lists; a block that cuts a list is refused."
+    if group is None or unit is None or len(unit) != n or len(group) != n:
+        return group if unit is None else unit
+    lists, first, which = np.unique(group, return_index=True, return_inverse=True)
+    if (unit != unit[first][which]).any():
+        raise InputError(f"{name}: rows of one list lie in different blocks; draw by the column of the lists, or by one that keeps them whole")
+    return unit
+
+
+def _slopes(name: str, sums: np.ndarray, size: np.ndarray) -> np.ndarray:
+    "How a summed metric changes with each of its sums, by central differences."
+    slopes = np.zeros_like(sums)
+    for column, whole in enumerate(size):
+        if whole > 0:
+            step = np.zeros(sums.shape[1])
+            step[column] = 1e-6 * whole
+            slopes[:, column] = (from_sums(name, sums + step) - from_sums(name, sums - step)) / (2 * step[column])
+    return slopes
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #3c62a7ff
 RANGES = {
     "mae": (0.0, math.inf), "rmse": (0.0, math.inf), "log_loss": (0.0, math.inf), "brier": (0.0, 2.0), "r2": (-math.inf, 1.0),
-    "value_per_1000": (-math.inf, math.inf),
+    "value_per_1000": (-math.inf, math.inf), "pinball_90": (0.0, math.inf),
 }
-RARE = 5   # rows of the rarer class below which a ranking is no evidence
+SHARES = ("accuracy", "coverage_90")
+CALIBRATION = ("ece", "ece_debiased")
+RARE = 5       # rows of the rarer class below which a ranking is no evidence
+FEW = 10       # blocks below which draws have no tails worth measuring
+LEFT_OUT = 50  # groups of blocks that are left out in turn
 
 
-def student(
-    freedom: float,        # degrees of freedom, at least 1
-    level: float = 0.95,   # two-sided
-) -> float:
-    "The quantile of Student's t that holds `level` in the middle (Cornish-Fisher; exact for 1 and 2)."
-    share = (1 + level) / 2
-    if freedom < 1.5:
-        return math.tan(math.pi * (share - 0.5))
-    if freedom < 2.5:
-        return (2 * share - 1) * math.sqrt(2 / (4 * share * (1 - share)))
-    z, v = NormalDist().inv_cdf(share), freedom
-    return (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-            + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4))
+def span(
+    terms: list[tuple[float, Redrawn]],   # metrics of the same rows, with their factors in a sum
+    seed: int = 0,
+    draws: int = 500,
+    level: float = 0.95,
+) -> tuple[float, float, float]:          # the combination, low, high
+    "A combination of metrics with the interval that its kind needs; raises `InputError` when most draws are undefined."
+    first = terms[0][1]
+    units, one = first.units, np.ones((1, first.units))
+    if units < 2:
+        raise InputError(f"{units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
+    if first.name in CALIBRATION:
+        return _calibration_span(terms, seed, draws, level)
+    value = float(_combined(terms, one)[0])
+    if first.sums is None:
+        drawn = np.concatenate([_combined(terms, d) for d in drawn_together(units, seed, draws, first.rows)])
+        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level))
+    error = float(_errors(terms, one)[0])
+    if len(terms) == 1 and first.name in SHARES:
+        return (value, *share_bounds(value, error, units, first.rows, level))
+    if units < FEW:
+        half = student(units - 1, level) * error
+        return value, value - half, value + half
+    values, errors = [], []
+    for counts in drawn_together(units, seed, draws):
+        values.append(_combined(terms, counts))
+        errors.append(_errors(terms, counts))
+    return (value, *studentized(value, error, np.concatenate(values), np.concatenate(errors), level))
 
 
 def interval(
@@ -137,91 +222,189 @@ def interval(
     unbiased: bool = True,       # False: the draws are larger than the value by noise alone
     within: tuple[float, float] = (-math.inf, math.inf),   # what the metric can be
 ) -> tuple[float, float]:        # low, high
-    "The interval that holds `level` of the draws, widened for few blocks; raises `InputError` when most draws are undefined."
+    "The percentile interval of any draws, widened for few blocks; raises `InputError` when most of them are undefined."
     usable = drawn[np.isfinite(drawn)]
     if len(usable) < 0.5 * len(drawn) or units < 2:
         raise InputError(f"{units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
     if not unbiased:
         usable = usable - (usable.mean() - value)
-    wider = student(units - 1, level) / NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(units / (units - 1))
     ends = np.quantile(usable, [(1 - level) / 2, (1 + level) / 2])
-    low, high = value + (ends - value) * wider
+    low, high = value + (ends - value) * expanded(units, level)
+    return _inside(value, low, high, within)
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #549db52a
+def _inside(value: float, low: float, high: float, within: tuple[float, float]) -> tuple[float, float]:
+    "Ends that hold the value and stay where the metric can be."
     return float(np.clip(min(low, value), *within)), float(np.clip(max(high, value), *within))
+
+
+def _combined(terms: list[tuple[float, Redrawn]], drawn: np.ndarray) -> np.ndarray:
+    "The sum of the terms on each draw."
+    return np.sum([factor * term.on(drawn) for factor, term in terms], axis=0)
+
+
+def _errors(terms: list[tuple[float, Redrawn]], drawn: np.ndarray) -> np.ndarray:
+    "The standard error of the sum of summed metrics on each draw."
+    pulls = np.sum([factor * term.pulls(drawn) for factor, term in terms], axis=0)
+    units = drawn.shape[1]
+    return np.sqrt(np.einsum("du,du,du->d", drawn, pulls, pulls) * units / (units - 1))
+
+
+def _leaving_out(units: int) -> np.ndarray:
+    "Each block, or group of blocks, left out in turn."
+    groups = min(units, LEFT_OUT)
+    return (np.arange(units)[None, :] % groups != np.arange(groups)[:, None]).astype(float)
+
+
+def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int, level: float) -> tuple[float, float, float]:
+    "One calibration error by test inversion; a combination by the spread of its draws around the value without noise."
+    first = terms[0][1]
+    assert first.sums is not None
+    one, units = np.ones((1, first.units)), first.units
+    bins = (first.sums.shape[1] - 1) // (1 if first.name == "ece" else 3)
+    value = float(_combined(terms, one)[0])
+    if len(terms) == 1:
+        total, wider = first.sums.sum(0), math.sqrt(units / (units - 1))
+        sums = np.concatenate([np.einsum("du,um->dm", d.astype(float), first.sums[:, :bins]) for d in drawn_together(units, seed, draws)])
+        return (value, *inverted(total[:bins], (sums - total[:bins]) * wider, float(total[-1]), level))
+    plain = [(factor, Redrawn("ece", t.units, t.rows, np.delete(t.sums, np.s_[bins:-1], axis=1))) for factor, t in terms if t.sums is not None]
+    drawn = np.concatenate([_combined(plain, d) for d in drawn_together(units, seed, draws)])
+    clean = value if first.name == "ece_debiased" else value + float(_combined(plain, one)[0] - drawn.mean())
+    ends = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2]) * expanded(units, level)
+    return value, clean + float(ends[0]), clean + float(ends[1])
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #8c340feb
 def bootstrap(
-    name: str,                        # one of pipeline.core.metrics.BETTER
-    y: Any,                           # outcomes
-    p: Any,                           # predictions, as `metric` takes them
+    name: str,                         # one of pipeline.core.metrics.BETTER
+    y: Any,                            # outcomes
+    p: Any,                            # predictions, as `metric` takes them
     *,
-    unit: np.ndarray | None = None,   # block of each row; None: rows are drawn
+    unit: np.ndarray | None = None,    # block of each row; None: rows (or lists) are drawn
+    group: np.ndarray | None = None,   # list of each row, for the means over lists
     seed: int = 0,
     draws: int = 500,
     level: float = 0.95,
-    threshold: float = 0.5,           # binary: act from this probability on
-    recall: float = 0.8,              # for precision_at_recall
-    costs: Any = None,                # for value_per_1000
+    settings: Settings = Settings(),
+    **using: Any,                      # settings that differ: threshold, recall, costs
 ) -> Estimate:
     "The metric with its bootstrap interval; raises `InputError` when these rows do not define it."
-    value = metric(name, y, p, threshold=threshold, recall=recall, costs=costs)
-    y, p = checked(name, y, p)
+    settings = settings.but(**using)
+    value = metric(name, y, p, group=group, settings=settings)
     within = RANGES.get(name, (0.0, 1.0))
-    if name in RANKED and _rarest(y, p) < RARE:
+    rarest = _rarest(name, *checked(name, y, p))
+    if name in RANKED and rarest < RARE:
         return Estimate(value, *within, n=len(y))
-    drawn = draw_metric(name, y, p, unit, seed, draws, Context(threshold, recall, costs))
-    ends = interval(value, drawn, _blocks(unit, len(y))[1], level, name != "ece", within)
-    return Estimate(value, *ends, n=len(y))
+    prepared = redraw(name, y, p, unit, settings, group)
+    _, low, high = span([(1.0, prepared)], seed, draws, level)
+    if low == high == value and value in within and math.isfinite(sum(within)):
+        hidden = wilson(0, min(prepared.units, rarest), student(max(prepared.units - 1, 1), level))[1] * (within[1] - within[0])
+        low, high = value - hidden, value + hidden
+    return Estimate(value, *_inside(value, low, high, within), n=len(y))
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #c01c2750
-def _rarest(y: np.ndarray, p: np.ndarray) -> int:
-    "Rows of the rarest class."
+def _rarest(name: str, y: np.ndarray, p: np.ndarray) -> int:
+    "Rows of the rarest class; all rows where there are none."
+    if name in GROUPED or not np.isin(y, np.arange(100)).all():
+        return len(y)
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 else p.shape[1]).min())
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #ba7b67e6
 def paired(
-    name: str,                        # one of pipeline.core.metrics.BETTER
-    y: Any,                           # outcomes
-    p: Any,                           # predictions of the first
-    q: Any,                           # predictions of the second, same rows
+    name: str,                         # one of pipeline.core.metrics.BETTER
+    y: Any,                            # outcomes
+    p: Any,                            # predictions of the first
+    q: Any,                            # predictions of the second, same rows
     *,
     unit: np.ndarray | None = None,
+    group: np.ndarray | None = None,
     seed: int = 0,
     draws: int = 500,
     level: float = 0.95,
-    threshold: float = 0.5,
     threshold_q: float | None = None,  # where the second acts from another probability on
-    recall: float = 0.8,
-    costs: Any = None,
-) -> Estimate:                        # metric of the first minus metric of the second
+    settings: Settings = Settings(),
+    **using: Any,                      # settings that differ: threshold, recall, costs
+) -> Estimate:                         # metric of the first minus metric of the second
     "The difference of two models' metrics on the same rows, with its interval."
-    other = threshold if threshold_q is None else threshold_q
-    first, second = Context(threshold, recall, costs), Context(other, recall, costs)
-    value = (metric(name, y, p, threshold=threshold, recall=recall, costs=costs)
-             - metric(name, y, q, threshold=other, recall=recall, costs=costs))
-    drawn = draw_metric(name, y, p, unit, seed, draws, first) - draw_metric(name, y, q, unit, seed, draws, second)
-    return Estimate(value, *interval(value, drawn, _blocks(unit, len(y))[1], level), n=len(y))
+    first = settings.but(**using)
+    second = first if threshold_q is None else first.but(threshold=threshold_q)
+    value = metric(name, y, p, group=group, settings=first) - metric(name, y, q, group=group, settings=second)
+    terms = [(1.0, redraw(name, y, p, unit, first, group)), (-1.0, redraw(name, y, q, unit, second, group))]
+    _, low, high = span(terms, seed, draws, level)
+    return Estimate(value, *_inside(value, low, high, (-math.inf, math.inf)), n=len(y))
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #bc62073d
+def chance_of(
+    difference: Estimate,     # with its interval
+    level: float = 0.95,      # of the interval
+) -> float:                   # two-sided
+    "The chance of so large a difference where there is none, from its interval (Altman and Bland 2011); raises `InputError`."
+    end = difference.low if difference.value > 0 else difference.high
+    if end is None or not math.isfinite(difference.value) or not math.isfinite(end):
+        raise InputError(f"a difference of {difference.value:g} without an interval says nothing of chance; measure it with one")
+    half = abs(difference.value - end)
+    if half == 0:
+        return 1.0 if difference.value == 0 else 0.0
+    normal = NormalDist()
+    return 2 * (1 - normal.cdf(abs(difference.value) / half * normal.inv_cdf((1 + level) / 2)))
+
+
+def holm(
+    chances: list[float],     # of each comparison alone
+) -> list[float]:             # of each, allowing for all
+    "Chances adjusted for making several comparisons (Holm 1979), in the order given."
+    adjusted, largest = [1.0] * len(chances), 0.0
+    for place, which in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        largest = max(largest, min(1.0, (len(chances) - place) * chances[which]))
+        adjusted[which] = largest
+    return adjusted
+
+
+def against_margin(
+    gain: Estimate,           # counted so that above zero is better
+    margin: float,            # the loss that nobody would mind, at least 0
+) -> str:                     # better, no worse, worse, unclear
+    "What an interval says: better than nothing, no worse than the margin, worse than the margin, or nothing yet."
+    if gain.low is None or gain.high is None:
+        return "unclear"
+    if gain.low > 0:
+        return "better"
+    if gain.low >= -margin:
+        return "no worse"
+    return "worse" if gain.high < -margin else "unclear"
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #2b40d829
 def over_seeds(
-    name: str,                        # one of pipeline.core.metrics.BETTER
-    y: Any,                           # outcomes
-    predictions: list[Any],           # one set of predictions a seed, same rows
+    name: str,                         # one of pipeline.core.metrics.BETTER
+    y: Any,                            # outcomes
+    predictions: list[Any],            # one set of predictions a seed, same rows
     *,
     unit: np.ndarray | None = None,
+    group: np.ndarray | None = None,
     seed: int = 0,
     draws: int = 500,
     level: float = 0.95,
-    threshold: float = 0.5,
-    recall: float = 0.8,
-    costs: Any = None,
-) -> Estimate:                        # the mean over seeds
+    settings: Settings = Settings(),
+    **using: Any,                      # settings that differ: threshold, recall, costs
+) -> Estimate:                         # the mean over seeds
     "The mean over seeds, with an interval for rows and seeds together; raises `InputError` for fewer than two seeds."
-    if len(predictions) < 2:
-        raise InputError(f"an interval over seeds needs at least two, found {len(predictions)}; raise train.seeds")
-    context = Context(threshold, recall, costs)
-    values = [metric(name, y, p, threshold=threshold, recall=recall, costs=costs) for p in predictions]
-    drawn = np.mean([draw_metric(name, y, p, unit, seed, draws, context) for p in predictions], axis=0)
-    return combine_seeds(values, drawn, _blocks(unit, len(y))[1], level, RANGES.get(name, (0.0, 1.0)), len(y))
+    k = len(predictions)
+    if k < 2:
+        raise InputError(f"an interval over seeds needs at least two, found {k}; raise train.seeds")
+    settings = settings.but(**using)
+    values = [metric(name, y, p, group=group, settings=settings) for p in predictions]
+    mean, within = float(np.mean(values)), RANGES.get(name, (0.0, 1.0))
+    if name in RANKED and _rarest(name, *checked(name, y, predictions[0])) < RARE:
+        return Estimate(mean, *within, n=len(y))
+    terms = [(1 / k, redraw(name, y, p, unit, settings, group)) for p in predictions]
+    units = terms[0][1].units
+    _, low, high = span(terms, seed, draws, level)
+    seeds, middle = float(np.var(values, ddof=1)) / k, mean if name not in CALIBRATION else (low + high) / 2
+    ends = []
+    for end in (low, high):
+        rows = ((end - middle) / student(max(units - 1, 1), level)) ** 2
+        freedom = (seeds + rows) ** 2 / (seeds**2 / (k - 1) + rows**2 / max(units - 1, 1)) if seeds + rows > 0 else 1.0
+        ends.append(student(freedom, level) * math.sqrt(seeds + rows))
+    return Estimate(mean, *_inside(mean, middle - ends[0], middle + ends[1], within), n=len(y))
 
 
 def combine_seeds(
@@ -232,7 +415,7 @@ def combine_seeds(
     within: tuple[float, float] = (-math.inf, math.inf),
     n: int | None = None,
 ) -> Estimate:
-    "Mean and interval from the spread over seeds and the spread over draws."
+    "Mean and interval from the spread over seeds and the spread over any draws."
     k, mean = len(values), float(np.mean(values))
     seeds, rows = float(np.var(values, ddof=1)) / k, float(np.nanvar(drawn)) * units / max(units - 1, 1)
     if seeds + rows == 0:
@@ -242,6 +425,9 @@ def combine_seeds(
     return Estimate(mean, float(np.clip(mean - half, *within)), float(np.clip(mean + half, *within)), n)
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #901afe98
+LIST = "__group"   # the column of a stored frame that names the list of each row
+
+
 def score(
     frame: pl.DataFrame,                # stored predictions: y, p_<class>… or prediction
     name: str,                          # one of pipeline.core.metrics.BETTER
@@ -257,7 +443,7 @@ def score(
         frame = frame.filter(pl.col(column).cast(pl.String) == str(wanted))
     try:
         y, p = predictions_of(frame, classes)
-        return bootstrap(name, y, p, unit=units_of(frame, unit), seed=seed, draws=draws, **using)
+        return bootstrap(name, y, p, seed=seed, draws=draws, **_blocks_in(frame, name, unit), **using)
     except InputError:
         return None
 
@@ -275,7 +461,7 @@ def score_over_seeds(
     "A metric's mean over seeds with its interval, None where these rows do not define it."
     try:
         read = [predictions_of(frame, classes, prefix) for prefix in prefixes]
-        return over_seeds(name, read[0][0], [p for _, p in read], unit=units_of(frame, unit), seed=seed, draws=draws, **using)
+        return over_seeds(name, read[0][0], [p for _, p in read], seed=seed, draws=draws, **_blocks_in(frame, name, unit), **using)
     except InputError:
         return None
 
@@ -297,6 +483,14 @@ def score_difference(
         _, q = predictions_of(frame, classes, prefix)
         if swap:
             p, q = q, p
-        return paired(name, y, p, q, unit=units_of(frame, unit), seed=seed, draws=draws, **using)
+        return paired(name, y, p, q, seed=seed, draws=draws, **_blocks_in(frame, name, unit), **using)
     except InputError:
         return None
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #b6dcbe92
+def _blocks_in(frame: pl.DataFrame, name: str, unit: str | None) -> dict[str, Any]:
+    "Blocks of a stored frame, and lists where the metric needs them."
+    found: dict[str, Any] = {"unit": units_of(frame, unit)}
+    if name in GROUPED and LIST in frame.columns:
+        found["group"] = frame[LIST].rank("dense").fill_null(0).cast(pl.Int64).to_numpy()
+    return found

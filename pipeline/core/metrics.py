@@ -5,49 +5,68 @@
 # %% ../../nbs/lib/core/09_metrics.ipynb #eff03f93
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from .errors import InputError, suggest
+from .lists import GROUPED, list_parts
 
 # %% auto #0
-__all__ = ['BETTER', 'LABELS', 'TASKS', 'BINS', 'RANKED', 'Context', 'main_metric', 'check_task', 'task_of', 'checked',
-           'row_parts', 'from_sums', 'cost_values', 'Ranking', 'rankings', 'metric', 'metric_or_none', 'metrics_for',
-           'predictions_of']
+__all__ = ['BETTER', 'LABELS', 'TASKS', 'ON_REQUEST', 'BINS', 'Context', 'BANDS', 'RANKED', 'Settings', 'main_metric',
+           'check_task', 'task_of', 'checked', 'row_parts', 'from_sums', 'cost_values', 'Ranking', 'rankings', 'metric',
+           'metric_or_none', 'metrics_for', 'BrierParts', 'brier_parts', 'predictions_of']
 
 # %% ../../nbs/lib/core/09_metrics.ipynb #a3aaf6f8
 BETTER = {
     "roc_auc": "higher", "average_precision": "higher", "log_loss": "lower", "brier": "lower", "ece": "lower",
     "accuracy": "higher", "balanced_accuracy": "higher", "f1": "higher", "precision_at_recall": "higher",
-    "value_per_1000": "higher", "mae": "lower", "rmse": "lower", "r2": "higher", "coverage_90": "higher",
+    "value_per_1000": "higher", "mae": "lower", "rmse": "lower", "r2": "higher", "coverage_90": "higher", "pinball_90": "lower",
+    "ece_debiased": "lower", "ndcg": "higher", "map": "higher", "mrr": "higher",
 }
 LABELS = {
     "roc_auc": "ROC AUC", "average_precision": "average precision", "log_loss": "log loss", "brier": "Brier score",
     "ece": "calibration error", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "f1": "F1",
     "precision_at_recall": "precision at the fixed recall", "value_per_1000": "value per 1,000 decisions",
     "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "R²",
-    "coverage_90": "coverage of the 90 % interval",
+    "coverage_90": "coverage of the 90 % interval", "pinball_90": "pinball loss of the 90 % interval",
+    "ece_debiased": "calibration error without its noise", "ndcg": "NDCG by group", "map": "MAP by group", "mrr": "MRR by group",
 }
 TASKS: dict[str, tuple[str, ...]] = {
     "binary": ("roc_auc", "average_precision", "log_loss", "brier", "ece", "accuracy", "balanced_accuracy", "f1",
-               "precision_at_recall", "value_per_1000"),
-    "multiclass": ("log_loss", "roc_auc", "average_precision", "brier", "ece", "accuracy", "balanced_accuracy", "f1"),
-    "regression": ("mae", "rmse", "r2", "coverage_90"),
+               "precision_at_recall", "value_per_1000", "ece_debiased", "ndcg", "map", "mrr"),
+    "multiclass": ("log_loss", "roc_auc", "average_precision", "brier", "ece", "accuracy", "balanced_accuracy", "f1", "ece_debiased"),
+    "regression": ("mae", "rmse", "r2", "coverage_90", "pinball_90", "ndcg"),
 }
+ON_REQUEST = ("coverage_90", "pinball_90", "ece_debiased", *GROUPED)   # reported where the problem file names them
 BINS = 15  # equal-width bins of the calibration error (Guo et al. 2017)
 
 
 @dataclass(frozen=True)
-class Context:
-    "What a metric needs beside outcomes and predictions."
+class Settings:
+    "What a metric needs to know beside outcomes and predictions; one record for every function that measures."
 
-    threshold: float = 0.5
-    recall: float = 0.8
-    costs: Any = None      # Costs of the problem file, or a dict with false_alarm, miss, hit
+    threshold: float = 0.5   # binary: act from this probability on
+    recall: float = 0.8      # of precision_at_recall
+    costs: Any = None        # of value_per_1000: Costs of the problem file, or a dict with false_alarm, miss, hit
+
+    def but(
+        self,
+        **using: Any,        # the settings that differ
+    ) -> Settings:
+        "The same with some settings changed; raises `InputError` for one that does not exist."
+        known = [f.name for f in fields(self)]
+        for name in using:
+            if name not in known:
+                raise InputError(f"a metric has no setting {name!r}{suggest(name, known)}; it has {', '.join(known)}")
+        return replace(self, **using)
+
+
+Context = Settings
 
 
 def main_metric(
@@ -76,6 +95,9 @@ def task_of(
     return "multiclass" if p.ndim == 2 and p.shape[1] > 2 else "binary"
 
 # %% ../../nbs/lib/core/09_metrics.ipynb #4d5e9f53
+BANDS = ("coverage_90", "pinball_90")   # of a prediction's low and high end
+
+
 def checked(
     name: str,               # a metric's name
     y: Any,                  # outcomes
@@ -93,6 +115,8 @@ def checked(
         bad = int(np.size(values) - np.isfinite(values).sum())
         if bad:
             raise InputError(f"{name}: {bad:,} {what} are NaN or infinite; find the rows that the model cannot answer")
+    if name in GROUPED:
+        return y, p if p.ndim == 1 else p[:, -1] if p.shape[1] == 2 else p[:, 0]
     task = task_of(p, name)
     if name not in TASKS[task]:
         raise InputError(f"metric {name} is not defined for a {task} problem; use one of {', '.join(TASKS[task])}")
@@ -102,10 +126,10 @@ def checked(
             raise InputError(f"{name}: outcomes must be 0 or 1, found {_some(y)}; map the classes first")
     if task == "multiclass" and not np.isin(y, np.arange(p.shape[1])).all():
         raise InputError(f"{name}: outcomes must be below {p.shape[1]}, found {_some(y)}; map the classes first")
-    if task == "regression" and name != "coverage_90" and p.ndim == 2:
+    if name in BANDS and (p.ndim != 2 or p.shape[1] != 3):
+        raise InputError(f"{name} needs three columns: prediction, low and high; the model gave no intervals")
+    if task == "regression" and name not in BANDS and p.ndim == 2:
         p = p[:, 0]
-    if name == "coverage_90" and (p.ndim != 2 or p.shape[1] != 3):
-        raise InputError("coverage_90 needs three columns: prediction, low and high; the model gave no intervals")
     return y, p
 
 
@@ -117,9 +141,14 @@ def row_parts(
     name: str,              # a summed metric
     y: np.ndarray,          # checked outcomes
     p: np.ndarray,          # checked predictions
-    context: Context = Context(),
+    settings: Settings = Settings(),
+    group: np.ndarray | None = None,   # (n,) list of each row, for the means over lists
 ) -> np.ndarray:            # (n, m): what each row adds
-    "The numbers that every row contributes to a summed metric; the last column counts rows."
+    "The numbers that every row contributes to a summed metric; the last column counts rows (or lists, at their first row)."
+    if name in GROUPED:
+        if group is None:
+            raise InputError(f"{name} is a mean over lists, and no list is named; say which rows belong together (data.group)")
+        return list_parts(name, y, p, group)
     one = np.ones(len(y))
     if name == "mae":
         return np.column_stack([np.abs(y - p), one])
@@ -130,9 +159,12 @@ def row_parts(
         return np.column_stack([(y - p) ** 2, centred**2, centred, one])
     if name == "coverage_90":
         return np.column_stack([(p[:, 1] <= y) & (y <= p[:, 2]), one]).astype(float)
+    if name == "pinball_90":
+        below, above = y - p[:, 1], y - p[:, 2]
+        return np.column_stack([(np.maximum(0.05 * below, -0.95 * below) + np.maximum(0.95 * above, -0.05 * above)) / 2, one])
     if name == "value_per_1000":
-        return np.column_stack([_value(y, p >= context.threshold, context.costs), one])
-    return _class_parts(name, y.astype(int), p, context, one)
+        return np.column_stack([_value(y, p >= settings.threshold, settings.costs), one])
+    return _class_parts(name, y.astype(int), p, settings, one)
 
 
 def from_sums(
@@ -148,6 +180,9 @@ def from_sums(
             return 1 - sums[..., 0] / np.where(_spread(sums) > 0, _spread(sums), np.nan)
         if name == "ece":
             return np.abs(sums[..., :-1]).sum(-1) / count
+        if name == "ece_debiased":
+            off, squares, rows = np.split(sums[..., :-1], 3, axis=-1)
+            return _without_noise(off, np.maximum(squares - off**2 / np.maximum(rows, 1), 0)) / count
         if name == "f1":
             hits, both = np.split(sums[..., :-1], 2, axis=-1)
             present = (both > 0).sum(-1)
@@ -161,10 +196,10 @@ def from_sums(
         return sums[..., 0] / count
 
 # %% ../../nbs/lib/core/09_metrics.ipynb #204507be
-def _class_parts(name: str, y: np.ndarray, p: np.ndarray, context: Context, one: np.ndarray) -> np.ndarray:
+def _class_parts(name: str, y: np.ndarray, p: np.ndarray, settings: Settings, one: np.ndarray) -> np.ndarray:
     "Row parts of classifications; `p` is (n,) for binary and (n, k) for more classes."
     binary = p.ndim == 1
-    chosen = (p >= context.threshold).astype(int) if binary else p.argmax(1)
+    chosen = (p >= settings.threshold).astype(int) if binary else p.argmax(1)
     k = 2 if binary else p.shape[1]
     if name == "log_loss":
         tiny = np.finfo(float).eps
@@ -173,10 +208,13 @@ def _class_parts(name: str, y: np.ndarray, p: np.ndarray, context: Context, one:
     if name == "brier":
         square = (p - y) ** 2 if binary else ((p - np.eye(k)[y]) ** 2).sum(1)
         return np.column_stack([square, one])
-    if name == "ece":
+    if name in ("ece", "ece_debiased"):
         sure, right = (p, y) if binary else (p.max(1), chosen == y)
-        parts = np.zeros((len(y), BINS + 1))
-        parts[np.arange(len(y)), np.clip((sure * BINS).astype(int), 0, BINS - 1)] = sure - right
+        rows, place = np.arange(len(y)), np.clip((sure * BINS).astype(int), 0, BINS - 1)
+        parts = np.zeros((len(y), (BINS if name == "ece" else 3 * BINS) + 1))
+        parts[rows, place] = sure - right
+        if name == "ece_debiased":
+            parts[rows, BINS + place], parts[rows, 2 * BINS + place] = (sure - right) ** 2, 1
         parts[:, -1] = 1
         return parts
     if name == "accuracy":
@@ -188,6 +226,24 @@ def _class_parts(name: str, y: np.ndarray, p: np.ndarray, context: Context, one:
         columns = slice(1, 2) if binary else slice(0, k)
         return np.column_stack([(true * guess)[:, columns], (true + guess)[:, columns], one])
     raise InputError(f"{name} is not a sum over rows; use `metric`")
+
+
+def _without_noise(off: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    "Sum of |distances| which, with normal noise of these variances on top, is expected to be the observed one; by bisection."
+    seen, spread = np.abs(off).sum(-1), np.sqrt(variance)
+    divisor = np.where(spread > 0, spread, 1)
+    low, high = np.zeros_like(seen), np.ones_like(seen)
+    for _ in range(40):
+        middle = (low + high) / 2
+        size = middle[..., None] * np.abs(off)
+        z = size / divisor
+        folded = spread * math.sqrt(2 / math.pi) * np.exp(-(z**2) / 2) + size * _erf(z / math.sqrt(2))
+        below = np.where(spread > 0, folded, size).sum(-1) < seen
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(low > 0, (low + high) / 2, 0) * seen
+
+
+_erf = np.vectorize(math.erf, otypes=[float])
 
 
 def _spread(sums: np.ndarray) -> np.ndarray:
@@ -234,21 +290,31 @@ class Ranking:
         recall: float = 0.8,                   # for precision_at_recall
     ) -> float:                                # NaN when undefined
         "The weighted metric."
-        mass = np.ones(len(self.order)) if weights is None else weights.astype(float)
+        one = np.ones(len(self.order)) if weights is None else weights
+        return float(self.values(name, one[None, :], recall)[0])
+
+    def values(
+        self,
+        name: str,                             # one of RANKED
+        weights: np.ndarray,                   # (draws, n) in the ranking's order
+        recall: float = 0.8,                   # for precision_at_recall
+    ) -> np.ndarray:                           # (draws,); NaN where undefined
+        "The weighted metric for many sets of weights."
+        mass = weights.astype(float)
         hits = mass * self.positive
         if self.starts is not None:
-            hits, mass = np.add.reduceat(hits, self.starts), np.add.reduceat(mass, self.starts)
-        found, seen = np.cumsum(hits), np.cumsum(mass)
-        positives, negatives = found[-1], seen[-1] - found[-1]
-        if positives <= 0 or (negatives <= 0 and name == "roc_auc"):
-            return float("nan")
-        if name == "roc_auc":  # each negative meets all positives above it and half of those beside it
-            return float(((mass - hits) * (found - hits / 2)).sum() / (positives * negatives))
-        precision = found / np.where(seen > 0, seen, 1)
-        if name == "average_precision":
-            return float((hits * precision).sum() / positives)
-        reached = found / positives >= recall
-        return float(precision[reached].max()) if reached.any() else float("nan")
+            hits, mass = np.add.reduceat(hits, self.starts, axis=1), np.add.reduceat(mass, self.starts, axis=1)
+        found, seen = np.cumsum(hits, axis=1), np.cumsum(mass, axis=1)
+        positives = found[:, -1]
+        negatives = seen[:, -1] - positives
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if name == "roc_auc":  # each negative meets all positives above it and half of those beside it
+                return np.where(negatives > 0, ((mass - hits) * (found - hits / 2)).sum(1) / (positives * negatives), np.nan)
+            precision = found / np.where(seen > 0, seen, 1)
+            if name == "average_precision":
+                return (hits * precision).sum(1) / positives
+            best = np.where(found / positives[:, None] >= recall, precision, -1).max(1)
+            return np.where(best >= 0, best, np.nan)
 
 
 def rankings(
@@ -266,21 +332,22 @@ def metric(
     y: Any,                           # outcomes: class indices or numbers
     p: Any,                           # predictions: (n,), (n, k) probabilities, or (n, 3) prediction, low, high
     *,
-    threshold: float = 0.5,           # binary: act from this probability on
-    recall: float = 0.8,              # for precision_at_recall
-    costs: Any = None,                # for value_per_1000
+    weights: Any = None,              # (n,) how much each row counts; None: all the same
+    group: Any = None,                # (n,) list of each row, for the means over lists
     classes: list[str] | None = None, # names, for messages
+    settings: Settings = Settings(),
+    **using: Any,                     # settings that differ: threshold, recall, costs
 ) -> float:
     "The metric, finite; raises `InputError` when these rows do not define it."
     y, p = checked(name, y, p)
+    settings, heavy = settings.but(**using), _weights(name, weights, len(y))
     if name in RANKED:
-        values = [r.value(name, recall=recall) for r in rankings(y, p)]
-        value = float(np.mean(values))
+        value = float(np.mean([r.value(name, None if heavy is None else heavy[r.order], settings.recall) for r in rankings(y, p)]))
     else:
-        context = Context(threshold, recall, costs)
-        value = float(from_sums(name, row_parts(name, y, p, context).sum(0)))
+        parts = row_parts(name, y, p, settings, None if group is None else np.asarray(group))
+        value = float(from_sums(name, parts.sum(0) if heavy is None else (parts * heavy[:, None]).sum(0)))
     if not np.isfinite(value):
-        raise InputError(_undefined(name, y, p, recall, classes))
+        raise InputError(_undefined(name, y, p, settings.recall, classes))
     return value
 
 
@@ -297,8 +364,22 @@ def metric_or_none(
         return None
 
 # %% ../../nbs/lib/core/09_metrics.ipynb #c7322d74
+def _weights(name: str, weights: Any, n: int) -> np.ndarray | None:
+    "Weights as floats, checked."
+    if weights is None:
+        return None
+    heavy = np.asarray(weights, dtype=float)
+    if name in GROUPED:
+        raise InputError(f"{name} is a mean over lists, and a row's weight means nothing to it; leave weights out")
+    if heavy.shape != (n,) or not np.isfinite(heavy).all() or (heavy < 0).any() or not heavy.any():
+        raise InputError(f"{name}: weights must be {n:,} finite numbers of at least 0, not all zero; found shape {heavy.shape}")
+    return heavy
+
+
 def _undefined(name: str, y: np.ndarray, p: np.ndarray, recall: float, classes: list[str] | None) -> str:
     "Why a metric has no value on these rows."
+    if name in GROUPED:
+        return f"{name}: no list of these {len(y):,} rows holds anything relevant; measure where outcomes above zero occur"
     if name == "precision_at_recall" and (y == 1).any():
         return f"precision_at_recall: a recall of {recall:g} is not reachable; ask for one in (0, 1]"
     if name == "r2":
@@ -317,11 +398,46 @@ def metrics_for(
 ) -> list[str]:
     "The metrics to report, main one first; raises `InputError` for one that the task does not have."
     main = main or main_metric(task)
-    names = list(dict.fromkeys([main, *(asked or [m for m in TASKS[check_task(task)] if m != "coverage_90"])]))
+    if main in GROUPED:
+        raise InputError(f"{main} is measured by list and cannot rank models; name it in evaluate.metrics, and {main_metric(task)} in evaluate.metric")
+    names = list(dict.fromkeys([main, *(asked or [m for m in TASKS[check_task(task)] if m not in ON_REQUEST])]))
     for name in names:
         if name not in TASKS[task]:
             raise InputError(f"metric {name} is not defined for a {task} problem; use one of {', '.join(TASKS[task])}")
     return names
+
+# %% ../../nbs/lib/core/09_metrics.ipynb #2ae017c1
+@dataclass(frozen=True)
+class BrierParts:
+    "The Brier score as `uncertainty - resolution + reliability + within`."
+
+    uncertainty: float   # of one answer for all rows
+    resolution: float    # won by telling rows apart
+    reliability: float   # lost by probabilities that are not true
+    within: float        # difference between rows of a bin
+
+
+def brier_parts(
+    y: Any,              # outcomes, 0 or 1
+    p: Any,              # probability of a positive
+    bins: int = BINS,    # of equal width
+) -> BrierParts:
+    "The parts of a binary Brier score, without the noise of few rows in a bin; raises `InputError`."
+    y, p = checked("brier", y, p)
+    if p.ndim == 2:
+        raise InputError(f"a Brier score is taken apart for two classes, found {p.shape[1]}; take one class against the rest")
+    place = np.clip((p * bins).astype(int), 0, bins - 1)
+    rows = np.bincount(place, minlength=bins).astype(float)
+    full = np.maximum(rows, 1)
+    stated, seen = (np.bincount(place, v, bins) / full for v in (p, y))
+    n, rate = len(y), float(y.mean())
+    noise = float((rows * seen * (1 - seen) / np.maximum(rows - 1, 1)).sum() / n)
+    share = rate * (1 - rate) / max(n - 1, 1)
+    inside = p - stated[place]
+    return BrierParts(
+        rate * (1 - rate) + share, float((rows * (seen - rate) ** 2).sum() / n) - noise + share,
+        float((rows * (stated - seen) ** 2).sum() / n) - noise, float((inside**2 - 2 * inside * (y - seen[place])).mean()),
+    )
 
 # %% ../../nbs/lib/core/09_metrics.ipynb #a1b79334
 def predictions_of(

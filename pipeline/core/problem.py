@@ -211,7 +211,7 @@ class TrainSection(Section):
 
 Metric = Literal[
     "roc_auc", "log_loss", "brier", "ece", "average_precision", "accuracy", "balanced_accuracy", "f1",
-    "precision_at_recall", "value_per_1000", "mae", "rmse", "r2", "coverage_90",
+    "precision_at_recall", "value_per_1000", "mae", "rmse", "r2", "coverage_90", "pinball_90", "ece_debiased", "ndcg", "map", "mrr",
 ]
 
 
@@ -222,7 +222,7 @@ class Acceptance(Section):
     at_least: float | None = None
     at_most: float | None = None
     on: Literal["validation", "holdout", "production"] = "holdout"
-    bound: Literal["low", "value", "high"] = "value"
+    bound: Literal["low", "value", "high"] | None = Field(None, description="what must clear the limit; by default the unfavourable end of the interval")
 
     @model_validator(mode="after")
     def _one_limit(self) -> Acceptance:

@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['Verdict', 'Estimate', 'Claim', 'Check', 'judge', 'run_folder', 'phase_folders', 'room_of', 'read_receipt',
-           'read_claims', 'read_checks', 'function_named', 'as_estimate', 'Run', 'open_run', 'commit_phase', 'overall',
-           'clock']
+__all__ = ['Verdict', 'Bound', 'Estimate', 'Claim', 'Check', 'judge', 'bound_for', 'run_folder', 'phase_folders', 'room_of',
+           'read_receipt', 'read_claims', 'read_checks', 'function_named', 'as_estimate', 'Run', 'open_run',
+           'commit_phase', 'overall', 'clock']
 
 # %% ../../nbs/lib/core/06_run.ipynb #aa3597e4
 Verdict = Literal["go", "no-go", "inconclusive", "not applicable"]
+Bound = Literal["value", "low", "high"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ def judge(
     found: Estimate | None,                            # what was measured
     at_least: float | None,
     at_most: float | None,
-    bound: Literal["value", "low", "high"] = "value",  # which end of the interval must clear the limit
+    bound: Bound | None = None,                        # what must clear the limit; None: the unfavourable end of the interval, where there is one
 ) -> Verdict:
-    "go, no-go, or inconclusive where the demanded end fails and the other would pass."
+    "go, no-go, or inconclusive where the demanded end fails and another would pass."
     if (at_least is None) == (at_most is None):
         raise InputError("a check needs exactly one of at_least and at_most")
+    bound = bound_for(found, at_least) if bound is None else bound
     ends = (None,) if found is None else (found.value,) if bound == "value" else (found.low, found.value, found.high)
     if any(end is None or not math.isfinite(end) for end in ends):
         return "no-go"
@@ -106,6 +108,16 @@ def judge(
     if sign * cast(float, demanded) >= sign * cast(float, limit):
         return "go"
     return "inconclusive" if best >= sign * cast(float, limit) else "no-go"
+
+
+def bound_for(
+    found: Estimate | None,
+    at_least: float | None,      # None: the limit is an upper one
+) -> Bound:
+    "The end of the interval that is least likely to clear the limit; the value where there is no interval."
+    if found is None or found.low is None or found.high is None:
+        return "value"
+    return "low" if at_least is not None else "high"
 
 # %% ../../nbs/lib/core/06_run.ipynb #7fafe432
 def run_folder(
@@ -358,7 +370,7 @@ class Run:
         *,
         at_least: float | None = None,
         at_most: float | None = None,
-        bound: Literal["value", "low", "high"] = "value",
+        bound: Bound | None = None,               # None: the unfavourable end of the interval, where there is one
         why: str = "",
         answers: Sequence[str] = (),              # what it is evidence for: a key of the problem file, an item of the ML Test Score
     ) -> Check:
@@ -369,15 +381,20 @@ class Run:
             limit = at_least if at_least is not None else at_most
             self._claims = [replace(c, limit=limit) if c.name == claim.name else c for c in self._claims]
         symbol, limit = ("≥", at_least) if at_least is not None else ("≤", at_most)
-        end = "" if bound == "value" else f" ({bound} end of the interval)"
+        demanded = bound_for(estimate, at_least) if bound is None else bound
+        end = "" if demanded == "value" else f" ({demanded} end of the interval)"
         return self._checked(Check(
-            title, judge(estimate, at_least, at_most, bound), _shown(estimate, limit), f"{symbol} {limit:g}{end}", why,
+            title, judge(estimate, at_least, at_most, demanded), _shown(estimate, limit), f"{symbol} {limit:g}{end}", why,
             claim.name if claim else None, claim.unit if claim else "", tuple(answers),
         ))
 
     def require(self, title: str, ok: bool, found: str, todo: str = "", limit: str = "yes", answers: Sequence[str] = ()) -> Check:
         "An operational criterion: met or not."
         return self._checked(Check(title, "go" if ok else "no-go", found, limit, "" if ok else todo, answers=tuple(answers)))
+
+    def pending(self, title: str, found: str, limit: str, todo: str, answers: Sequence[str] = ()) -> Check:
+        "A criterion that waits for a person or for more evidence: inconclusive."
+        return self._checked(Check(title, "inconclusive", found, limit, todo, answers=tuple(answers)))
 
     def not_applicable(self, title: str, why: str, answers: Sequence[str] = ()) -> Check:
         "A criterion that this problem cannot have; shown, and without weight in the verdict."

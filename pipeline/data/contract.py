@@ -25,7 +25,7 @@ __all__ = ['Role', 'MOST_LEVELS', 'ID_WORDS', 'Rule', 'Contract', 'read_as_decla
            'looks_like_id', 'known_late', 'learn', 'enforce', 'target_values', 'hold']
 
 # %% ../../nbs/lib/data/05_contract.ipynb #b77d2617
-Role = Literal["feature", "target", "time", "group", "subject", "cohort", "input"]   # input: only made columns need it
+Role = Literal["feature", "target", "time", "group", "subject", "cohort", "input", "further"]   # input: only made columns need it; further: another target
 MOST_LEVELS = 1000   # more levels are counted, not listed
 
 
@@ -125,6 +125,7 @@ def read_as_declared(
     asked = {
         "problem.target": problem.problem.target, "data.time": problem.data.time, "data.group": problem.data.group,
         "comply.subject": problem.comply.subject, "rollout.subject": problem.rollout.subject,
+        **{f"problem.further_targets[{i}]": name for i, name in enumerate(problem.problem.further_targets)},
         **{f"evaluate.cohorts[{i}]": name for i, name in enumerate(problem.evaluate.cohorts)},
         **{f"data.columns.{name}": name for name in problem.data.columns if not (agreement and name in agreement.terms)},
         **{f"comply.forbidden[{i}]": name for i, name in enumerate(problem.comply.forbidden)},
@@ -271,10 +272,15 @@ def learn(
     for name, special in named:
         if name:
             roles.setdefault(name, special)
+    further = problem.problem.further_targets
+    for name in further:
+        if name in roles or name == target.values.name:
+            raise InputError(f"problem.further_targets names column '{name}', which is the {roles.get(name, 'target')} already; take it out of that list")
+        roles[name] = "further"
     forbidden = {*problem.comply.forbidden, *(name for name, column in declared.items() if column.forbidden)}
     pii = {*problem.comply.pii, *(name for name, column in declared.items() if column.pii), *([subject] if subject else [])}
     rules, left_out = [], [{"name": name, "role": "unusable", "why": why} for name, why in (unusable or {}).items()]
-    fates = {name: None if name in roles else _fate(train[name], kind, declared.get(name), name in forbidden, name in late) for name, (kind, _) in kinds.items()}
+    fates = {name: ("outcome", "another target") if name in further else None if name in roles else _fate(train[name], kind, declared.get(name), name in forbidden, name in late) for name, (kind, _) in kinds.items()}
     sources = {one.name: one for one in made if not fates[one.name]}
     needed = {name for one in sources.values() for name in one.needs}
     for name, (kind, why) in kinds.items():
@@ -284,7 +290,7 @@ def learn(
         if fate and name in needed and name not in cohorts:
             rules.append(_agreed(_rule(train[name], kind, "input", column, name in pii, f"for made columns only ({fate[0]}: {fate[1]})"), terms.get(name)))
             continue
-        if fate and name not in cohorts:
+        if fate and name not in cohorts and name not in further:
             left_out.append({"name": name, "role": fate[0], "why": fate[1]})
             continue
         role: Role = roles.get(name, "cohort" if fate else "feature")
@@ -304,7 +310,7 @@ def _rule(values: pl.Series, kind: Kind, role: Role, declared: Column | None, pi
     levels, n_levels, low, high = None, None, None, None
     if kind == "category":
         n_levels = values.drop_nulls().n_unique()
-        levels = values.drop_nulls().unique().sort().to_list() if n_levels <= MOST_LEVELS and not pii and role in ("feature", "cohort") else None
+        levels = values.drop_nulls().unique().sort().to_list() if n_levels <= MOST_LEVELS and not pii and role in ("feature", "cohort", "further") else None
     elif kind in ("number", "date") and not pii:
         low, high = (end.isoformat() if kind == "date" and end is not None else end for end in (values.min(), values.max()))  # type: ignore[union-attr]
     return Rule(

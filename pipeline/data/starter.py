@@ -219,7 +219,8 @@ def _column_lines(found: Guess, notes: tuple[str, ...]) -> list[str]:
 
 def _train_lines(table: pl.DataFrame, found: Guess) -> list[str]:
     wide, small = table.width > 2_000, table.height < 300
-    families = ["dummy", "linear", "trees"] + ([] if wide or small else ["portfolio", "nets"])
+    said = ["text"] if any(kind == "text" for kind, _ in found.kinds.values()) else []
+    families = ["dummy", "linear", *said, "trees"] + ([] if wide or small else ["portfolio", "nets"])
     why = "few rows" if small else "very many columns" if wide else "all of them"
     return ["train:", "  budget_s: 30   # wall seconds for all families together; more is better", "  seeds: 2",
             f"  families: [{', '.join(families)}]   # guessed: {why}", ""]

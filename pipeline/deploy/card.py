@@ -24,6 +24,7 @@ def make_card(
     checks: Sequence[Mapping[str, Any]],    # the evaluation's criteria
     cohorts: Sequence[Mapping[str, Any]] = (),
     threshold: float | None = None,
+    mitigation: Mapping[str, Any] | None = None,   # evaluate/mitigation
 ) -> dict[str, Any]:
     "The card as JSON holds it."
     columns = {c["name"]: c for c in contract["columns"]}
@@ -57,6 +58,21 @@ def make_card(
         ],
         "limits": [{k: c.get(k) for k in ("title", "verdict", "found", "limit")} for c in checks],
         "cohorts": [dict(c) for c in cohorts],
+        "mitigation": _mitigation(mitigation) if mitigation else None,
+    }
+
+
+def _mitigation(told: Mapping[str, Any]) -> dict[str, Any]:
+    "What was decided about gaps between groups, by whom, and what else was on offer."
+    used = told["method"] != "none"
+    return {
+        "method": told["method"],
+        "by": told.get("by") if used else None,
+        "criterion": told.get("criterion") if used else None,
+        "because": told.get("because") or UNSTATED,
+        "approver": (told.get("approver") or "nobody yet: needs sign-off") if used else "not needed",
+        "legal": told.get("legal") or UNSTATED,
+        "options": [dict(option) for option in told.get("options") or ()],
     }
 
 # %% ../../nbs/lib/deploy/05_card.ipynb #83ecddc8
@@ -68,10 +84,16 @@ def card_markdown(
     parts += _section("Numbers", [{"what": m["title"], "value": _interval(m), "on": m["on"], "rows": m["n"]} for m in card["metrics"]])
     parts += _section("Limits", card["limits"])
     parts += _section("Cohorts", card["cohorts"])
+    parts += _section("Mitigation", _decision(card.get("mitigation")))
+    parts += _section("Mitigation options", (card.get("mitigation") or {}).get("options", []))
     parts += _section("Inputs", card["inputs"])
     parts += _section("Data", [{"what": k, "value": v} for k, v in card["data"].items()])
     parts += _section("Use", [{"what": k.replace("_", " "), "value": v} for k, v in card["use"].items()])
     return "\n\n".join(parts) + "\n"
+
+
+def _decision(told: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    return [{"what": k, "value": v} for k, v in (told or {}).items() if k != "options"]
 
 
 def _sentence(card: Mapping[str, Any]) -> str:

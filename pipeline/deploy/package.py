@@ -169,14 +169,16 @@ def load_package(
     "Verify everything, then read the model; raises `IntegrityError`."
     from pipeline.deploy.predict import Predictor
     from pipeline.deploy.schema import Schema
+    from pipeline.evaluate.group_thresholds import GroupRule
     from pipeline.train.models import load_model
 
     folder = Path(folder)
     manifest = verify_package(folder, public_key, newest)
     schema = Schema.from_dict(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
     _same_features(schema, folder)
-    threshold = json.loads((folder / "threshold.json").read_text(encoding="utf-8")).get("threshold")
-    return Predictor(load_model(folder / "model"), schema, threshold, manifest["name"], manifest["version"], digest_file(folder / MANIFEST))
+    told = json.loads((folder / "threshold.json").read_text(encoding="utf-8"))
+    rule = GroupRule.from_dict(told["by_group"]) if told.get("by_group") else None
+    return Predictor(load_model(folder / "model"), schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule)
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #9b6b8432
 def _same_features(schema: Schema, folder: Path) -> None:

@@ -19,6 +19,7 @@ from ..core.store import digest, digest_file
 from .card import card_markdown, make_card
 from .package import KEY, MANIFEST, Contents, load_package, release, verify_package
 from .schema import make_schema
+from ..evaluate.holdout import shipped
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -48,7 +49,7 @@ def pack(
     "Build, sign, keep and save the package, then load it as any stranger would."
     from pipeline.train.models import load_model
 
-    name, model = run.problem.problem.name, run.load("train/model")
+    name, model = run.problem.problem.name, run.load(shipped(run))
     final = release(run.store, run.scratch / "package", name, model, _contents(run, load_model(model).info, digest(model)))
     artifact = run.save("deploy/package", final)
     folder, key = run.load(artifact.name), audit.public_key(run.store, KEY)
@@ -75,6 +76,9 @@ def pack(
 def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
     contract, train = run.load("data/contract"), run.load("data/train")
     threshold = run.load("evaluate/threshold") if run.has("evaluate/threshold") else {"threshold": None}
+    mitigation = run.load("evaluate/mitigation") if run.has("evaluate/mitigation") else None
+    if mitigation and mitigation.get("rule"):
+        threshold = threshold | {"by_group": mitigation["rule"]}
     claims = [asdict(c) for c in run.claims("evaluate")]
     versions = {k: _version(run, k) for k in ("data", "label")}
     splits = run.load("data/splits") if run.has("data/splits") else {}
@@ -96,6 +100,7 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
         [asdict(c) for c in run.checks("evaluate")],
         [_finite(c) for c in cohorts],
         threshold.get("threshold"),
+        mitigation,
     )
     origin = {"data_version": versions["data"], "label_version": versions["label"], "model": model_digest, "python": interpreter()}
     return Contents(

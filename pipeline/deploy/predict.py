@@ -15,6 +15,7 @@ import polars as pl
 from .frames import check_frame
 from .rows import Checked, check_rows
 from .schema import Finding, Schema
+from ..evaluate.group_thresholds import GroupRule
 
 if TYPE_CHECKING:
     from pipeline.train.models import Model
@@ -24,7 +25,7 @@ __all__ = ['FEW', 'ROW_WISE', 'Answer', 'Predictor']
 
 # %% ../../nbs/lib/deploy/04_predict.ipynb #ccaf95e6
 FEW = 32                                       # rows up to which a frame costs more than it saves
-ROW_WISE = ("dummy", "trees", "portfolio")     # families whose rows do not touch each other's rounding
+ROW_WISE = ("dummy", "additive", "text", "trees", "student", "portfolio")     # families whose rows do not touch each other's rounding
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Predictor:
     name: str = "model"
     version: int = 0
     digest: str = ""                 # of the package's manifest
+    rule: GroupRule | None = None    # binary: thresholds by group, where a person signed them
 
     @property
     def outputs(self) -> list[str]:
@@ -59,7 +61,8 @@ class Predictor:
         frame: pl.DataFrame,   # the model's columns in any order, others ignored
     ) -> pl.DataFrame:         # `outputs`, a row for each row
         "Answers for a frame; raises `InputError` naming a missing or mistyped column."
-        return self._answers(self._scores(check_frame(frame, self.schema)))
+        known = check_frame(frame, self.schema)
+        return self._answers(self._scores(known), known)
 
     def predict_rows(
         self,
@@ -76,7 +79,7 @@ class Predictor:
         "Answers for rows that were checked."
         if checked.refused:
             return Answer(None, checked.refused, checked.warned)
-        return Answer(self._answers(self._checked_scores(checked)), [], checked.warned)
+        return Answer(self._answers(self._checked_scores(checked), checked), [], checked.warned)
 
     @property
     def _interval(self) -> bool:
@@ -86,7 +89,7 @@ class Predictor:
         rows = checked.rows
         if not rows or len(rows) > FEW:
             return self._scores(checked.frame)
-        return self._estimate(np.stack([self.model.encoder.encode_row(row) for row in rows]))
+        return self._estimate(self.model.encoder.encode_rows(rows))
 
     def _scores(self, frame: pl.DataFrame) -> np.ndarray:
         return self._estimate(self.model.encode(frame))
@@ -94,15 +97,17 @@ class Predictor:
     def _estimate(self, matrix: np.ndarray) -> np.ndarray:
         ask = self.model.estimator.predict
         if self.model.family in ROW_WISE or len(matrix) < 2:
-            return ask(matrix)
-        return np.concatenate([ask(matrix[i:i + 1]) for i in range(len(matrix))])
+            return self.model.mended(ask(matrix))
+        return self.model.mended(np.concatenate([ask(matrix[i:i + 1]) for i in range(len(matrix))]))
 
-    def _answers(self, scores: np.ndarray) -> pl.DataFrame:
+    def _answers(self, scores: np.ndarray, rows: pl.DataFrame | Checked) -> pl.DataFrame:
         if self.model.task == "regression":
             ends = self.model.intervals(scores).T if self._interval else ()
             return pl.DataFrame({n: np.asarray(v, dtype=float) for n, v in zip(self.outputs, (scores, *ends))})
         names = np.array(self.model.classes, dtype=object)
-        if self.model.task == "binary":
+        if self.rule is not None:
+            chosen = self.rule.act(scores[:, 1], (rows.frame if isinstance(rows, Checked) else rows)[self.rule.by]).astype(int)
+        elif self.model.task == "binary":
             chosen = (scores[:, 1] >= (0.5 if self.threshold is None else self.threshold)).astype(int)
         else:
             chosen = scores.argmax(axis=1)

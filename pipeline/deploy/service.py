@@ -125,8 +125,10 @@ def load_application(folder: str, key: bytes, host: str, token_ref: str | None, 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from pipeline.deploy.package import load_package
+    from pipeline.train.fast import prepare
 
     predictor = load_package(folder, Ed25519PublicKey.from_public_bytes(key))
+    prepare(predictor.model.estimator)   # machine code is read before the first request, not by it
     hosts = tuple(dict.fromkeys(("127.0.0.1", "localhost", "::1", host.lower()))) if is_loopback(host) else None
     return Application(Service(predictor, read_secret(token_ref), hosts, log=_print_record if log else None))
 

@@ -5,23 +5,26 @@
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #4b19fb3e
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from ..core.display import Html, note, stack, table
-from ..core.errors import InputError, suggest
-from ..core.intervals import wilson
+from ..core.intervals import paired, score, wilson
 from ..core.metrics import BINS, metric, metric_or_none, predictions_of
+from ..core.run import Estimate
+from ..train.repairs import REPAIRS, apply_repair, fit_repair, fit_widths
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['REPAIRS', 'TINY', 'sure_and_right', 'reliability', 'noise_floor', 'fit_repair', 'apply_repair', 'try_repairs',
-           'offer_repair', 'coverage_by_size', 'check_calibration']
+__all__ = ['PARTS', 'sure_and_right', 'reliability', 'noise_floor', 'parts_of', 'mend_across', 'try_repairs', 'choose_repair',
+           'interval_score', 'try_widths', 'coverage_by_size', 'repair_model', 'validation_of', 'score_unrepaired',
+           'check_calibration']
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #599b317a
 def sure_and_right(
@@ -61,119 +64,134 @@ def noise_floor(
     return float(np.sqrt(2 / np.pi) * spread.sum() / len(stated))
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #72266029
-REPAIRS = ("temperature", "line", "isotonic")
-TINY = 1e-9
+PARTS = 5
 
 
-def fit_repair(
-    kind: str,          # temperature, line or isotonic; more than two classes: temperature
-    y: np.ndarray,      # class indices
-    p: np.ndarray,      # (n,) or (n, k)
-) -> dict[str, Any]:    # kind and its numbers
-    "Learn what to do with stated probabilities; raises `InputError` for an unknown kind."
-    p = p[:, 1] if p.ndim == 2 and p.shape[1] == 2 else p
-    if kind not in REPAIRS or (p.ndim == 2 and kind != "temperature"):
-        raise InputError(f"calibration by {kind!r} does not exist for {'two' if p.ndim == 1 else 'more'} classes"
-                         f"{suggest(kind, REPAIRS if p.ndim == 1 else REPAIRS[:1])}")
-    if kind == "isotonic":
-        from sklearn.isotonic import IsotonicRegression
-
-        fitted = IsotonicRegression(out_of_bounds="clip", y_min=0, y_max=1).fit(p, y)
-        return {"kind": kind, "x": fitted.X_thresholds_.tolist(), "y": fitted.y_thresholds_.tolist()}
-    if p.ndim == 2:
-        return {"kind": kind, "slope": _temperature(y, np.log(np.clip(p, TINY, 1)))}
-    odds = _log_odds(p)
-    design = odds[:, None] if kind == "temperature" else np.column_stack([odds, np.ones(len(p))])
-    slope, *rest = _logistic(design, y)
-    return {"kind": kind, "slope": float(slope), "shift": float(rest[0]) if rest else 0.0}
+def parts_of(
+    frame: pl.DataFrame,       # validation predictions: fold where there are several
+    ordered: bool = False,     # rows stand in the order of time
+) -> np.ndarray:               # (n,) part of each row, from 0
+    "The folds, or five parts of a single fold: one after the other in time, otherwise in turns."
+    if "fold" in frame.columns and frame["fold"].n_unique() > 1:
+        return np.unique(frame["fold"].to_numpy(), return_inverse=True)[1]
+    place = np.arange(frame.height)
+    return place * PARTS // max(frame.height, 1) if ordered else place % PARTS
 
 
-def apply_repair(
-    repair: dict[str, Any],   # as `fit_repair` gave it
-    p: np.ndarray,            # (n,) or (n, k)
-) -> np.ndarray:              # the same shape
-    "Probabilities after the repair."
-    if p.ndim == 2 and p.shape[1] == 2:
-        mended = apply_repair(repair, p[:, 1])
-        return np.column_stack([1 - mended, mended])
-    if repair["kind"] == "isotonic":
-        return np.interp(p, repair["x"], repair["y"])
-    if p.ndim == 2:
-        powered = np.clip(p, TINY, 1) ** repair["slope"]
-        return powered / powered.sum(1, keepdims=True)
-    return 1 / (1 + np.exp(-(repair["slope"] * _log_odds(p) + repair["shift"])))
+def mend_across(
+    kind: str,            # one of REPAIRS
+    y: np.ndarray,
+    p: np.ndarray,
+    part: np.ndarray,     # (n,) from 0
+    ordered: bool = False,
+) -> np.ndarray:          # like p; with `ordered` the first part stays as it is
+    "Each part mended by a repair that was learned on the other parts, or on the earlier ones."
+    mended = np.array(p, dtype=float)
+    for held in np.unique(part)[1 if ordered else 0:]:
+        here, there = part == held, part < held if ordered else part != held
+        if len(np.unique(y[there])) > 1:
+            mended[here] = apply_repair(fit_repair(kind, y[there], p[there]), p[here])
+    return mended
+
+
+def try_repairs(
+    frame: pl.DataFrame,                # validation predictions: y, p_…, fold, unit where rows belong together
+    classes: list[str] | None = None,
+    ordered: bool = False,              # learn on earlier parts, measure on later ones
+    seed: int = 0,
+    draws: int = 200,
+) -> pl.DataFrame:                      # repair, ece, by_chance, log_loss, gain, gain_low, gain_high, brier, roc_auc; first: none
+    "Every repair on rows that it was not learned on; `gain` is the log loss that it saves, with its interval."
+    y, p = predictions_of(frame, classes)
+    part = parts_of(frame, ordered)
+    later = part > part.min() if ordered else np.ones(len(y), dtype=bool)
+    if len(np.unique(part)) < 2 or len(np.unique(y[later])) < 2:
+        return pl.DataFrame([{"repair": "none"} | _measures(y, p) | dict.fromkeys(("gain", "gain_low", "gain_high"))], schema=TRIED)
+    unit = _units(frame, later)
+    rows = [{"repair": "none"} | _measures(y[later], p[later]) | {"gain": 0.0, "gain_low": 0.0, "gain_high": 0.0}]
+    for kind in REPAIRS if p.shape[-1] == 2 or p.ndim == 1 else REPAIRS[:1]:
+        mended = mend_across(kind, y, p, part, ordered)[later]
+        gain = paired("log_loss", y[later], p[later], mended, unit=unit, seed=seed, draws=draws)
+        rows.append({"repair": kind} | _measures(y[later], mended) | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high})
+    return pl.DataFrame(rows, schema=TRIED)
+
+
+def choose_repair(
+    tried: pl.DataFrame,            # as `try_repairs` gave it
+    limit: float | None = None,     # the largest calibration error that the problem accepts
+) -> tuple[str | None, str]:        # a repair or None, and why
+    "The repair of least log loss that halves the calibration error, if the loss falls beyond chance or the error is not acceptable."
+    now = tried.row(0, named=True)
+    if tried.height == 1 or now["ece"] is None:
+        return None, "there are too few validation rows to learn a repair on some and measure it on others"
+    broken = limit is not None and now["ece"] > limit
+    halves = tried[1:].filter((pl.col("ece") <= 0.5 * now["ece"]) & (pl.col("gain_high") >= 0))
+    able = halves if broken else halves.filter(pl.col("gain_low") > 0)
+    if able.is_empty():
+        return None, (f"no repair halves the calibration error ({now['ece']:.3f}, {now['by_chance']:.3f} by chance alone) and lowers the log loss "
+                      "beyond chance on rows it was not learned on")
+    best = able.sort("log_loss", maintain_order=True).row(0, named=True)
+    return best["repair"], (f"on rows it was not learned on, the calibration error falls from {now['ece']:.3f} to {best['ece']:.3f} and the log loss by "
+                            f"{best['gain']:.4f} ({best['gain_low']:.4f} to {best['gain_high']:.4f})")
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #6a2fae44
-def _log_odds(p: np.ndarray) -> np.ndarray:
-    clipped = np.clip(p, TINY, 1 - TINY)
-    return np.log(clipped / (1 - clipped))
+def _units(frame: pl.DataFrame, kept: np.ndarray) -> np.ndarray | None:
+    "The block of each kept row, where there are enough blocks to draw."
+    units = frame["unit"].to_numpy()[kept] if "unit" in frame.columns else np.zeros(0)
+    return units if 10 <= len(np.unique(units)) < len(units) else None
 
 
-def _logistic(design: np.ndarray, y: np.ndarray) -> np.ndarray:
-    "Newton's method with halved steps for logistic regression, lightly held to slope 1 so that separation stays finite."
-    start, hold = np.eye(design.shape[1])[0], 1e-3
-    weights = start
-
-    def loss(w: np.ndarray) -> float:
-        odds = design @ w
-        return float(np.logaddexp(0, odds).sum() - y @ odds + hold / 2 * ((w - start) ** 2).sum())
-
-    for _ in range(50):
-        chance = 1 / (1 + np.exp(-np.clip(design @ weights, -35, 35)))
-        slope = design.T @ (y - chance) - hold * (weights - start)
-        step = np.linalg.solve((design * (chance * (1 - chance))[:, None]).T @ design + hold * np.eye(len(weights)), slope)
-        while loss(weights + step) > loss(weights) and np.abs(step).max() > 1e-9:
-            step = step / 2
-        weights = weights + step
-        if np.abs(step).max() < 1e-9:
-            break
-    return weights
+TRIED: dict[str, Any] = {"repair": pl.String} | dict.fromkeys(
+    ("ece", "by_chance", "log_loss", "gain", "gain_low", "gain_high", "brier", "roc_auc"), pl.Float64)
 
 
-def _temperature(y: np.ndarray, logs: np.ndarray) -> float:
-    "The power of the probabilities with the least log loss, by golden section on its logarithm."
-    def loss(t: float) -> float:
-        scaled = logs * np.exp(t)
-        top = scaled.max(1, keepdims=True)
-        return float(np.mean(np.log(np.exp(scaled - top).sum(1)) + top[:, 0] - scaled[np.arange(len(y)), y]))
+def _measures(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
+    return {name: metric_or_none(name, y, p) for name in ("ece", "log_loss", "brier", "roc_auc")} | {"by_chance": noise_floor(y, p)}
 
-    low, high, golden = -3.0, 3.0, (5**0.5 - 1) / 2
-    while high - low > 1e-6:
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, right) if loss(left) < loss(right) else (left, high)
-    return float(np.exp((low + high) / 2))
-
-# %% ../../nbs/lib/evaluate/02_calibration.ipynb #025f3890
-def try_repairs(
-    frame: pl.DataFrame,                # validation predictions: y, fold, p_…
-    classes: list[str] | None = None,
-) -> pl.DataFrame:                      # repair, ece, log_loss, brier, roc_auc
-    "Every repair fitted on all folds but one and measured on that one; the first row is no repair."
-    y, p = predictions_of(frame, classes)
-    fold = frame["fold"].to_numpy() if "fold" in frame.columns else np.zeros(len(y))
-    rows = [{"repair": "none"} | _measures(y, p)]
-    for kind in (REPAIRS if p.shape[-1] == 2 or p.ndim == 1 else REPAIRS[:1]) if len(np.unique(fold)) > 1 else ():
-        mended = np.empty_like(p)
-        for held in np.unique(fold):
-            here = fold == held
-            mended[here] = apply_repair(fit_repair(kind, y[~here], p[~here]), p[here])
-        rows.append({"repair": kind} | _measures(y, mended))
-    return pl.DataFrame(rows)
+# %% ../../nbs/lib/evaluate/02_calibration.ipynb #278dcd03
+def interval_score(
+    y: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    level: float = 0.9,
+) -> np.ndarray:      # (n,) in units of the target; lower is better
+    "Width, and 2 / (1 - level) for each unit that the outcome lies outside."
+    fine = 2 / (1 - level)
+    return (high - low) + fine * np.maximum(low - y, 0) + fine * np.maximum(y - high, 0)
 
 
-def offer_repair(
-    tried: pl.DataFrame,         # as `try_repairs` gave it
-) -> str | None:                 # a repair, or None
-    "The repair of least log loss, if it also lowers the calibration error by a quarter or more."
-    best = tried.sort("log_loss", maintain_order=True).row(0, named=True)
-    as_it_is = tried.row(0, named=True)
-    return best["repair"] if best["repair"] != "none" and best["ece"] <= 0.75 * as_it_is["ece"] else None
+def try_widths(
+    frame: pl.DataFrame,       # validation predictions: y, prediction, fold, unit where rows belong together
+    ordered: bool = False,
+    seed: int = 0,
+    draws: int = 200,
+) -> pl.DataFrame:             # widths, covered, worst_fifth, width, score, gain, gain_low, gain_high; one row with too few rows
+    "One width for all against widths by size of the prediction, both on rows that they were not learned on."
+    y, p, part = frame["y"].to_numpy().astype(float), frame["prediction"].to_numpy(), parts_of(frame, ordered)
+    half = np.full((2, len(y)), np.nan)
+    for held in np.unique(part)[1 if ordered else 0:]:
+        here, there = part == held, part < held if ordered else part != held
+        half[0, here] = np.quantile(np.abs(y - p)[there], 0.9)
+        widths = fit_widths(y[there], p[there])
+        half[1, here] = np.interp(p[here], widths["x"], widths["y"])
+    later = np.isfinite(half[1])
+    if later.sum() < 100:
+        return pl.DataFrame([{"widths": "one for all"}], schema=WIDTHS)
+    y, p, (one, own) = y[later], p[later], half[:, later]
+    scores = [interval_score(y, p - width, p + width) for width in (one, own)]
+    gain = paired("mae", np.zeros(len(y)), scores[0], scores[1], unit=_units(frame, later), seed=seed, draws=draws)
+    ends: list[dict[str, Any]] = [{"gain": 0.0, "gain_low": 0.0, "gain_high": 0.0}, {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}]
+    rows = []
+    for name, width, marks, won in zip(("one for all", "by size of the prediction"), (one, own), scores, ends):
+        fifths = coverage_by_size(y, np.column_stack([p, p - width, p + width]))
+        rows.append({"widths": name, "covered": float((np.abs(y - p) <= width).mean()), "worst_fifth": fifths["covered"].min(),
+                     "width": float(2 * width.mean()), "score": float(marks.mean())} | won)
+    return pl.DataFrame(rows, schema=WIDTHS)
+
+# %% ../../nbs/lib/evaluate/02_calibration.ipynb #73587769
+WIDTHS: dict[str, Any] = {"widths": pl.String} | dict.fromkeys(("covered", "worst_fifth", "width", "score", "gain", "gain_low", "gain_high"), pl.Float64)
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #b7433c44
-def _measures(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
-    return {name: metric_or_none(name, y, p) for name in ("ece", "log_loss", "brier", "roc_auc")}
-
-# %% ../../nbs/lib/evaluate/02_calibration.ipynb #c8be0287
 def coverage_by_size(
     y: np.ndarray,
     p: np.ndarray,       # (n, 3): prediction, low, high
@@ -188,44 +206,118 @@ def coverage_by_size(
     return pl.DataFrame(rows)
 
 
+def repair_model(
+    run: Run,        # the evaluate phase, before anything else
+) -> Html:
+    "Try repairs on validation rows; where one is chosen, save evaluate/model and evaluate/validation, which stand for the trained ones from here on."
+    contract, title = run.load("data/contract"), "repair of the probabilities"
+    classes, frame = contract["classes"], run.load("train/validation")
+    ordered = bool(run.load("data/splits").get("ordered")) if run.has("data/splits") else False
+    if contract["task"] == "regression":
+        return _repair_widths(run, frame, ordered)
+    limits = [line.at_most for line in run.problem.evaluate.acceptance if line.metric == "ece" and line.at_most is not None]
+    tried = try_repairs(frame, classes, ordered, run.seed)
+    chosen, because = choose_repair(tried, min(limits, default=None))
+    run.decide(title, tried, chosen or "none", because)
+    if chosen:
+        y, p = predictions_of(frame, classes)
+        mended = mend_across(chosen, y, p, parts_of(frame, ordered))
+        run.save("evaluate/validation", frame.with_columns(
+            pl.Series(f"p_{c}", mended[:, i] if mended.ndim == 2 else np.column_stack([1 - mended, mended])[:, i]) for i, c in enumerate(classes)))
+        from pipeline.train.models import load_model
+
+        model = load_model(run.load("train/model"))
+        repaired = replace(model, about=model.about | {"repair": fit_repair(chosen, y, p)})
+        run.save("evaluate/model", repaired.save(run.scratch / "repaired"))
+    said = (note(f"Repaired by {IN_WORDS[chosen]}: {because}. The repaired model is what is measured below, packed and served.", "warn") if chosen
+            else note(f"Probabilities stay as they are: {because}."))
+    known = tried.select(s.name for s in tried if s.null_count() < tried.height)
+    return stack(said, table(known.rename({k: v for k, v in SHOWN.items() if k in known.columns}),
+                             f"Repairs tried on validation rows, measured on {'later rows than' if ordered else 'rows other than'} those they were learned on"))
+
+
+def _repair_widths(run: Run, frame: pl.DataFrame, ordered: bool) -> Html:
+    if "low" not in frame.columns:
+        return note("A regression states no probabilities, and this model no intervals, so there is nothing to repair.")
+    tried = try_widths(frame, ordered, run.seed)
+    last = tried.row(-1, named=True)
+    better = tried.height > 1 and (last["gain_low"] or 0.0) > 0
+    because = ("there are too few validation rows to compare" if tried.height < 2 else
+               f"on rows they were not learned on, widths by size of the prediction change the interval score by {-last['gain']:+.3g} "
+               f"({-last['gain_high']:+.3g} to {-last['gain_low']:+.3g}) and the coverage of the worst fifth from {tried['worst_fifth'][0]:.1%} to {last['worst_fifth']:.1%}")
+    run.decide("widths of the intervals", tried, last["widths"] if better else "one for all", because)
+    if better:
+        from pipeline.train.models import load_model
+
+        model = load_model(run.load("train/model"))
+        y, p = frame["y"].to_numpy().astype(float), frame["prediction"].to_numpy()
+        repaired = replace(model, about=model.about | {"widths": fit_widths(y, p)})
+        low, high = repaired.intervals(p).T
+        run.save("evaluate/validation", frame.with_columns(low=pl.Series(low), high=pl.Series(high)))
+        run.save("evaluate/model", repaired.save(run.scratch / "repaired"))
+    said = note(f"Widths of intervals follow the size of the prediction from here on: {because}." if better else f"Intervals keep one width for all: {because}.",
+                "warn" if better else "info")
+    if tried.height < 2:
+        return said
+    shown = tried.rename({"worst_fifth": "covered in the worst fifth", "width": "mean width", "score": "interval score", "gain": "saved", "gain_low": "low", "gain_high": "high"})
+    return stack(said, table(shown, f"90 % intervals on {'later rows than' if ordered else 'rows other than'} those they were learned on",
+                             formats={"covered": ".1%", "covered in the worst fifth": ".1%"}))
+
+
+def validation_of(
+    run: Run,        # the evaluate phase
+) -> pl.DataFrame:   # train/validation, or evaluate/validation where the model was repaired
+    "Answers for validation rows, of the model as it will be served."
+    found: pl.DataFrame = run.load("evaluate/validation" if run.has("evaluate/validation") else "train/validation")
+    return found
+
+
+def score_unrepaired(
+    frame: pl.DataFrame,                # stored predictions; the unrepaired model's stand beside as raw_…
+    name: str,
+    classes: list[str] | None = None,
+    **using: Any,                       # as `score` takes it
+) -> Estimate | None:
+    "A metric of the answers before their repair."
+    y, p = predictions_of(frame, classes, "raw_")
+    p = np.column_stack([1 - p, p]) if p.ndim == 1 else p
+    kept = frame.select(c for c in frame.columns if not c.startswith("p_"))
+    return score(kept.with_columns(pl.Series(f"p_{c}", p[:, i]) for i, c in enumerate(classes or [])), name, classes, **using)
+
+
 def check_calibration(
     run: Run,             # the evaluate phase
     holdout: Holdout,     # opened
 ) -> Html:
-    "Save evaluate/calibration and show stated against observed, with the repairs that validation rows offer."
+    "Save evaluate/calibration and show stated against observed; where the model was repaired, what the repair did on these rows."
     classes = holdout.contract["classes"] or None
     y, p = predictions_of(holdout.predictions, classes)
     if holdout.task == "regression":
         return _check_coverage(run, y, p)
-    curve, ece, floor = reliability(y, p), metric("ece", y, p), noise_floor(y, p)
-    validation = run.load("train/validation")
-    tried = try_repairs(validation, classes)
-    offered = offer_repair(tried)
-    repair = fit_repair(offered, *predictions_of(validation, classes)) if offered else None
-    run.save("evaluate/calibration", {
-        "ece": ece, "by_chance": floor, "bins": BINS, "reliability": curve.to_dicts(), "tried_on": "validation",
-        "repairs": tried.to_dicts(), "offered": repair,
-    })
-    return stack(*_calibration_displays(curve, ece, floor, tried, offered, holdout.task))
+    curve, ece, floor, repair = reliability(y, p), metric("ece", y, p), noise_floor(y, p), holdout.model.about.get("repair")
+    was = run.claim("ece_unrepaired", of="evaluate/predictions", by=score_unrepaired, using={"name": "ece"} | holdout.using, on="holdout", better="lower",
+                    title="calibration error before the repair") if repair else None
+    run.save("evaluate/calibration", {"ece": ece, "by_chance": floor, "bins": BINS, "reliability": curve.to_dicts(), "repair": repair,
+                                      "unrepaired": was.value if was else None})
+    return stack(*_calibration_displays(curve, ece, floor, was.value if was else None, repair, holdout.task))
 
-# %% ../../nbs/lib/evaluate/02_calibration.ipynb #9474adda
-def _calibration_displays(curve: pl.DataFrame, ece: float, floor: float, tried: pl.DataFrame, offered: str | None, task: str) -> list[Any]:
+# %% ../../nbs/lib/evaluate/02_calibration.ipynb #9d3c4661
+IN_WORDS = {"temperature": "temperature", "line": "a line in the log-odds", "isotonic": "a rising curve (isotonic)", "venn_abers": "Venn-Abers prediction"}
+SHOWN = {"ece": "calibration error", "by_chance": "by chance", "log_loss": "log loss", "gain": "log loss saved", "gain_low": "low", "gain_high": "high",
+         "brier": "Brier score", "roc_auc": "ROC AUC"}
+
+
+def _calibration_displays(curve: pl.DataFrame, ece: float, floor: float, was: float | None, repair: dict[str, Any] | None, task: str) -> list[Any]:
     from pipeline.core.charts import points
 
     within = int(((curve["low"] <= curve["stated"]) & (curve["stated"] <= curve["high"])).sum())
     what = "probability of the positive class" if task == "binary" else "probability of the first choice"
     chart = points(curve, "stated", "observed", f"Stated and observed agree in {within} of {curve.height} bins", diagonal=True,
                    low="low", high="high", xlabel=f"stated {what}", ylabel="share observed")
-    said = note(f"The calibration error is {ece:.3f}; a perfect forecast would show {floor:.3f} on so many rows by chance.")
-    if offered:
-        row = tried.filter(pl.col("repair") == offered).row(0, named=True)
-        advice = note(f"On validation rows a {offered} repair lowers the calibration error from {tried['ece'][0]:.3f} to {row['ece']:.3f}, "
-                      "measured on folds it was not fitted on. It is offered, not applied: applying it makes a new model.", "warn")
-    else:
-        advice = note("No repair lowers the calibration error of validation rows by a quarter, so none is offered.")
-    shown = table(tried.rename({"ece": "calibration error", "log_loss": "log loss", "brier": "Brier score", "roc_auc": "ROC AUC"}),
-                  "Repairs tried on validation rows, measured on folds they were not fitted on")
-    return [chart, said, advice, shown]
+    said = f"The calibration error is {ece:.3f}; a perfect forecast would show {floor:.3f} on so many rows by chance."
+    if repair and was is not None:
+        said += f" Without the repair by {IN_WORDS[repair['kind']]} it would be {was:.3f}."
+    return [chart, note(said, "warn" if was is not None and was < ece else "info")]
 
 
 def _check_coverage(run: Run, y: np.ndarray, p: np.ndarray) -> Html:

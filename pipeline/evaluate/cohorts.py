@@ -5,7 +5,9 @@
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #f178a22f
 from __future__ import annotations
 
+import math
 from itertools import combinations
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,54 +15,34 @@ import polars as pl
 
 from ..core.display import Html, note, number, stack, table
 from ..core.errors import InputError
-from ..core.intervals import RANGES, RARE, draws_of, interval, units_of, wilson
+from ..core.intervals import RANGES, RARE, draws_of, interval, student, units_of, wilson
 from pipeline.core.metrics import (
     BETTER, LABELS, RANKED, Context, checked, from_sums, metric_or_none, predictions_of, rankings, row_parts,
 )
 from ..core.run import Estimate
+from ..train.reweighing import LEVELS, learn_grouping
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['SMALL', 'SUPPRESSED', 'COMPARED', 'EACH_CLASS', 'LEVELS', 'cohort_of', 'cohorts_by', 'draw_by_cohort', 'cohort_table',
-           'cohort_gap', 'comparable', 'is_relative', 'check_cohorts', 'compared_by']
+__all__ = ['SMALL', 'SUPPRESSED', 'COMPARED', 'EACH_CLASS', 'GAPS', 'cohort_of', 'cohorts_by', 'draw_by_cohort', 'cohort_table',
+           'spread_of', 'cohort_gap', 'comparable', 'is_relative', 'decision_gaps', 'beyond_chance', 'check_cohorts',
+           'compared_by']
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #6d8698d4
 SMALL = 30        # rows below which a group is flagged
 SUPPRESSED = 10   # rows below which nothing about a group is published
 COMPARED = 100    # rows below which a group has no part in a gap
 EACH_CLASS = 30   # rows of each class below which a ranked metric has no part in a gap
-LEVELS = 24       # groups of one column, the last takes the rest
 
 
 def cohort_of(
     column: pl.Series,      # any type
 ) -> pl.Series:             # text: the group of each row
     "The group that each row belongs to by one column."
-    if column.dtype.is_numeric() and column.n_unique() > LEVELS:
-        quarters = [float(q) for q in np.quantile(column.drop_nulls().to_numpy(), [0.25, 0.5, 0.75])]
-        place = pl.Series(np.searchsorted(quarters, column.fill_null(quarters[0]).to_numpy(), side="left"))
-        a, b, c = (f"{q:.4g}" for q in quarters)
-        names = [f"up to {a}", f"{a} to {b}", f"{b} to {c}", f"over {c}"]
-        named = place.replace_strict(dict(enumerate(names)), return_dtype=pl.String)
-        return pl.select(pl.when(column.is_not_null()).then(named).otherwise(pl.lit("missing"))).to_series()
-    texts = _as_text(column).fill_null("missing")
-    frequent = texts.value_counts(sort=True).head(LEVELS)
-    if texts.n_unique() <= LEVELS:
-        return texts
-    kept = frequent.head(LEVELS - 1).to_series(0)
-    return pl.select(pl.when(texts.is_in(kept.implode())).then(texts).otherwise(pl.lit("all others"))).to_series()
-
-
-def _as_text(column: pl.Series) -> pl.Series:
-    "Dates by month, numbers without idle decimals, all else as it stands."
-    if column.dtype in (pl.Date, pl.Datetime):
-        return column.dt.strftime("%Y-%m")
-    if column.dtype.is_float():
-        return pl.Series(column.name, [None if v is None else f"{v:g}" for v in column.to_list()], dtype=pl.String)
-    return column.cast(pl.String)
+    return learn_grouping(column).of(column)
 
 
 def cohorts_by(
@@ -90,6 +72,9 @@ def draw_by_cohort(
     y, p = checked(name, y, p)
     block = np.arange(len(y)) if unit is None else np.unique(unit, return_inverse=True)[1]
     groups, blocks = int(group.max()) + 1, int(block.max()) + 1
+    if name == "roc_auc" and p.ndim == 1 and blocks <= FEW_BLOCKS:
+        tables = [_wins(y[here], p[here], block[here], blocks) for here in (group == g for g in range(groups))]
+        return np.array([[_won(drawn.astype(float), *one) for one in tables] for drawn in draws_of(blocks, seed, draws)])
     if name in RANKED:
         members = [np.flatnonzero(group == g) for g in range(groups)]
         ranked = [[(r, block[rows][r.order]) for r in rankings(y[rows], p[rows])] for rows in members]
@@ -101,6 +86,24 @@ def draw_by_cohort(
     return from_sums(name, _drawn_sums(parts, group, block, groups, blocks, seed, draws))
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #0394ce5b
+FEW_BLOCKS = 200      # blocks that are counted against each other; beyond that rows are ranked anew in each draw
+
+
+def _wins(y: np.ndarray, p: np.ndarray, block: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "How often positives of one block stand above others of another (ties by half), and how many of both each block has."
+    level = np.unique(p, return_inverse=True)[1]
+    positive = y == 1
+    at = level * blocks + block
+    hits, others = (np.bincount(at[rows], minlength=(int(level.max(initial=-1)) + 1) * blocks).reshape(-1, blocks).astype(float) for rows in (positive, ~positive))
+    return hits.T @ (np.cumsum(others, axis=0) - others / 2), hits.sum(0), others.sum(0)
+
+
+def _won(drawn: np.ndarray, wins: np.ndarray, hits: np.ndarray, others: np.ndarray) -> float:
+    "ROC AUC of one draw: the share of pairs that are in order (Mann and Whitney 1947)."
+    pairs = (drawn @ hits) * (drawn @ others)
+    return float(drawn @ wins @ drawn / pairs) if pairs > 0 else float("nan")
+
+
 def _drawn_sums(parts: np.ndarray, group: np.ndarray, block: np.ndarray, groups: int, blocks: int, seed: int, draws: int) -> np.ndarray:
     "(draws, groups, m): weighted sums of the row parts."
     if blocks < len(parts):
@@ -178,6 +181,35 @@ def _rates(y: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, float | 
     return {"mean_outcome": float(y.mean()), "mean_error": float((prediction - y).mean())}
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #85da8008
+def spread_of(
+    values: np.ndarray,     # (groups,) the metric of each
+    drawn: np.ndarray,      # (draws, groups) the same on draws of the rows
+    units: int,             # blocks that were drawn
+    n: int,                 # rows
+    level: float = 0.95,
+) -> Estimate:
+    "How far the largest and the smallest of several values are apart, less what chance alone adds."
+    noise = drawn - values
+    noise = noise[np.isfinite(noise).all(axis=1)]
+    observed = float(values.max() - values.min())
+    if len(noise) < 0.5 * len(drawn) or units < 2:
+        return Estimate(observed, 0.0, math.inf, n)
+    z = student(units - 1, level) * math.sqrt(units / (units - 1))
+    apart = values[:, None] - values
+    unsure = np.maximum(np.array([(noise - noise[:, [g]]).std(axis=0) for g in range(len(values))]), 1e-12)
+    furthest = np.max([(np.abs(noise - noise[:, [g]]) / unsure[g]).max(axis=1) for g in range(len(values))], axis=0)
+    sure = float((np.abs(apart) - _wider(z, level) * np.quantile(furthest, (1 + level) / 2) * unsure).max())
+    drawn_apart = np.ptp(values + noise, axis=1)
+    honest = max(0.0, 2 * observed - float(drawn_apart.mean()))
+    pair = unsure[values.argmax(), values.argmin()]
+    return Estimate(max(honest, sure), max(0.0, sure), max(honest, sure) + z * float(pair), n)
+
+
+def _wider(z: float, level: float) -> float:
+    "How much wider than a normal's the interval is, for few blocks."
+    return z / NormalDist().inv_cdf((1 + level) / 2)
+
+
 def cohort_gap(
     frame: pl.DataFrame,                # stored predictions
     by: str,                            # a column, or two joined by " × "
@@ -191,7 +223,7 @@ def cohort_gap(
     recall: float = 0.8,
     costs: Any = None,
 ) -> Estimate | None:                   # None with fewer than two groups to compare
-    "How far the best and the worst group are apart, with an interval that allows for the number of groups."
+    "How far the best and the worst group are apart, less what chance adds, with an interval that allows for the number of groups."
     y, p = predictions_of(frame, classes)
     labels = cohorts_by(frame, by).to_numpy().astype(str)
     kept = np.isin(labels, comparable(labels, y, p, name))
@@ -204,12 +236,10 @@ def cohort_gap(
     scale = metric_or_none(name, y, p, **using) if is_relative(name) else 1.0
     if np.isnan(values).any() or not scale:
         return None
-    drawn = draw_by_cohort(name, y, p, group, None if unit_all is None else unit_all[kept], seed, draws, context) / abs(scale)
-    value = float(values.max() - values.min()) / abs(scale)
-    noise = drawn - values / abs(scale)
-    by_chance = np.nanquantile(np.nanmax(noise, axis=1) - np.nanmin(noise, axis=1), (1 + level) / 2)
-    lowest = np.nanquantile(np.nanmax(drawn, axis=1) - np.nanmin(drawn, axis=1), (1 - level) / 2)
-    return Estimate(value, max(0.0, value - float(by_chance)), max(value, 2 * value - float(lowest)), int(kept.sum()))
+    blocks = None if unit_all is None else unit_all[kept]
+    drawn = draw_by_cohort(name, y, p, group, blocks, seed, draws, context) / abs(scale)
+    found = spread_of(values / abs(scale), drawn, len(y) if blocks is None else len(np.unique(blocks)), int(kept.sum()), level)
+    return found if math.isfinite(found.high or 0.0) else Estimate(found.value, found.low, None, found.n)
 
 
 def comparable(
@@ -233,6 +263,70 @@ def is_relative(
     "Whether a gap in this metric is told relative to its value on all rows."
     return RANGES.get(name, (0.0, 1.0)) != (0.0, 1.0)
 
+# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #71450657
+GAPS = {
+    "demographic_parity": "share acted on", "equal_opportunity": "positives found", "false_alarms": "false alarms",
+    "equalized_odds": "the larger of both: equalised odds", "predictive_parity": "alarms that are right",
+}
+
+
+def decision_gaps(
+    y: np.ndarray,                    # (n,) 0 or 1
+    acted: np.ndarray,                # (n,) bool
+    groups: np.ndarray,               # (n,) the group of each row
+    unit: np.ndarray | None = None,   # block of each row
+    draws: int = 0,                   # 0: no intervals
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[dict[str, Any]]:            # gap, value (observed), honest, low, high, best, worst
+    "The differences between groups in what is decided; groups that do not define a rate are left out of its gap."
+    names, group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    hit = np.asarray(y) == 1
+    parts = np.column_stack([acted & hit, acted & ~hit, hit, ~hit]).astype(float)
+    sums = np.column_stack([np.bincount(group, part, len(names)) for part in parts.T])
+    block = np.arange(len(y)) if unit is None else np.unique(unit, return_inverse=True)[1]
+    blocks = int(block.max()) + 1 if len(y) else 0
+    drawn = _rates_of(_drawn_sums(parts, group, block, len(names), blocks, seed, draws)) if draws else None
+    out = []
+    for gap, rates in _rates_of(sums).items():
+        known = np.flatnonzero(np.isfinite(rates))
+        row: dict[str, Any] = {"gap": gap, "value": float(np.ptp(rates[known])) if len(known) else 0.0, "honest": None, "low": None, "high": None,
+                               "most": str(names[known[rates[known].argmax()]]) if len(known) else "", "least": str(names[known[rates[known].argmin()]]) if len(known) else ""}
+        if drawn is not None and len(known) > 1:
+            told = spread_of(rates[known], drawn[gap][:, known], blocks, len(y), level)
+            row |= {"honest": told.value, "low": told.low, "high": told.high if math.isfinite(told.high or 0.0) else None}
+        out.append(row)
+    found = {row["gap"]: row for row in out}
+    wider = max(found["equal_opportunity"], found["false_alarms"], key=lambda row: row["value"])
+    both = [found["equal_opportunity"], found["false_alarms"]]
+    odds = wider | {"gap": "equalized_odds"} | {k: max((row[k] for row in both if row[k] is not None), default=None) for k in ("honest", "low", "high")}
+    return [found["demographic_parity"], found["equal_opportunity"], found["false_alarms"], odds, found["predictive_parity"]]
+
+# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #97f73f1a
+def _rates_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+    "Rates of each group from sums of (true alarms, false alarms, positives, others)."
+    true, false, positives, others = np.moveaxis(sums, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {"demographic_parity": (true + false) / (positives + others), "equal_opportunity": true / positives,
+                "false_alarms": false / others, "predictive_parity": true / (true + false)}
+
+# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #8fff3c46
+def beyond_chance(
+    rows: pl.DataFrame,      # tables of `cohort_table`, all that are looked at together
+    overall: float,          # the metric on all rows
+    level: float = 0.95,
+) -> pl.Series:              # bool
+    "Which groups differ from all rows by more than chance among so many groups."
+    p = [None if low is None or high is None or high <= low or small else
+         2 * (1 - NormalDist().cdf(abs(value - overall) / ((high - low) / 2 / NormalDist().inv_cdf((1 + level) / 2))))
+         for value, low, high, small in rows.select("value", "low", "high", "small").iter_rows()]
+    order = sorted((i for i, v in enumerate(p) if v is not None), key=lambda i: p[i])  # type: ignore[arg-type,return-value]
+    told, held = [False] * len(p), True
+    for rank, i in enumerate(order):
+        held = held and (p[i] or 0.0) * (len(order) - rank) <= 1 - level
+        told[i] = held
+    return pl.Series("beyond_chance", told, dtype=pl.Boolean)
+
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #4b8f6963
 def check_cohorts(
     run: Run,             # the evaluate phase
@@ -250,11 +344,18 @@ def check_cohorts(
         return note("No cohorts are declared (evaluate.cohorts), so nothing can be said about whom the model serves worse.", "warn")
     pairs = [f"{a} × {b}" for a, b in combinations(present, 2)][:6]
     tables = {by: cohort_table(holdout.predictions, by, holdout.main, **holdout.using) for by in [*present, *pairs]}
-    run.save("evaluate/cohorts", pl.concat(tables.values(), how="diagonal_relaxed"))
+    groups = pl.concat(tables.values(), how="diagonal_relaxed")
+    y, p = predictions_of(holdout.predictions, holdout.using["classes"])
+    overall = metric_or_none(holdout.main, y, p, **{k: holdout.using[k] for k in ("threshold", "recall", "costs")})
+    told = beyond_chance(groups, overall, holdout.using["level"]) if overall is not None else pl.Series("beyond_chance", [False] * groups.height)
+    run.save("evaluate/cohorts", groups.with_columns(told))
     for column in present:
         _check_gap(run, column, limit, holdout)
     least = max(SUPPRESSED, run.problem.comply.least_cell)
-    return stack(*[_shown(by, tables[by], holdout, least) for by in present], _worst_pairs(tables, pairs, holdout, least))
+    named = groups.filter(told & (pl.col("n") >= least))
+    said = f"Of {groups['value'].count()} groups and pairs of groups, {named.height} differ from all rows by more than chance (Holm's correction)"
+    said += f": {', '.join(named['cohort'].head(6))}." if named.height else "."
+    return stack(*[_shown(by, tables[by], holdout, least) for by in present], _several_gaps(run, holdout, present), _worst_pairs(tables, pairs, holdout, least), note(said))
 
 
 def compared_by(
@@ -279,7 +380,32 @@ def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
         using={"by": column, "name": holdout.main} | holdout.using, unit="of the overall value" if is_relative(holdout.main) else "",
         title=f"gap of {LABELS[holdout.main]} between {column} groups",
     )
-    run.check(title, claim, at_most=limit, bound="value" if claim.value <= limit else "high", why=said, answers=[f"evaluate.cohorts.{column}", "M6"])
+    rows = cohorts_by(holdout.predictions, column).value_counts(name="n").filter(pl.nth(0).is_in(compared)).sort("n")
+    few = f"; the smallest of these, {rows.row(0)[0]}, has {rows['n'][0]:,} rows"
+    run.check(title, claim, at_most=limit, why=said + few, answers=[f"evaluate.cohorts.{column}", "M6"])
+
+
+def _several_gaps(run: Run, holdout: Holdout, present: list[str]) -> Any:
+    "Save evaluate/gaps: what is decided, by group, several ways at once; shown widest first."
+    if holdout.task != "binary":
+        return note(f"Gaps in decisions are told for a yes or no; a {holdout.task} answer is compared by {LABELS[holdout.main]} alone.")
+    y, p = predictions_of(holdout.predictions, holdout.using["classes"])
+    acted = (p if p.ndim == 1 else p[:, -1]) >= holdout.using["threshold"]
+    unit, rows = units_of(holdout.predictions, holdout.unit), []
+    for by in present:
+        labels = cohorts_by(holdout.predictions, by).to_numpy().astype(str)
+        kept = np.isin(labels, comparable(labels, y, p, "roc_auc"))
+        if len(np.unique(labels[kept])) > 1:
+            found = decision_gaps(y[kept], acted[kept], labels[kept], None if unit is None else unit[kept], holdout.using["draws"], holdout.using["seed"], holdout.using["level"])
+            rows += [{"by": by} | row for row in found if row["gap"] not in ("equal_opportunity", "false_alarms")]
+    schema = {"by": pl.String, "gap": pl.String, "value": pl.Float64, "honest": pl.Float64, "low": pl.Float64, "high": pl.Float64, "most": pl.String, "least": pl.String}
+    gaps = pl.DataFrame(rows, schema=schema).sort("honest", descending=True, nulls_last=True)
+    run.save("evaluate/gaps", gaps)
+    if gaps.is_empty():
+        return note("No column has two groups with enough rows of both classes, so gaps in decisions are not told.")
+    shown = gaps.select("by", pl.col("gap").replace_strict(GAPS).alias("gap in"), pl.col("value").alias("observed"), pl.col("honest").alias("less chance"), "low", "high", "most", "least")
+    return table(shown, f"Several gaps in decisions at once (acting from {holdout.using['threshold']:.2f} on); where base rates differ they cannot all close",
+                 formats=dict.fromkeys(("observed", "less chance", "low", "high"), ".3f"))
 
 
 def _word(text: str) -> str:

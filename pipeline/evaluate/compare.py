@@ -12,8 +12,8 @@ import polars as pl
 
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
-from ..core.intervals import paired, score_difference, units_of
-from ..core.metrics import BETTER, LABELS, metric_or_none, predictions_of
+from ..core.intervals import RANGES, against_margin, chance_of, holm, paired, score_difference, units_of
+from ..core.metrics import BETTER, LABELS, Settings, metric_or_none, predictions_of
 from ..core.run import Estimate
 from ..data.contract import target_values
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['JUST', 'constant_of', 'gain_over_constant', 'compare_simpler']
+__all__ = ['JUST', 'constant_of', 'turned', 'gain_over_constant', 'margin_for', 'compare_simpler']
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #c3ca1eb7
 def constant_of(
@@ -34,6 +34,16 @@ def constant_of(
     if task == "regression":
         return [float(np.median(y))]
     return (np.bincount(y.astype(int), minlength=classes) / len(y)).tolist()
+
+
+def turned(
+    found: Estimate,        # a difference of two models in a metric
+    better: str,            # higher or lower
+) -> Estimate:              # above zero is better
+    "The difference, counted so that above zero is better."
+    if better == "higher":
+        return found
+    return Estimate(-found.value, None if found.high is None else -found.high, None if found.low is None else -found.low, found.n)
 
 
 def gain_over_constant(
@@ -53,7 +63,17 @@ def gain_over_constant(
         found = paired(name, y, p, same, unit=units_of(frame, unit), seed=seed, draws=draws, **using)
     except InputError:
         return None
-    return found if BETTER[name] == "higher" else Estimate(-found.value, -(found.high or 0.0), -(found.low or 0.0), found.n)
+    return turned(found, BETTER[name])
+
+# %% ../../nbs/lib/evaluate/06_compare.ipynb #600a427e
+def margin_for(
+    name: str,              # the main metric
+    margin: float,          # evaluate.margin
+    rival: float | None,    # the rival's value
+) -> float:                 # in the metric's unit
+    "The loss against a rival that is still no worse."
+    scale = abs(rival) if rival is not None and np.isfinite(rival) else 1.0
+    return margin if RANGES.get(name, (0.0, 1.0)) == (0.0, 1.0) else margin * scale
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #eade2ea2
 JUST = 1e-6     # a gain must be more than nothing
@@ -63,7 +83,7 @@ def compare_simpler(
     run: Run,               # the evaluate phase
     holdout: Holdout,       # opened
 ) -> Html:
-    "Claim the gain over a constant answer and the difference to the default model; check the first, decide by the second."
+    "Claim the gain over a constant answer and the difference to the default model, check both, weigh the choice, show them."
     y = target_values(run.load("data/train"), holdout.contract)
     constant = constant_of(y, holdout.task, len(holdout.contract["classes"]))
     label, better = LABELS[holdout.main], BETTER[holdout.main]
@@ -75,22 +95,31 @@ def compare_simpler(
         difference = run.claim("difference_to_default", of="evaluate/predictions", by=score_difference, on="holdout", better=better,
                                using={"name": holdout.main, "prefix": "current_"} | holdout.using,
                                title=f"{label}, this model minus the default model")
-        ahead = Estimate(difference.value, difference.low, difference.high)
-        if better == "lower":
-            ahead = Estimate(-difference.value, None if difference.high is None else -difference.high, None if difference.low is None else -difference.low)
+        ahead = turned(Estimate(difference.value, difference.low, difference.high), better)
         rows.append(_row("default model", holdout, None, ahead))
-        said = _weigh(run, rows, ahead, label)
+        margin = margin_for(holdout.main, run.problem.evaluate.margin, rows[-1][label])
+        run.check("not shown to lose more against the default model than evaluate.margin", difference, bound="high" if better == "higher" else "low",
+                  **{"at_least" if better == "higher" else "at_most": -margin if better == "higher" else margin},
+                  why="judged on the favourable end: few rows cannot show a loss", answers=["evaluate.margin"])
+        _adjust(rows)
+        said = _weigh(run, rows, ahead, label, margin)
     else:
+        _adjust(rows)
         said = note("No default model was trained, so only the constant answer is a rival.")
-    own = {"rival": f"this model ({holdout.model.family})", label: _own(holdout), "gain": None, "low": None, "high": None}
-    shown = pl.DataFrame([own, *rows], schema={"rival": pl.String, label: pl.Float64, "gain": pl.Float64, "low": pl.Float64, "high": pl.Float64})
-    return stack(said, table(shown, f"{label} on the same {holdout.predictions.height:,} rows; gain of this model over each rival",
-                             formats={label: ".4f", **dict.fromkeys(("gain", "low", "high"), "+.4f")}))
+    own = {"rival": f"this model ({holdout.model.family})", label: _own(holdout), "gain": None, "low": None, "high": None, "by chance": None}
+    schema = {"rival": pl.String, label: pl.Float64, **dict.fromkeys(("gain", "low", "high", "by chance"), pl.Float64)}
+    shown = pl.DataFrame([own, *rows], schema=schema)
+    return stack(said, table(shown, f"{label} on the same {holdout.predictions.height:,} rows; gain of this model over each rival, and how often chance "
+                                    "alone gives so large a one in any of these comparisons",
+                             formats={label: ".4f", **dict.fromkeys(("gain", "low", "high"), "+.4f"), "by chance": ".3f"}))
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #f7807511
 def _own(holdout: Holdout, prefix: str = "") -> float | None:
-    options = {k: holdout.using[k] for k in ("threshold", "recall", "costs")}
-    return metric_or_none(holdout.main, *predictions_of(holdout.predictions, holdout.using["classes"], prefix), **options)
+    return metric_or_none(holdout.main, *predictions_of(holdout.predictions, holdout.using["classes"], prefix), settings=_settings(holdout))
+
+
+def _settings(holdout: Holdout) -> Settings:
+    return Settings(**{k: holdout.using[k] for k in ("threshold", "recall", "costs")})
 
 
 def _row(rival: str, holdout: Holdout, constant: list[float] | None, gain: Estimate) -> dict[str, Any]:
@@ -99,25 +128,37 @@ def _row(rival: str, holdout: Holdout, constant: list[float] | None, gain: Estim
     else:
         y = holdout.predictions["y"].to_numpy()
         same = np.tile(constant, (len(y), 1)) if holdout.using["classes"] else np.full(len(y), constant[0])
-        options = {k: holdout.using[k] for k in ("threshold", "recall", "costs")}
-        value = metric_or_none(holdout.main, y, same, **options)
+        value = metric_or_none(holdout.main, y, same, settings=_settings(holdout))
     known = np.isfinite(gain.value)
-    return {"rival": rival, LABELS[holdout.main]: value, "gain": gain.value if known else None, "low": gain.low, "high": gain.high}
+    chance = chance_of(gain, holdout.using["level"]) if known and gain.low is not None and gain.high is not None else None
+    return {"rival": rival, LABELS[holdout.main]: value, "gain": gain.value if known else None, "low": gain.low, "high": gain.high, "by chance": chance}
 
 
-def _weigh(run: Run, rows: list[dict[str, Any]], ahead: Estimate, label: str) -> Any:
+def _adjust(rows: list[dict[str, Any]]) -> None:
+    "Chances allow for all comparisons of the table."
+    known = [row for row in rows if row["by chance"] is not None]
+    for row, chance in zip(known, holm([row["by chance"] for row in known])):
+        row["by chance"] = chance
+
+
+def _weigh(run: Run, rows: list[dict[str, Any]], ahead: Estimate, label: str, margin: float) -> Any:
     options = [{"option": "this model", "gain": rows[-1]["gain"]}, {"option": "default model", "gain": 0.0}]
+    title, range_ = "this model or the default one", "" if ahead.low is None or ahead.high is None else f"{ahead.low:+.4f} to {ahead.high:+.4f}"
     if ahead.value == ahead.low == ahead.high == 0:
-        run.decide("this model or the default one", options, "this model", "both give the same answers: training chose the default configuration")
+        run.decide(title, options, "this model", "both give the same answers: training chose the default configuration")
         return note("Training chose the default configuration, so the default model gives the same answers.")
-    if ahead.low is None or ahead.high is None:
-        run.decide("this model or the default one", options, "this model", "the difference could not be measured")
+    if not range_ or not np.isfinite(ahead.value):
+        run.decide(title, options, "this model", "the difference could not be measured")
         return note("The difference to the default model could not be measured.", "warn")
-    if ahead.low > 0:
-        run.decide("this model or the default one", options, "this model", f"it wins {ahead.value:.4f} {label} ({ahead.low:.4f} to {ahead.high:.4f})")
-        return note(f"The search paid: {ahead.value:.4f} {label} over the default model ({ahead.low:.4f} to {ahead.high:.4f}).", "go")
-    word = "is worse than" if ahead.high < 0 else "cannot be told from"
-    run.decide("this model or the default one", options, "this model", f"training chose it; on the holdout it {word} the default model "
-               f"({ahead.value:+.4f} {label}, {ahead.low:+.4f} to {ahead.high:+.4f}), and choosing by the holdout would spoil it")
-    return note(f"On these rows this model {word} the default one ({ahead.value:+.4f} {label}, {ahead.low:+.4f} to {ahead.high:+.4f}). "
+    verdict = against_margin(ahead, margin)
+    if verdict == "better" and rows[-1]["by chance"] <= 0.05:
+        run.decide(title, options, "this model", f"it wins {ahead.value:.4f} {label} ({range_})")
+        return note(f"The search paid: {ahead.value:.4f} {label} over the default model ({range_}).", "go")
+    if verdict in ("better", "no worse"):
+        run.decide(title, options, "this model", f"training chose it; it is no worse than the default model: {ahead.value:+.4f} {label} ({range_}) lies within the margin of {margin:.4g}")
+        return note(f"This model is no worse than the default one: {ahead.value:+.4f} {label} ({range_}), and a loss of {margin:.4g} would be tolerated (evaluate.margin).", "go")
+    word = "is worse than" if ahead.high is not None and ahead.high < 0 else "cannot be told from"
+    run.decide(title, options, "this model", f"training chose it; on the holdout it {word} the default model "
+               f"({ahead.value:+.4f} {label}, {range_}; margin {margin:.4g}), and choosing by the holdout would spoil it")
+    return note(f"On these rows this model {word} the default one ({ahead.value:+.4f} {label}, {range_}; a loss of {margin:.4g} would be tolerated). "
                 "The rollout compares both on real traffic before anything is promoted.", "warn")

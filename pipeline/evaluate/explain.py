@@ -13,16 +13,19 @@ import polars as pl
 from ..core.display import Html, note, number, stack, table
 from ..core.intervals import draw_metric, interval, units_of
 from ..core.metrics import BETTER, LABELS, Context, checked, metric_or_none, predictions_of
+from ..core.run import Estimate
 from .stress import rows_for
-from ..train.models import Model
+from ..train.features import reorder_texts
+from ..train.models import Model, load_model
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['COLUMNS', 'shuffle_importance', 'global_contributions', 'explain_row', 'explain_group', 'explain_model',
-           'important_columns', 'show_one_row']
+__all__ = ['TURNS', 'SAMPLED', 'COLUMNS', 'shuffle_importance', 'sampled_contributions', 'contributions_of',
+           'global_contributions', 'rank_agreement', 'explain_row', 'explain_group', 'explain_model',
+           'important_columns', 'show_one_row', 'about_people']
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #25cec61f
 def shuffle_importance(
@@ -40,7 +43,7 @@ def shuffle_importance(
 ) -> pl.DataFrame:                 # column, loss, low, high, useful; largest loss first
     "How much the metric loses when a column is shuffled, with a paired interval."
     matrix, owners = model.encode(frame), model.encoder.owners
-    before = model.estimator.predict(matrix)
+    before = model.mended(model.estimator.predict(matrix))
     sign = 1 if BETTER[name] == "higher" else -1
     options = {"threshold": context.threshold, "recall": context.recall, "costs": context.costs}
     value = metric_or_none(name, y, before, **options)
@@ -48,11 +51,13 @@ def shuffle_importance(
     features = model.features
     units, rows = len(y) if unit is None else len(np.unique(unit)), []
     at = {c: i for i, c in enumerate(features)}
+    said = {c: i for i, c in enumerate(model.encoder.text_columns)}
     for column in columns or features:
         owned = np.flatnonzero(owners == at[column])
         kept = matrix[:, owned]
-        matrix[:, owned] = kept[rng.permutation(frame.height)]
-        after = model.estimator.predict(matrix)
+        order = rng.permutation(frame.height)
+        matrix[:, owned] = kept[order]
+        after = model.mended(model.estimator.predict(reorder_texts(matrix, said.get(column), order)))
         matrix[:, owned] = kept
         row: dict[str, Any] = {"column": column, "loss": None, "low": None, "high": None, "useful": None}
         if drawn is not None and value is not None and (shuffled := metric_or_none(name, y, after, **options)) is not None:
@@ -65,28 +70,86 @@ def shuffle_importance(
     return pl.DataFrame(rows, schema=types).sort("loss", "column", descending=[True, False], nulls_last=True)
 
 # %% ../../nbs/lib/evaluate/05_explain.ipynb #045a8874
+TURNS = 8           # orders in which columns are put in, for families that cannot tell their contributions
+SAMPLED = 64        # more columns than this are not sampled
+
+
+def sampled_contributions(
+    model: Model,
+    frame: pl.DataFrame,               # rows to explain
+    reference: pl.DataFrame,           # rows that stand for "not known", one a turn
+    rng: np.random.Generator,
+    turns: int = TURNS,
+) -> np.ndarray:                       # (rows, columns + 1) or (rows, classes, columns + 1), as `Model.contributions`
+    "Shapley values by putting a row's columns into another row one after the other; each turn adds up to the score exactly."
+    columns, n = model.features, frame.height
+    found: np.ndarray | None = None
+    for turn in range(turns):
+        order = rng.permutation(len(columns))
+        other = reference.select(columns)[turn % reference.height: turn % reference.height + 1]
+        stage, row = np.divmod(np.arange(n * (len(columns) + 1)), n)
+        mixed = [pl.concat([other[c], frame[c].cast(other.schema[c])]).gather(np.where(place < stage, row + 1, 0)) for c, place in zip(columns, np.argsort(order))]
+        score = model.score(pl.DataFrame(mixed))
+        score = score.reshape(len(columns) + 1, n, *score.shape[1:])
+        one = np.empty((*score.shape[1:], len(columns) + 1))
+        one[..., order] = np.moveaxis(np.diff(score, axis=0), 0, -1)
+        one[..., -1] = score[0]
+        found = one if found is None else found + one
+    assert found is not None
+    return found / turns
+
+
+def contributions_of(
+    model: Model,
+    frame: pl.DataFrame,
+    reference: pl.DataFrame | None = None,    # needed only where the family gives none
+) -> np.ndarray | None:                       # None: neither given nor sampled
+    "A model's own contributions, or sampled ones."
+    parts = model.contributions(frame)
+    if parts is None and reference is not None and reference.height and len(model.features) <= SAMPLED and model.family != "dummy":
+        return sampled_contributions(model, frame, reference, np.random.default_rng(0))
+    return parts
+
+
 def global_contributions(
     model: Model,
     frame: pl.DataFrame,
-) -> tuple[pl.DataFrame, float] | None:    # column, mean_size, share; largest gap to the raw score. None: family without contributions
+    reference: pl.DataFrame | None = None,
+) -> tuple[pl.DataFrame, float] | None:    # column, mean_size, share; largest gap to the raw score, as a part of its size. None: unknown
     "Mean size of each column's contribution, and how exactly contributions add up to the score."
-    parts = model.contributions(frame)
+    parts = contributions_of(model, frame, reference)
     if parts is None:
         return None
-    off = float(np.abs(parts.sum(-1) - model.score(frame)).max())
+    score = model.score(frame)
+    off = float(np.abs(parts.sum(-1) - score).max(initial=0) / max(1.0, float(np.abs(score).max(initial=0))))
     size = np.abs(parts[..., :-1]).mean(axis=tuple(range(parts.ndim - 1)))
     found = pl.DataFrame({"column": model.features, "mean_size": size, "share": size / max(size.sum(), 1e-300)})
     return found.sort("mean_size", descending=True), off
+
+
+def rank_agreement(
+    stored: pl.DataFrame,      # evaluate/contributions: column, and the mean size for each seed
+) -> Estimate | None:          # None with fewer than two seeds or three columns
+    "Do models of other seeds rank the columns alike? Spearman's correlation, the mean over pairs of seeds."
+    sizes = stored.drop("column")
+    if sizes.width < 2 or stored.height < 3:
+        return None
+    ranks = np.array([sizes[c].rank("average").to_numpy() for c in sizes.columns])
+    if (ranks.std(axis=1) == 0).any():
+        return None
+    pairs = np.corrcoef(ranks)[np.triu_indices(len(ranks), 1)]
+    return Estimate(float(pairs.mean()), n=stored.height)
 
 
 def explain_row(
     model: Model,
     row: pl.DataFrame,               # one row
     contract: dict[str, Any],
+    reference: pl.DataFrame | None = None,   # rows to sample contributions with, where the family gives none
 ) -> pl.DataFrame:                   # column, value, contribution, score_so_far
     "From the base to the answer, column by column, the largest contribution first; the last line is the answer."
     features, answer = model.features, model.predict(row)[0]
-    parts = model.contributions(row)
+    parts = contributions_of(model, row, reference)
     if parts is None:
         values = [_text(row[c][0]) for c in features]
         return pl.DataFrame({"column": [*features, "answer"], "value": [*values, _answer(model, answer)],
@@ -108,12 +171,13 @@ def explain_row(
 def explain_group(
     model: Model,
     rows: pl.DataFrame,              # at least `comply.least_cell` rows
+    reference: pl.DataFrame | None = None,
 ) -> pl.DataFrame:                   # as `explain_row`: mean contributions, and values that are usual in the group
     "The same for several rows together, so that nobody's own row is shown; each value is a median or a frequent level."
     features, answers = model.features, model.predict(rows)
     mean = answers.mean(axis=0)
     told = 0 if answers.ndim == 1 else int(np.argmax(mean))
-    parts = model.contributions(rows)
+    parts = contributions_of(model, rows, reference)
     values = [_usual(rows[c]) for c in features]
     if parts is None:
         nothing = pl.Series([None] * (len(values) + 1), dtype=pl.Float64)
@@ -161,7 +225,7 @@ def explain_model(
     rows = np.sort(run.rng("importance rows").permutation(holdout.frame.height)[:rows_for(len(holdout.model.features))])
     frame, using = holdout.frame[rows], holdout.using
     unit = units_of(holdout.predictions[rows], holdout.unit)
-    found = global_contributions(holdout.model, frame.head(2000))
+    found = _contributions(holdout.model, frame)
     columns = (found[0]["column"].to_list() if found else holdout.model.features)[:COLUMNS]
     worth = shuffle_importance(
         holdout.model, frame, holdout.predictions["y"].to_numpy()[rows], holdout.main, run.rng("importance"), unit, run.seed, 200,
@@ -175,7 +239,7 @@ def explain_model(
         run.require("contributions add up to the raw score", off <= 1e-6, f"largest difference {off:.1e}", "the explanation is not of this model; do not show it",
                     "≤ 1e-6", ["I5"])
     run.save("evaluate/importance", saved)
-    return _importance_displays(saved, holdout)
+    return stack(_importance_displays(saved, holdout), *_across_seeds(run, frame))
 
 
 def important_columns(
@@ -197,24 +261,58 @@ def show_one_row(
         score = answers[:, 1] if holdout.task == "binary" else answers.max(1)
     wanted = holdout.using["threshold"] if holdout.task == "binary" else float(np.median(score))
     least, what = run.problem.comply.least_cell, {"binary": "nearest to the threshold", "multiclass": "of middling certainty", "regression": "in the middle"}[holdout.task]
-    unit = f"in units of {holdout.contract['target']}" if holdout.task == "regression" else "in log-odds"
-    if _about_people(holdout.contract):
+    unit, reference = _unit(holdout), holdout.frame.tail(TURNS)
+    if about_people(holdout.contract):
         near = np.argsort(np.abs(score - wanted), kind="stable")[:least]
         if len(near) < least:
             return note(f"Not applicable: the rows are about people, and {len(near)} of them are too few to show anybody's answer among.")
-        return table(explain_group(holdout.model, holdout.frame[np.sort(near)]), f"How answers come about: the {least} cases {what}, together, {unit}; nobody's own row is shown", rows=40,
+        return table(explain_group(holdout.model, holdout.frame[np.sort(near)], reference), f"How answers come about: the {least} cases {what}, together, {unit}; nobody's own row is shown", rows=40,
                      formats={"contribution": "+.3f", "score_so_far": "+.3f"})
     at = int(np.argmin(np.abs(score - wanted)))
-    told = explain_row(holdout.model, holdout.frame[at: at + 1], holdout.contract)
+    told = explain_row(holdout.model, holdout.frame[at: at + 1], holdout.contract, reference)
     hidden = {c["name"] for c in holdout.contract["columns"] if c.get("pii")}
     shown = told.with_columns(value=pl.when(pl.col("column").is_in(list(hidden))).then(pl.lit("withheld")).otherwise(pl.col("value")))
     return table(shown, f"How one answer comes about: the case {what}, {unit}", rows=40,
                  formats={"contribution": "+.3f", "score_so_far": "+.3f"})
 
-# %% ../../nbs/lib/evaluate/05_explain.ipynb #b65e2548
-def _about_people(contract: dict[str, Any]) -> bool:
-    "Whether a column was found or declared to tell who somebody is, kept or left out."
+
+def about_people(
+    contract: dict[str, Any],   # data/contract
+) -> bool:
+    "Whether a column was found or declared to tell who somebody is, kept or left out: then nobody's own row is shown."
     return any(c.get("pii_kind") for c in contract["columns"]) or any(row.get("role") == "personal" for row in contract.get("left_out", []))
+
+# %% ../../nbs/lib/evaluate/05_explain.ipynb #b65e2548
+def _unit(holdout: Holdout) -> str:
+    "What contributions are counted in."
+    if holdout.task != "regression":
+        return "in log-odds" + (", before the repair" if holdout.model.about.get("repair") else "")
+    few = holdout.frame.head(20)
+    same = np.allclose(holdout.model.score(few), holdout.model.predict(few), rtol=1e-6)
+    return f"in units of {holdout.contract['target']}" if same else f"on the model's own scale, a logarithm of {holdout.contract['target']}"
+
+
+def _contributions(model: Model, frame: pl.DataFrame) -> tuple[pl.DataFrame, float] | None:
+    "Of 2,000 rows, or of a hundred where contributions have to be sampled; the last rows stand for what is not known."
+    if model.contributions(frame.head(2)) is not None:
+        return global_contributions(model, frame.head(2000))
+    return global_contributions(model, frame.head(min(100, max(1, 2000 // max(len(model.features), 1)))), frame.tail(TURNS))
+
+
+def _across_seeds(run: Run, frame: pl.DataFrame) -> list[Any]:
+    "Save evaluate/contributions of every seed's model and claim how alike they rank the columns; nothing with fewer than two."
+    folders = sorted(run.load("train/seed_models").iterdir(), key=lambda f: f.name) if run.has("train/seed_models") else []
+    sizes = [found[0] for folder in folders if (found := _contributions(load_model(folder), frame.head(1000))) is not None]
+    if len(sizes) < 2 or sizes[0].height < 3:
+        return []
+    stored = sizes[0].select("column", pl.col("mean_size").alias("s0"))
+    for k, size in enumerate(sizes[1:], 1):
+        stored = stored.join(size.select("column", pl.col("mean_size").alias(f"s{k}")), on="column", how="left", maintain_order="left")
+    run.save("evaluate/contributions", stored)
+    if rank_agreement(stored) is None:
+        return []
+    claim = run.claim("explanations_agree", of="evaluate/contributions", by=rank_agreement, on="holdout", better="higher", title="rank correlation of columns between seeds")
+    return [note(f"Trained with {len(sizes)} seeds, the columns are ranked alike by their contributions: the rank correlation is {claim.value:.2f}.", "go" if claim.value >= 0.8 else "warn")]
 
 
 def _importance_displays(saved: pl.DataFrame, holdout: Holdout) -> Html:

@@ -5,12 +5,15 @@
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #b383576a
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from ..core import audit
-from ..core.display import Html, note, stack, table
+from ..core.display import Html, facts, note, stack, table
 from ..core.intervals import score
 from ..core.metrics import BETTER
 from ..core.run import Claim
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['EVENT', 'stable_count', 'ground_of', 'check_acceptance', 'tell_answer']
+__all__ = ['EVENT', 'ASKED', 'PATIENCE_S', 'stable_count', 'ground_of', 'answer_times', 'check_operations', 'check_acceptance',
+           'tell_answer']
 
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #7170753c
 EVENT = "evaluate.judged"
@@ -47,6 +51,49 @@ def ground_of(
 ) -> str:
     "A name for the seed and data that a run stands on."
     return digest_bytes(to_json({"seed": seed, "data": data}, "ground").encode())[:16]
+
+# %% ../../nbs/lib/evaluate/08_gate.ipynb #c9006106
+ASKED, PATIENCE_S = 300, 0.4     # rows at most, seconds of the processor at most
+
+
+def answer_times(
+    ask: Callable[[dict[str, Any]], Any],   # one row in, an answer out
+    rows: list[dict[str, Any]],
+) -> pl.DataFrame:                          # cpu_ms, one row an answer; the first answers, which warm up, are left out
+    "How long the processor worked for each answer; stops when patience ends, after ten answers at least."
+    for row in rows[:3]:
+        ask(row)
+    times: list[float] = []
+    for row in rows[:ASKED]:
+        before = time.process_time_ns()
+        ask(row)
+        times.append((time.process_time_ns() - before) / 1e6)
+        if len(times) >= 10 and sum(times) > 1000 * PATIENCE_S:
+            break
+    return pl.DataFrame({"cpu_ms": times}, schema={"cpu_ms": pl.Float64})
+
+
+def check_operations(
+    run: Run,               # the evaluate phase
+    holdout: Holdout,
+) -> Html:
+    "Size and time of the model that would be shipped, against what the service may take."
+    limits, model, online = run.problem.deploy, holdout.model, run.problem.problem.mode == "online"
+    run.check("the model is small enough to ship (deploy.model_mb)", model.size_bytes / 1e6, at_most=limits.model_mb, answers=["deploy.model_mb"])
+    title = "one answer is quick enough, before any network (deploy.latency_p99_ms)"
+    facts_: dict[str, Any] = {"model on disk": f"{model.size_bytes / 1e6:.3g} MB, {limits.model_mb:g} MB are allowed"}
+    rows = holdout.frame.select(c for c in model.features if c in holdout.frame.columns).head(ASKED).to_dicts()
+    times = answer_times(model.predict_row, rows)
+    run.save("evaluate/answer_times", times, timing=True)
+    slow = None if times.is_empty() else float(times["cpu_ms"].quantile(0.99) or 0.0)
+    if online:
+        ok = slow is not None and slow <= limits.latency_p99_ms     # told in words: a criterion's text must come out the same tomorrow
+        run.require(title, ok, "99 of 100 single answers are" if ok else "not measured" if slow is None else "99 of 100 single answers are not",
+                    "choose a faster family (train.latency_ms, train.families)", f"≤ {limits.latency_p99_ms:g} ms of the processor", ["deploy.latency_p99_ms", "O6"])
+        facts_["99 of 100 single answers"] = f"at most {slow or 0:.2g} ms of the processor, {limits.latency_p99_ms:g} ms are allowed with the network"
+    else:
+        run.not_applicable(title, "the problem is answered in batches", ["deploy.latency_p99_ms"])
+    return facts(facts_, "What the model needs")
 
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #1be79541
 def check_acceptance(
@@ -80,14 +127,16 @@ def tell_answer(
     holdout: Holdout,
     measured: Measured,
 ) -> str:
-    "The phase's answer in one sentence: the main number with its interval, the money, and what is not met."
+    "The phase's answer in one sentence: the main number with its interval, the money, and what is not met; a skipped criterion is not met."
+    _none_skipped(run)
     main = measured.claims[holdout.main]
     times = holdout.predictions["__time"] if "__time" in holdout.predictions.columns else None
     when = f", {_day(times.min())} to {_day(times.max())}" if times is not None and holdout.predictions.height else ""
     said = f"{main.title} is {in_words(holdout.main, main.value)}"
     if main.low is not None and main.high is not None:
         said += f" ({in_words(holdout.main, main.low)} to {in_words(holdout.main, main.high)})"
-    said += f" on {holdout.predictions.height:,} unseen rows{when}"
+    reused = f" (reused: {holdout.looks} models were measured on them)" if holdout.looks > 1 else ""
+    said += f" on {holdout.predictions.height:,} unseen rows{when}{reused}"
     money = measured.claims.get("value_per_1000")
     if money is not None and np.isfinite(money.value) and money is not main:
         said += f", worth {in_words('value_per_1000', money.value, money.unit)} per 1,000 decisions against never acting"
@@ -99,8 +148,18 @@ def tell_answer(
 def _on_validation(run: Run, holdout: Holdout, name: str) -> Claim:
     made = next((c for c in run.made_claims if c.name == f"validation_{name}"), None)
     using = {"name": name} | holdout.using | {"unit": None}
-    return made or run.claim(f"validation_{name}", of="train/validation", by=score, using=using, on="validation", better=BETTER[name],
+    answered = "evaluate/validation" if run.has("evaluate/validation") else "train/validation"
+    return made or run.claim(f"validation_{name}", of=answered, by=score, using=using, on="validation", better=BETTER[name],
                              title=f"{title_of(name, holdout.using['recall'])} on validation")
+
+
+def _none_skipped(run: Run) -> None:
+    "A line of the acceptance table that nobody held against a number is a no-go, not a silence."
+    judged = {answer for check in run.made_checks for answer in check.answers}
+    for number, line in enumerate(run.problem.evaluate.acceptance):
+        if line.on != "production" and f"evaluate.acceptance.{number}" not in judged:
+            run.require(f"acceptance line {number + 1} ({line.metric}) is judged", False, "skipped", "call check_acceptance before run.conclude",
+                        answers=[f"evaluate.acceptance.{number}"])
 
 
 def _check_stability(run: Run, wanted: int) -> None:

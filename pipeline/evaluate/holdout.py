@@ -5,14 +5,14 @@
 # %% ../../nbs/lib/evaluate/01_holdout.ipynb #79c66310
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from ..core import audit
-from ..core.display import Html, facts, note, stack
+from ..core.display import Html, facts, note, stack, table
 from ..core.metrics import metrics_for
 from ..core.store import digest
 from ..data.contract import target_values
@@ -22,15 +22,51 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['LEVEL', 'level_for', 'look_of', 'reason_for', 'Holdout', 'unit_for', 'draws_for', 'answers_of', 'open_holdout',
-           'predict_all', 'show_ledger']
+__all__ = ['LEVEL', 'Look', 'looks_at', 'level_for', 'look_of', 'reason_for', 'Holdout', 'unit_for', 'draws_for', 'shipped',
+           'answers_of', 'open_holdout', 'predict_all', 'show_ledger']
 
 # %% ../../nbs/lib/evaluate/01_holdout.ipynb #3a4e2d32
 LEVEL = 0.95
 
 
+@dataclass(frozen=True)
+class Look:
+    "One model's look at the sealed rows."
+
+    number: int      # 1 for the first model
+    model: str       # first 16 digits of its digest
+    at: str          # when it was first measured
+    run: str
+    reason: str      # why these rows were used again; empty: none was given, or another model had used it up
+    counted: int     # looks that widen its interval: itself and all before it that gave no reason of their own
+
+
+def looks_at(
+    entries: list[dict[str, Any]],   # the audit trail
+    rows: str,                       # digest of the sealed rows
+) -> list[Look]:                     # in order of the first look
+    "Every model that was measured on these rows."
+    first: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, str] = {}
+    for entry in entries:
+        details = entry.get("details", {})
+        if entry["event"] not in ("sealed.opened", "sealed.replayed") or details.get("sha256") != rows:
+            continue
+        why, _, model = details.get("reason", "").rpartition(SAID)
+        if entry["event"] == "sealed.opened":
+            first.setdefault(model, entry)
+        if why and why not in reasons.values():
+            reasons.setdefault(model, why)
+    found: list[Look] = []
+    for number, (model, entry) in enumerate(first.items(), 1):
+        reason = reasons.get(model, "") if number > 1 else ""
+        before = found[-1].counted if found else 0
+        found.append(Look(number, model, str(entry.get("at", "")), str(entry.get("run", "")), reason, before + (0 if reason else 1)))
+    return found
+
+
 def level_for(
-    looks: int,      # models that were measured on these rows, this one included
+    looks: int,      # looks that count, this one included
 ) -> float:          # of each interval
     "The confidence level that keeps all looks together at 95 %."
     return 1 - (1 - LEVEL) / max(looks, 1)
@@ -42,20 +78,18 @@ def look_of(
     rows: str,                       # digest of the sealed rows
 ) -> int:                            # 1 for the first model; 0: this model has not been measured yet
     "Which look at these rows belongs to this model."
-    opened = [e["details"] for e in entries if e["event"] == "sealed.opened" and e["details"].get("sha256") == rows]
-    models = list(dict.fromkeys(_model_named(d.get("reason", "")) for d in opened))
-    return models.index(model[:16]) + 1 if model[:16] in models else 0
+    return next((look.number for look in looks_at(entries, rows) if look.model == model[:16]), 0)
 
 
 def reason_for(
-    model: str,      # digest of the model
+    model: str,                # digest of the model
+    why: str | None = None,    # evaluate.look_again
 ) -> str:
     "The reason that goes into the ledger; names the model."
-    return f"final evaluation of model {model[:16]}"
+    return f"{why or ''}{SAID}{model[:16]}"
 
 # %% ../../nbs/lib/evaluate/01_holdout.ipynb #5bddd0a2
-def _model_named(reason: str) -> str:
-    return reason.rpartition(" ")[2]
+SAID = "final evaluation of model "
 
 # %% ../../nbs/lib/evaluate/01_holdout.ipynb #381861be
 @dataclass(frozen=True)
@@ -69,7 +103,7 @@ class Holdout:
     metrics: list[str]                               # main metric first
     seeds: list[str]                                 # prefixes
     unit: str | None                                 # column of the blocks
-    looks: int
+    looks: int                                       # models measured on these rows, this one included
     using: dict[str, Any]                            # what `score` needs beside the frame and the name
     current: bool = False                            # the default model's answers stand beside
     shown: Html | None = field(default=None, repr=False)
@@ -107,6 +141,13 @@ def draws_for(
     return min(asked, max(100, asked * 100_000 // max(rows, 1)))
 
 
+def shipped(
+    run: Run,
+) -> str:            # evaluate/model where the model was repaired, else train/model
+    "The artifact that holds the model as it was measured: what is packed, served and watched."
+    return "evaluate/model" if run.has("evaluate/model") else "train/model"
+
+
 def answers_of(
     model: Model,
     frame: pl.DataFrame,        # rows with the model's columns
@@ -123,13 +164,15 @@ def open_holdout(
     run: Run,          # the evaluate phase; evaluate/threshold is saved
 ) -> Holdout:
     "Open the sealed rows, note the look, let every model answer, save evaluate/predictions."
-    contract, folder = run.load("data/contract"), run.load("train/model")
+    contract, folder = run.load("data/contract"), run.load(shipped(run))
     model, plan = load_model(folder), run.load("scope/plan") if run.has("scope/plan") else {}
     name = digest(folder)
     rows = run.digest_of("data/holdout")
-    known = look_of(audit.entries(run.store), name, rows)
-    frame = run.open_sealed("data/holdout", reason_for(name), look=not known)
-    looks = known or look_of(audit.entries(run.store), name, rows)
+    known, why = look_of(audit.entries(run.store), name, rows), run.problem.evaluate.look_again
+    frame = run.open_sealed("data/holdout", reason_for(name, f"{why}; " if why else None), look=not known)
+    history = looks_at(audit.entries(run.store), rows)
+    mine = next(one for one in history if one.model == name[:16])
+    run.save("evaluate/ledger", [vars(one) for one in history[:mine.number]], timing=True)
     evaluate, rule = run.problem.evaluate, run.load("evaluate/threshold")
     named = [m for line in evaluate.acceptance if line.on == "holdout" for m in [line.metric]]
     names = metrics_for(contract["task"], [*evaluate.metrics, *named] if evaluate.metrics else [],
@@ -143,11 +186,11 @@ def open_holdout(
     unit = unit_for(frame)
     using = {
         "classes": contract["classes"] or None, "unit": unit, "draws": draws_for(evaluate.bootstrap, frame.height), "seed": run.seed,
-        "level": level_for(looks), "threshold": 0.5 if rule["threshold"] is None else rule["threshold"],
+        "level": level_for(mine.counted), "threshold": 0.5 if rule["threshold"] is None else rule["threshold"],
         "recall": evaluate.recall, "costs": rule.get("costs"),
     }
-    return Holdout(frame, predictions, model, contract, names, seeds, unit, looks, using, current,
-                   show_ledger(frame, looks, bool(known), unit))
+    return Holdout(frame, predictions, model, contract, names, seeds, unit, mine.number, using, current,
+                   show_ledger(frame, history[:mine.number], bool(known), unit))
 
 
 def predict_all(
@@ -160,10 +203,12 @@ def predict_all(
     "Outcomes and every model's answers, side by side."
     kept = [c for c in ("__row", "__time", "__group") if c in frame.columns]
     outcome = pl.Series("y", target_values(frame, contract))
-    parts = [frame.select(kept), outcome.to_frame(), answers_of(model, frame)]
+    parts = [frame.select(kept), outcome.to_frame(), *_with_repair(model, frame)]
+    repair = {k: v for k, v in model.about.items() if k == "repair"}      # the same family is repaired in the same way
     folders = sorted(run.load("train/seed_models").iterdir(), key=_number) if run.has("train/seed_models") else []
     seeds = [f"s{k}_" for k in range(len(folders))]
-    parts += [answers_of(load_model(folder), frame, prefix) for folder, prefix in zip(folders, seeds)]
+    again = (load_model(folder) for folder in folders)
+    parts += [answers_of(replace(one, about=one.about | repair), frame, prefix) for one, prefix in zip(again, seeds)]
     current = run.has("train/default")
     if current:
         parts.append(answers_of(load_model(run.load("train/default")), frame, "current_"))
@@ -174,28 +219,42 @@ def predict_all(
 
 def show_ledger(
     frame: pl.DataFrame,     # the opened rows
-    looks: int,
+    history: list[Look],     # this model's look and those before it
     replay: bool,            # this model was measured before
     unit: str | None,
 ) -> Html:
     "When the rows are from, how often they were used, and what that does to the intervals."
-    times = frame["__time"] if "__time" in frame.columns else None
+    times, looks, mine = frame["__time"] if "__time" in frame.columns else None, len(history), history[-1]
+    level = f"{level_for(mine.counted):.1%}".replace(".0%", "%")
     drawn = {"__time": "days: rows of one day stay together", "__group": "groups: rows of one group stay together"}
     pairs: dict[str, Any] = {
         "rows": frame.height,
         "from": times.min() if times is not None else "no time order", "to": times.max() if times is not None else "–",
-        "models measured on them, this one included": looks, "intervals at": f"{level_for(looks):.1%}".replace(".0%", "%"),
+        "models measured on them, this one included": looks, "intervals at": level,
         "drawn by": drawn.get(unit or "", "rows"),
     }
     if looks > 1:
-        said = note(f"This holdout was reused: {looks} models were measured on the same rows. Intervals are widened to "
-                    f"{level_for(looks):.1%}; a new holdout would serve better.", "warn")
+        wider = f"Intervals are widened to {level}" if mine.counted > 1 else f"Intervals stay at {level}"
+        excused = f", as a reason was given for this look: “{mine.reason.removesuffix('; ')}”" if mine.reason else ""
+        said = note(f"This holdout was reused: {looks} models were measured on the same rows. {wider}{excused}; a new holdout would serve better.", "warn")
     elif replay:
         said = note("This very model was measured on these rows before; the same numbers come out and no look is spent.")
     else:
         said = note("First look: nothing was chosen by these rows.", "go")
-    return stack(said, facts(pairs, "The holdout"))
+    ledger = [{"look": one.number, "model": one.model[:8], "first measured": one.at[:16].replace("T", " "), "run": one.run,
+               "reason given": one.reason.removesuffix("; ") or "–"} for one in history]
+    return stack(said, facts(pairs, "The holdout"), *([table(ledger, "Who looked at these rows (from the audit trail)")] if looks > 1 else []))
 
 # %% ../../nbs/lib/evaluate/01_holdout.ipynb #e8dcf704
+def _with_repair(model: Model, frame: pl.DataFrame) -> list[pl.DataFrame]:
+    "A model's answers; where they were repaired, those before the repair as well (raw_…)."
+    if model.about.get("repair") is None:
+        return [answers_of(model, frame)]
+    bare = replace(model, about={k: v for k, v in model.about.items() if k != "repair"})
+    raw = bare.predict(frame)
+    before = pl.DataFrame({"raw_p": raw[:, -1]}) if model.task == "binary" else model.answers(raw).select(pl.all().name.prefix("raw_"))
+    return [model.answers(model.mended(raw)), before]
+
+
 def _number(folder: Path) -> tuple[int, str]:
     return (int(folder.name) if folder.name.isdigit() else 10**9, folder.name)

@@ -5,22 +5,25 @@
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #9bb598fc
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from ..core.display import Html, estimates, headline, note, number, stack
 from ..core.intervals import score, score_over_seeds
-from ..core.metrics import BETTER, LABELS, metric_or_none, predictions_of
+from ..core.metrics import BETTER, LABELS, Settings, brier_parts, metric_or_none, predictions_of
 from ..core.run import Claim
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
+    from pipeline.train.models import Model
 
 # %% auto #0
-__all__ = ['PERCENT', 'title_of', 'in_words', 'Measured', 'measure', 'measure_over_seeds']
+__all__ = ['PERCENT', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure', 'measure_over_seeds']
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #d7d0ee4e
 PERCENT = ("accuracy", "balanced_accuracy", "precision_at_recall", "coverage_90")
@@ -48,6 +51,33 @@ def in_words(
         return f"{value:,.0f} {unit}".replace("-", "−").strip()
     return number(float(value))
 
+# %% ../../nbs/lib/evaluate/07_measures.ipynb #b59e10d7
+def brier_in_words(
+    y: Any,            # outcomes, 0 or 1
+    p: Any,            # probabilities as `metric` takes them
+) -> str:
+    "What a binary Brier score is made of, in one sentence."
+    made = brier_parts(y, p)
+    return (f"One answer for all rows would have a Brier score of {made.uncertainty:.3f}; telling rows apart wins {made.resolution:.3f}, "
+            f"probabilities that are not quite true lose {max(made.reliability, 0.0):.3f}.")
+
+# %% ../../nbs/lib/evaluate/07_measures.ipynb #d2e32521
+def throughput_of(
+    model: Model,
+    rows: pl.DataFrame,        # with the model's columns
+    batch: int = 2000,         # rows asked at once
+    repeats: int = 5,
+) -> dict[str, float]:         # rows a core-second: median, lowest, highest; rows of a batch
+    "How many rows the model answers in a second of one core."
+    asked = rows.head(batch)
+    model.predict(asked)
+    found = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        model.predict(asked)
+        found.append(asked.height / max(time.process_time() - begun, 1e-6))
+    return {"rows_per_core_s": float(np.median(found)), "lowest": min(found), "highest": max(found), "batch": float(asked.height)}
+
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #c5aed9cb
 @dataclass(frozen=True)
 class Measured:
@@ -66,11 +96,12 @@ def measure(
 ) -> Measured:
     "Claim every metric of the problem on the holdout; those of the acceptance table stand first, big."
     evaluate, currency = run.problem.evaluate, run.problem.problem.currency
+    names = [*holdout.metrics, *(["pinball_90"] if "coverage_90" in holdout.metrics and "pinball_90" not in holdout.metrics else [])]
     claims = {
         name: run.claim(
             name, of="evaluate/predictions", by=score, using={"name": name} | holdout.using, on="holdout", better=BETTER[name],
             unit=currency if name == "value_per_1000" else "", title=title_of(name, evaluate.recall),
-        ) for name in holdout.metrics
+        ) for name in names
     }
     limits: dict[str, float] = {}
     for line in evaluate.acceptance:
@@ -83,6 +114,11 @@ def measure(
     parts: list[Any] = [headline(big), estimates([c for c in claims.values() if np.isfinite(c.value)], "On the holdout", limits)]
     if undefined:
         parts.append(note(f"Not defined on these rows: {', '.join(undefined)}. A limit on any of them is not met.", "warn"))
+    if holdout.task == "binary" and "brier" in claims:
+        parts.append(note(brier_in_words(*predictions_of(holdout.predictions, holdout.using["classes"]))))
+    speed = throughput_of(holdout.model, holdout.frame)
+    run.save("evaluate/throughput", speed, timing=True)
+    parts.append(note(f"One core answers {speed['rows_per_core_s']:,.0f} rows a second in batches of {speed['batch']:,.0f}, features encoded and all."))
     return Measured(claims, stack(*parts))
 
 
@@ -97,8 +133,8 @@ def measure_over_seeds(
         f"{holdout.main}_over_seeds", of="evaluate/predictions", by=score_over_seeds, on="holdout", better=BETTER[holdout.main],
         using={"name": holdout.main, "prefixes": holdout.seeds} | holdout.using, title=f"{title_of(holdout.main)}, mean over {len(holdout.seeds)} seeds",
     )
-    options = {k: holdout.using[k] for k in ("threshold", "recall", "costs")}
-    values = [metric_or_none(holdout.main, *predictions_of(holdout.predictions, holdout.using["classes"], s), **options) for s in holdout.seeds]
+    settings = Settings(**{k: holdout.using[k] for k in ("threshold", "recall", "costs")})
+    values = [metric_or_none(holdout.main, *predictions_of(holdout.predictions, holdout.using["classes"], s), settings=settings) for s in holdout.seeds]
     known = [v for v in values if v is not None]
     if len(known) < 2 or not np.isfinite(claim.value):
         return note(f"{title_of(holdout.main)} is not defined on these rows for every seed.", "warn")

@@ -15,15 +15,17 @@ from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
 from ..core.intervals import bootstrap, score_difference, units_of, wilson
 from ..core.metrics import BETTER, LABELS, metric_or_none, predictions_of
+from ..data.features import compute, derived_in, load_expressions, load_feature
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['Disturbance', 'ROWS', 'CELLS', 'add_noise', 'lose_cells', 'rename_levels', 'slip_point', 'misspell', 'cut_feed',
-           'disturbances', 'answer_disturbed', 'stress_table', 'worst_change', 'metric_over_time', 'recall_by_class',
-           'rows_for', 'stress_model', 'show_over_time', 'show_by_class']
+__all__ = ['Disturbance', 'RARE_SHARE', 'ROWS', 'CELLS', 'add_noise', 'lose_cells', 'rename_levels', 'slip_point', 'push_out',
+           'swap_numbers', 'exchange_levels', 'shift_dates', 'misspell', 'cut_feed', 'change', 'readers_of',
+           'sent_columns', 'disturbances', 'answer_disturbed', 'stress_table', 'worst_change', 'metric_over_time',
+           'recall_by_class', 'recall_disturbed', 'rows_for', 'stress_model', 'show_over_time', 'show_by_class']
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #35f8f9bd
 def add_noise(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, size: float = 0.1) -> pl.DataFrame:
@@ -56,6 +58,36 @@ def slip_point(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Genera
     )
 
 
+def push_out(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, share: float = 0.05) -> pl.DataFrame:
+    "A share of all numbers stands at the lowest or the highest that was seen."
+    def pushed(c: str) -> pl.Expr:
+        ends = pl.when(pl.Series(rng.random(frame.height) < 0.5)).then(pl.col(c).min()).otherwise(pl.col(c).max())
+        return pl.when(pl.Series(rng.random(frame.height) >= share)).then(pl.col(c)).otherwise(ends).alias(c)
+
+    return frame.with_columns(pushed(c) for c in _of(kinds, "number"))
+
+
+def swap_numbers(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, share: float = 0.05) -> pl.DataFrame:
+    "In a share of rows neighbouring numbers stand in each other's place, as in a form filled in one line too low."
+    names, hit = _of(kinds, "number"), pl.Series(rng.random(frame.height) < share)
+    pairs = list(zip(names[::2], names[1::2]))
+    swapped = [(a, b) for pair in pairs for a, b in (pair, pair[::-1])]
+    return frame.with_columns(pl.when(hit).then(pl.col(b).cast(frame.schema[a], strict=False)).otherwise(pl.col(a)).alias(a) for a, b in swapped)
+
+
+def exchange_levels(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, share: float = 0.1) -> pl.DataFrame:
+    "A share of all categories is another row's: a known value, but the wrong one."
+    return frame.with_columns(
+        pl.when(pl.Series(rng.random(frame.height) >= share)).then(pl.col(c)).otherwise(frame[c].gather(rng.permutation(frame.height))).alias(c)
+        for c in [*_of(kinds, "category"), *_of(kinds, "bool")]
+    )
+
+
+def shift_dates(frame: pl.DataFrame, kinds: dict[str, str], by: str) -> pl.DataFrame:
+    "Every date and time is off, such as 1h (a clock in another zone) or 1y (a year that training never saw)."
+    return frame.with_columns(pl.col(c).dt.offset_by(by) for c in _of(kinds, "date") if frame.schema[c].is_temporal())
+
+
 def misspell(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, share: float = 0.2) -> pl.DataFrame:
     "In a share of all texts two neighbouring letters change places."
     def swapped(text: str | None, draw: float) -> str | None:
@@ -83,6 +115,39 @@ def _spread(column: pl.Series) -> float:
     values = column.drop_nulls().to_numpy().astype(float)
     return float(values[np.isfinite(values)].std()) if len(values) else 0.0
 
+# %% ../../nbs/lib/evaluate/04_stress.ipynb #71e7118c
+def change(
+    frame: pl.DataFrame,
+    contract: dict[str, Any],      # data/contract
+    values: dict[str, pl.Series],  # column -> its new values, one a row
+) -> pl.DataFrame:                 # the same rows; made columns follow
+    "Put other values into rows."
+    changed = frame.with_columns(series.alias(name) for name, series in values.items())
+    held = set(frame.columns)
+    made = [d for d in derived_in(contract) if d.name not in values and set(needs := load_feature(d.source).needs) & set(values) and set(needs) <= held]
+    return compute(changed, load_expressions(made)) if made else changed
+
+
+def readers_of(
+    column: str,
+    contract: dict[str, Any],
+) -> list[str]:                    # features that see this column, itself among them
+    "Through which of its inputs the model sees a column."
+    made = [d.name for d in derived_in(contract) if column in load_feature(d.source).needs]
+    return [column, *made] if column in contract["features"] else made
+
+
+def sent_columns(
+    contract: dict[str, Any],      # data/contract
+    held: set[str],                # columns at hand
+) -> dict[str, str]:               # column -> number, category, text, date, bool
+    "What a caller sends: the model's columns, and in place of made ones those that they are made from."
+    derived = [d for d in derived_in(contract) if set(load_feature(d.source).needs) <= held]
+    needs = [name for d in derived for name in load_feature(d.source).needs]
+    made = {d.name for d in derived}
+    types = {c["name"]: c["type"] for c in contract["columns"]}
+    return {c: types[c] for c in dict.fromkeys([*contract["features"], *needs]) if c not in made and c in types and c in held}
+
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #aefb3b0e
 Disturbance = Callable[[pl.DataFrame, np.random.Generator], pl.DataFrame]
 
@@ -98,12 +163,19 @@ def disturbances(
         found["noise"] = "every number off by a tenth of its spread", lambda f, r: add_noise(f, kinds, r)
         found["noise5"] = "every number off by half of its spread", lambda f, r: add_noise(f, kinds, r, 0.5)
         found["slip"] = "the decimal point slipped in 5 % of numbers", lambda f, r: slip_point(f, kinds, r)
+        found["ends"] = "5 % of numbers at the end of their range", lambda f, r: push_out(f, kinds, r)
+    if len(_of(kinds, "number")) > 1:
+        found["swap"] = "numbers in each other's place in 5 % of rows", lambda f, r: swap_numbers(f, kinds, r)
     found["lost10"] = "10 % of all cells missing", lambda f, r: lose_cells(f, kinds, r)
     found["lost30"] = "30 % of all cells missing", lambda f, r: lose_cells(f, kinds, r, 0.3)
     if "category" in known:
         found["unseen"] = "10 % of categories never seen before", lambda f, r: rename_levels(f, kinds, r)
+        found["wrong"] = "10 % of categories exchanged for another", lambda f, r: exchange_levels(f, kinds, r)
     if "text" in known:
         found["typos"] = "letters swapped in 20 % of texts", lambda f, r: misspell(f, kinds, r)
+    if "date" in known:
+        found["clock"] = "every date and time an hour off", lambda f, r: shift_dates(f, kinds, "1h")
+        found["later"] = "every date a year later", lambda f, r: shift_dates(f, kinds, "1y")
     for i, column in enumerate(feeds):
         found[f"feed{i}"] = f"no {column} at all", lambda f, r, c=column: cut_feed(f, c)  # type: ignore[misc]
     return found
@@ -114,15 +186,25 @@ def answer_disturbed(
     frame: pl.DataFrame,                             # undisturbed rows
     listed: dict[str, tuple[str, Disturbance]],
     rng: Callable[[str], np.random.Generator],       # a generator for each key
+    contract: dict[str, Any] | None = None,          # data/contract: made columns are made again
 ) -> dict[str, np.ndarray | str]:                    # key -> answers, or the sentence with which they were refused
     "What the model answers to each disturbance."
     found: dict[str, np.ndarray | str] = {}
     for key, (_, disturb) in listed.items():
         try:
-            found[key] = predict(disturb(frame, rng(key)))
+            disturbed = disturb(frame, rng(key))
+            if contract is not None and (touched := _touched(frame, disturbed, contract)):
+                disturbed = change(disturbed, contract, {c: disturbed[c] for c in touched})
+            found[key] = predict(disturbed)
         except InputError as error:
             found[key] = str(error)
     return found
+
+# %% ../../nbs/lib/evaluate/04_stress.ipynb #86660fc8
+def _touched(frame: pl.DataFrame, disturbed: pl.DataFrame, contract: dict[str, Any]) -> list[str]:
+    "Columns that made ones are made from and that were disturbed."
+    needs = {name for d in derived_in(contract) for name in load_feature(d.source).needs}
+    return [c for c in sorted(needs & set(frame.columns)) if not disturbed[c].equals(frame[c], null_equal=True)]
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #9212c27e
 def stress_table(
@@ -131,13 +213,13 @@ def stress_table(
     said: dict[str, str],                          # key -> what was done
     refused: dict[str, str],                       # key -> the sentence
     using: dict[str, Any],                         # what `score_difference` needs
-) -> pl.DataFrame:      # stress, metric, undisturbed, disturbed, change, low, high, answered
+) -> pl.DataFrame:      # key, stress, metric, undisturbed, disturbed, change, low, high, answered
     "The metric undisturbed and disturbed on the same rows, and the change with its interval, worst first."
     y, p = predictions_of(frame, using["classes"])
     options = {k: using[k] for k in ("threshold", "recall", "costs")}
     before, rows = metric_or_none(name, y, p, **options), []
     for key, what in said.items():
-        row: dict[str, Any] = {"stress": what, "metric": name, "undisturbed": before, "answered": "yes"}
+        row: dict[str, Any] = {"key": key, "stress": what, "metric": name, "undisturbed": before, "answered": "yes"}
         if key in refused:
             rows.append(row | {"answered": f"refused: {refused[key]}"})
             continue
@@ -146,7 +228,7 @@ def stress_table(
         rows.append(row | {"disturbed": after, "change": change.value if change else None,
                            "low": change.low if change else None, "high": change.high if change else None,
                            "answered": "yes" if after is not None else "not with finite numbers"})
-    types = {"stress": pl.String, "metric": pl.String, "undisturbed": pl.Float64, "disturbed": pl.Float64, "change": pl.Float64,
+    types = {"key": pl.String, "stress": pl.String, "metric": pl.String, "undisturbed": pl.Float64, "disturbed": pl.Float64, "change": pl.Float64,
              "low": pl.Float64, "high": pl.Float64, "answered": pl.String}
     return pl.DataFrame(rows, schema=types).sort("change", descending=BETTER[name] == "lower", nulls_last=False)
 
@@ -201,8 +283,28 @@ def recall_by_class(
                      "found": float((decided[here] == index).mean()) if here.any() else None, "low": low, "high": high})
     return pl.DataFrame(rows).sort("n", maintain_order=True)
 
+
+def recall_disturbed(
+    frame: pl.DataFrame,               # stored answers, undisturbed and with a prefix a disturbance
+    classes: list[str],
+    said: dict[str, str],              # key -> what was done
+    threshold: float = 0.5,
+) -> pl.DataFrame:                     # class, at_worst, disturbance
+    "Of each class, the least share that is found under any disturbance, and which."
+    y = frame["y"].to_numpy()
+    found: dict[str, tuple[float, str]] = {}
+    for key, what in said.items():
+        p = predictions_of(frame, classes, f"{key}_")[1]
+        decided = (p >= threshold).astype(int) if p.ndim == 1 else p.argmax(1)
+        for index, label in enumerate(classes):
+            if (y == index).any():
+                share = float((decided[y == index] == index).mean())
+                found[label] = min(found.get(label, (2.0, "")), (share, what))
+    return pl.DataFrame([{"class": k, "at_worst": v[0], "disturbance": v[1]} for k, v in found.items()], schema={"class": pl.String, "at_worst": pl.Float64, "disturbance": pl.String})
+
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #de8eed66
-ROWS, CELLS = 8000, 4_000_000     # most rows, and most cells, that are disturbed
+RARE_SHARE = 0.01                 # a class below it is called rare
+ROWS, CELLS = 6000, 4_000_000     # most rows, and most cells, that are disturbed
 
 
 def rows_for(
@@ -219,10 +321,10 @@ def stress_model(
     feeds: list[str],       # columns to cut, most important first
 ) -> Html:
     "Disturb the holdout, save the answers and evaluate/stress, claim the worst change, demand an answer to every row."
-    kinds = {c["name"]: c["type"] for c in holdout.contract["columns"] if c["name"] in holdout.model.features}
+    kinds = sent_columns(holdout.contract, set(holdout.frame.columns))
     rows = np.sort(run.rng("stress rows").permutation(holdout.frame.height)[:rows_for(len(kinds))])
     frame, listed = holdout.frame[rows], disturbances(kinds, [f for f in feeds if f in kinds][:3])
-    answers = answer_disturbed(holdout.model.predict, frame, listed, lambda key: run.rng(f"stress {key}"))
+    answers = answer_disturbed(holdout.model.predict, frame, listed, lambda key: run.rng(f"stress {key}"), holdout.contract)
     refused = {k: a for k, a in answers.items() if isinstance(a, str)}
     given = {k: a for k, a in answers.items() if not isinstance(a, str)}
     unit = [c for c in ("__row", holdout.unit) if c and c in holdout.predictions.columns]
@@ -240,7 +342,7 @@ def stress_model(
                 "find the rows without an answer in evaluate/stress_predictions", answers=["O5"])
     worst = costs.drop_nulls("change").row(0, named=True) if costs["change"].null_count() < costs.height else None
     said = f"Worst: {worst['stress']}, {LABELS[holdout.main]} from {worst['undisturbed']:.3g} to {worst['disturbed']:.3g}." if worst else "Nothing could be measured."
-    return stack(note(said), table(costs.drop("metric"), f"{LABELS[holdout.main]} of the same {len(rows):,} rows when inputs are disturbed",
+    return stack(note(said), table(costs.drop("key", "metric"), f"{LABELS[holdout.main]} of the same {len(rows):,} rows when inputs are disturbed",
                                    formats=dict.fromkeys(("undisturbed", "disturbed"), ".3f") | dict.fromkeys(("change", "low", "high"), "+.4f")))
 
 
@@ -262,16 +364,25 @@ def show_over_time(
 
 
 def show_by_class(
+    run: Run,               # the evaluate phase, stress saved
     holdout: Holdout,       # opened
 ) -> Any:
-    "The share of each class that is found, rarest first; a box for a regression."
+    "Save evaluate/classes and show the share of each class that is found, also at worst when disturbed, rarest first; a box for a regression."
     if holdout.task == "regression":
         return note("A regression has no classes; small and large outcomes are compared with their intervals above.")
-    found = recall_by_class(holdout.predictions, holdout.contract["classes"], holdout.using["threshold"])
+    classes, threshold = holdout.contract["classes"], holdout.using["threshold"]
+    stored, costs = run.load("evaluate/stress_predictions"), run.load("evaluate/stress")
+    keys = [c.removesuffix("_p") for c in stored.columns if c.endswith("_p")] if holdout.task == "binary" else [
+        c.removesuffix(f"_p_{classes[0]}") for c in stored.columns if c.endswith(f"_p_{classes[0]}")]
+    said = dict(zip(costs["key"], costs["stress"]))
+    found = recall_by_class(holdout.predictions, classes, threshold)
+    found = found.join(recall_disturbed(stored, classes, {k: said[k] for k in keys}, threshold), on="class", how="left", maintain_order="left")
+    run.save("evaluate/classes", found)
     rarest = found.row(0, named=True)
     share = "none" if rarest["found"] is None else f"{rarest['found']:.0%}"
-    return table(found, f"The rarest class, {rarest['class']}, is found in {share} of its {rarest['n']:,} cases",
-                 formats=dict.fromkeys(("share", "found", "low", "high"), ".1%"), counts="n")
+    few = " (fewer than one row in a hundred)" if rarest["share"] < RARE_SHARE else ""
+    return table(found.rename({"at_worst": "found at worst"}), f"The rarest class, {rarest['class']}{few}, is found in {share} of its {rarest['n']:,} cases",
+                 formats=dict.fromkeys(("share", "found", "low", "high", "found at worst"), ".1%"), counts="n")
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #b616fdc2
 def _answer_columns(holdout: Holdout) -> list[str]:

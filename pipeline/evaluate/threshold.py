@@ -96,7 +96,7 @@ def choose_threshold(
         return note(f"No threshold: a {contract['task']} answer is used as it is.")
     costs, currency = amounts(run.problem.evaluate.costs), run.problem.problem.currency
     try:
-        found = pick_threshold(run.load("train/validation"), costs, contract["classes"], run.problem.problem.human_review,
+        found = pick_threshold(run.load("evaluate/validation" if run.has("evaluate/validation") else "train/validation"), costs, contract["classes"], run.problem.problem.human_review,
                                run.seed, run.problem.evaluate.bootstrap)
     except InputError as error:
         run.save("evaluate/threshold", {"threshold": 0.5, "rule": "one half", "measured_on": "validation"})

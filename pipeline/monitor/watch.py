@@ -152,10 +152,12 @@ def served_model(
     run: Run,
 ) -> tuple[str, str]:     # artifact, in words
     "The model that answers in production: the released one, or the one before it where the rollout went back."
+    from pipeline.evaluate.holdout import shipped
+
     ended = {d["what"]: d["chose"] for d in run.decisions("rollout")} if any(p.endswith("_rollout") for p in run.phases()) else {}
     if ended.get("what the rollout does") == "roll back" and run.has("train/default"):
         return "train/default", "the model in place before: the rollout went back to it"
-    return "train/model", "the released model"
+    return shipped(run), "the released model"
 
 
 def look(
@@ -179,7 +181,8 @@ def look(
     days = fitting_days(production, monitor.window_days)
     newest = _moment(production[TIME].max()) if calendar else None
     known = known_at(answers, newest, monitor.outcome_delay_days) if newest is not None else answers
-    validation, holdout = (run.load(n) if run.has(n) else None for n in ("train/validation", "evaluate/predictions"))
+    answered = "evaluate/validation" if run.has("evaluate/validation") else "train/validation"     # repaired, where the model was
+    validation, holdout = (run.load(n) if run.has(n) else None for n in (answered, "evaluate/predictions"))
     reference = reference_answers(validation, holdout, train)
     chance = window_budget(monitor.false_alarms_per_month, windows_per_month(days, calendar), FAMILIES)
     using = _using(run, plan)

@@ -66,6 +66,7 @@ def prepare(
     from pipeline.data.contract import target_values
     from pipeline.deploy.frames import check_frame
     from pipeline.deploy.schema import make_schema
+    from pipeline.evaluate.holdout import shipped
     from pipeline.train.models import load_model
 
     contract, said, task = run.load("data/contract"), run.problem.rollout, run.problem.problem.task
@@ -82,7 +83,7 @@ def prepare(
         return Trial(why, shown=note(f"Not applicable: {why}.", "info"))
     subjects, salt = subjects_of(frame, said.subject), f"{run.problem.problem.name}-rollout"
     rows = check_frame(frame, make_schema(contract))
-    models = [load_model(run.load(f"train/{name}")) for name in ("model", "default")]
+    models = [load_model(run.load(name)) for name in (shipped(run), "train/default")]
     new, old = (m.predict(rows) for m in models)
     scale, loss = _scale(run, task)
     own = frame["__row"] if "__row" in frame.columns else pl.Series(range(len(frame)))

@@ -32,6 +32,11 @@ MEANING: dict[str, tuple[str, float, float]] = {
     "rmse": ("root of the mean squared error, in the target's unit", 0, float("inf")),
     "r2": ("share of the target's variance that is explained", float("-inf"), 1),
     "coverage_90": ("share of outcomes inside the stated 90 % interval", 0, 1),
+    "pinball_90": ("how far outcomes lie outside the stated 90 % interval, and how wide it is, in the target's unit", 0, float("inf")),
+    "ece_debiased": ("how far stated probabilities stand from observed shares, without what chance adds", 0, 1),
+    "ndcg": ("how near the order inside each group is to the best one", 0, 1),
+    "map": ("precision averaged over every recall, inside each group", 0, 1),
+    "mrr": ("one over the place of the first relevant row of each group", 0, 1),
 }
 
 # %% ../../nbs/lib/scope/02_criteria.ipynb #dcfc702d
@@ -76,7 +81,7 @@ def acceptance_table(
         rows.append({
             "metric": line.metric, "name": LABELS[line.metric], "meaning": MEANING[line.metric][0],
             "limit": f"{'≥' if higher else '≤'} {line.at_least if higher else line.at_most:g}",
-            "at_least": line.at_least, "at_most": line.at_most, "on": line.on, "judged_by": BOUNDS[line.bound],
+            "at_least": line.at_least, "at_most": line.at_most, "on": line.on, "judged_by": BOUNDS[line.bound or ("low" if higher else "high")],
             "cautious": line.bound != ("high" if higher else "low"),
         })
     types = {"metric": pl.String, "name": pl.String, "meaning": pl.String, "limit": pl.String, "at_least": pl.Float64, "at_most": pl.Float64,
@@ -93,6 +98,8 @@ CONSTRAINTS: list[tuple[str, str, str, str, str]] = [
     ("deploy.model_mb", "size of the model", "≤ {:g}", "MB", "06 deploy"),
     ("deploy.rss_mb", "memory of the service", "≤ {:g}", "MB", "06 deploy"),
     ("deploy.throughput_rps", "requests served", "≥ {:g}", "requests/s", "06 deploy"),
+    ("deploy.target", "where it runs", "{}", "", "06 deploy"),
+    ("train.latency_ms", "processor time for one row", "≤ {:g}", "ms", "04 train"),
     ("deploy.uptime", "share of time in service", "≥ {:g}", "", "08 monitor"),
     ("problem.human_review", "share of decisions that people review", "≤ {:g}", "", "06 deploy"),
     ("evaluate.cohort_gap", "gap between cohorts in the main metric", "≤ {:g}", "", "05 evaluate"),
@@ -115,7 +122,7 @@ def constraints_table(
         if isinstance(value, bool):
             value = "required" if value else "not required"
         unit = problem.problem.currency if unit == "currency" else unit
-        rows.append({"key": key, "constraint": meaning, "limit": form.format(value), "unit": unit, "measured_in": phase})
+        rows.append({"key": key, "constraint": meaning, "limit": "no limit" if value is None else form.format(value), "unit": unit, "measured_in": phase})
     return pl.DataFrame(rows)
 
 # %% ../../nbs/lib/scope/02_criteria.ipynb #538e60fb

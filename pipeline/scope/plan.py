@@ -61,7 +61,7 @@ def threshold_options(
             {"rule": "always act", "threshold": 0.0, "assumes": "false alarms cost nothing"}]
 
 # %% ../../nbs/lib/scope/05_plan.ipynb #130a96c9
-FLOOR_MS = {"dummy": 1.0, "linear": 1.0, "trees": 2.0, "portfolio": 2.0, "nets": 6.0}
+FLOOR_MS = {"dummy": 1.0, "linear": 1.0, "text": 1.0, "trees": 2.0, "portfolio": 2.0, "nets": 6.0, "backbone": 15.0}
 READABLE = ("dummy", "linear")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -16,7 +16,8 @@ from . import linear, nets, trees
 from .protocol import Shape
 
 # %% auto #0
-__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'Stopwatch', 'price', 'Step', 'Plan', 'plan_fits']
+__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'Stopwatch', 'CoreClock', 'start_clock', 'price',
+           'usual_rounds', 'Step', 'Plan', 'plan_fits']
 
 # %% ../../nbs/lib/train/08_budget.ipynb #663fa57a
 class Stopwatch:
@@ -33,9 +34,27 @@ class Stopwatch:
         wall, cpu = time.monotonic() - self.begun[0], time.process_time() - self.begun[1]
         return min(wall, cpu / self.cores)
 
+
+class CoreClock:
+    "Seconds in which this process worked, on all its cores together."
+
+    def __init__(self) -> None:
+        self.begun = time.process_time()
+
+    def __call__(self) -> float:
+        return time.process_time() - self.begun
+
+
+def start_clock(
+    kind: str,          # wall or core (train.clock)
+    threads: int = 1,
+) -> Callable[[], float]:
+    "What the budget counts, from now on."
+    return CoreClock() if kind == "core" else Stopwatch(threads)
+
 # %% ../../nbs/lib/train/08_budget.ipynb #e4d3d430
-START = {"dummy": 0.0, "linear": 1.5, "trees": 1.0, "portfolio": 0.0, "nets": 7.0}
-ROUNDS = {"trees": 70, "portfolio": 120}    # what a fit usually takes
+START = {"dummy": 0.0, "linear": 1.5, "text": 0.5, "trees": 1.0, "portfolio": 0.0, "nets": 7.0, "backbone": 9.0, "ensemble": 0.0}
+ROUNDS = 7.0                                # a fit usually takes so many divided by its learning rate
 HEADROOM = 0.75                             # of the budget is planned; the rest is for slower machines
 
 
@@ -51,11 +70,26 @@ def price(
         return 0.001
     if family == "linear":
         return 2.4e-9 * rows * _design(shape) * config.get("iterations", 100) * scores + 0.02
+    if family == "text":
+        return 3e-4 * rows * len(shape.texts) * (1 + 0.3 * (scores - 1)) + price("linear", rows, shape, {}) + 0.05
+    if family == "backbone":   # each text once, however many folds it is in
+        return 0.015 * rows * len(shape.texts)
     if family == "nets":
         used, epochs = nets.rows_and_epochs(rows, int(config.get("samples", nets.DEFAULT["samples"])))
         return used * epochs * (7e-6 + 1e-8 * len(shape.sizes)) + 0.3
-    cells, rounds = rows * len(shape.sizes), config.get("rounds", ROUNDS[family])
-    return rounds * scores * (5.5e-9 * cells + 1.6e-5 * config.get("num_leaves", 31)) + 1e-7 * cells + 0.01
+    if family == "ensemble":
+        return sum(price(m["family"], rows, shape, m["config"]) for m in config["members"])
+    codes = len(shape.categories) * (min(scores, 10) if config.get("categories", "native") != "native" else 0)
+    cells, rounds = rows * (len(shape.sizes) + codes), config.get("rounds", usual_rounds(config))
+    drawn = 2.0 if config.get("bagging_freq") else 0.5 + 0.5 * config.get("feature_fraction", 1.0)   # drawing rows costs more than it saves
+    return rounds * scores * (5.5e-9 * cells * drawn + 1.6e-5 * config.get("num_leaves", 31)) + 1e-7 * cells + 0.01
+
+
+def usual_rounds(
+    config: dict[str, Any],   # of trees
+) -> float:                   # small steps need more
+    "Rounds that a fit usually takes."
+    return ROUNDS / config.get("learning_rate", 0.1)
 
 
 def _design(shape: Shape) -> int:
@@ -74,6 +108,7 @@ class Step:
     stage: str                  # full, or screen: a comparison inside its family on the last fold alone
     rows: int                   # most training rows a fold
     price: float                # seconds
+    optional: bool = False      # passed over where what is left does not pay for it
 
 
 @dataclass(frozen=True)
@@ -103,7 +138,7 @@ class Plan:
         return pl.DataFrame(rows, infer_schema_length=None)
 
 
-SHARES = {"trees": 0.22, "linear": 0.1, "portfolio": 0.34, "nets": 0.34}   # of what the final fits leave
+SHARES = {"trees": 0.22, "linear": 0.1, "text": 0.1, "portfolio": 0.34, "nets": 0.34, "backbone": 0.5}   # of what the final fits leave
 ALWAYS = ("trees", "linear")                                              # the floor of every comparison, on a sample if need be
 SAMPLES = (60_000, 3_000_000)                                             # a net sees at least and at most
 
@@ -115,19 +150,24 @@ def plan_fits(
     shape: Shape,              # features and classes
     budget_s: float,           # wall seconds for everything
     seeds: int = 1,            # final fits of the chosen family
+    backbone: str | None = None,   # the folder of train.backbone, for the family of this name
 ) -> Plan:
     "Buy steps with a budget; it depends on sizes alone, never on the clock."
-    wanted = [f for f in ("trees", "linear", "portfolio", "nets") if f in families or f == "trees"]
+    wanted = [f for f in ("trees", "linear", "text", "portfolio", "nets", "backbone") if f in families or f == "trees"]
+    out: dict[str, str] = {}
+    wordless: list[str] = [f for f in ("text", "backbone") if f in wanted and not shape.texts]
+    for family in wordless:
+        out[family] = "no column is of type text"
+        wanted.remove(family)
     available = HEADROOM * budget_s - sum(START[f] for f in wanted if f in ALWAYS)
     refit_rows, refit_price = _refits(families, rows, shape, seeds, 0.5 * available)
-    out: dict[str, str] = {}
     steps, poor = _shop(wanted, folds, shape, available - refit_price)
     while poor:   # what one family cannot use, the others may
         family, short = poor
         out[family] = f"{short}; raise train.budget_s"
         wanted.remove(family)
         steps, poor = _shop(wanted, folds, shape, available - refit_price)
-    steps = [Step("dummy", "dummy", {}, "full", rows, 0.0), *steps]
+    steps = [Step("dummy", "dummy", {}, "full", rows, 0.0), *(replace(s, config={"folder": backbone}) if s.family == "backbone" else s for s in steps)]
     notes = []
     if refit_rows < rows:
         notes.append(f"the final model learns from {refit_rows:,} of {rows:,} rows; a larger train.budget_s uses all")
@@ -180,6 +220,8 @@ def _refits(families: Sequence[str], rows: int, shape: Shape, seeds: int, allowa
 def _minimum(family: str, folds: Sequence[int], shape: Shape) -> float:
     if family == "nets":
         return sum(price(family, n, shape, {"samples": SAMPLES[0]}) for n in folds)
+    if family == "backbone":
+        return price(family, max(folds), shape, {})
     config = trees.PORTFOLIO["wide"] if family == "portfolio" else {}
     return sum(price(family, min(n, 300), shape, config) for n in folds)
 
@@ -193,6 +235,9 @@ def _buy(family: str, folds: Sequence[int], shape: Shape, allowance: float) -> l
         samples = next((s for s in (SAMPLES[1], 1_000_000, 500_000, 300_000, 200_000, 150_000, 100_000, SAMPLES[0]) if paid(s) <= allowance), 0)
         used = max((nets.rows_and_epochs(n, samples)[0] for n in folds), default=0)
         return [Step("nets", "nets", {"samples": samples}, "full", used, paid(samples))] if samples else []
+    if family == "backbone":
+        once = price(family, max(folds), shape, {})
+        return [Step(family, family, {}, "full", max(folds), once)] if once <= allowance else []
     config = trees.DEFAULT if family == "trees" else {}
     cost = _cost(family, folds, shape, config)
     most = _most_rows(cost, max(folds), allowance)
@@ -207,7 +252,7 @@ def _cost(family: str, folds: Sequence[int], shape: Shape, config: dict[str, Any
 
 def _buy_portfolio(folds: Sequence[int], shape: Shape, allowance: float) -> list[Step]:
     "All configurations on all folds where that can be paid, otherwise a screening of each and the best in full."
-    everything = [Step(f"portfolio {name}", "portfolio", config, "full", max(folds), _cost("portfolio", folds, shape, config)(max(folds)))
+    everything = [Step(f"portfolio {name}", "portfolio", config, "full", max(folds), _cost("portfolio", folds, shape, config)(max(folds)), True)
                   for name, config in trees.PORTFOLIO.items()]
     if sum(step.price for step in everything) <= allowance:
         return everything

@@ -5,7 +5,9 @@
 # %% ../../nbs/lib/train/11_contest.ipynb #8e682f5d
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -17,19 +19,22 @@ from ..core.intervals import bootstrap, score_difference, units_of
 from ..core.metrics import LABELS, predictions_of
 from ..core.run import Estimate
 from ..data.synthetic import learning_rows
-from .budget import Plan, Stopwatch, plan_fits
+from .backbone import check_folder
+from .budget import Plan, plan_fits, start_clock
 from .checkpoints import Checkpoints
-from pipeline.train.choice import (
-    Choice, Final, Limits, choose, fit_finally, folder_mb, goal_of, leaderboard, newest_rows, read_configuration, rows_of,
-    save_seeds, seeds_table, validation_frame,
-)
+from .choice import Choice, Cost, Limits, choose, goal_of, leaderboard, newest_rows, rows_of
 from .features import Encoder, learn_encoder
+from .final import Final, fit_finally, folder_mb, read_configuration, save_seeds, seeds_table, validation_frame
+from .frontier import frontier, measure_costs, measure_model, shorten
+from .reweighing import mitigation_weights
 from .search import Found, Goal, Rows, run_search
+from .students import add_candidates, compare_students
 
 # %% auto #0
-__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'show_contest', 'show_plan', 'hold_contest', 'show_trials', 'rank',
-           'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'settle', 'show_choice', 'fit_models', 'costs_of',
-           'show_costs', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'limits_of', 'show_contest', 'show_plan', 'hold_contest', 'measure_answers',
+           'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle',
+           'show_choice', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds', 'score_beside',
+           'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Contest:
     goal: Goal
     plan: Plan
     limits: Limits
-    clock: Stopwatch
+    clock: Callable[[], float]                             # seconds of the budget that are spent
+    costs: dict[str, Cost] = field(default_factory=dict)   # what an answer costs, by candidate; filled when the contest was held
 
     @property
     def label(self) -> str:
@@ -56,7 +62,7 @@ def open_contest(
     run: Any,   # the run of the train phase
 ) -> Contest:
     "Load rows, contract and plan, code the columns, and buy fits with the budget."
-    clock = Stopwatch(run.settings.threads)
+    clock = start_clock(run.problem.train.clock, run.settings.threads)
     scope, contract, splits = run.load("scope/plan"), run.load("data/contract"), run.load("data/splits")
     train = run.problem.train
     whole = learning_rows(run, contract)   # and made-up ones, where they have shown a gain: never validated on
@@ -65,11 +71,23 @@ def open_contest(
                 limit=f"≤ {train.rows_max:,}", answers=["train.rows_max"])
     encoder = learn_encoder(frame, contract)
     rows = rows_of(frame, contract, splits, encoder)
+    rows = replace(rows, weights=mitigation_weights(run.problem.evaluate.mitigation, frame, rows.target, contract["task"]))
     goal = goal_of(scope, run.problem.evaluate.recall if scope["metric"] == "precision_at_recall" else 0.8)
-    plan = plan_fits(scope["families"], [len(t) for t, _ in rows.folds], len(rows.target), rows.shape, train.budget_s, train.seeds)
-    limits = Limits(scope["families"], run.problem.deploy.model_mb, train.tolerance)
+    folder = str(check_folder(train.backbone)) if "backbone" in scope["families"] else None
+    plan = plan_fits(scope["families"], [len(t) for t, _ in rows.folds], len(rows.target), rows.shape, train.budget_s, train.seeds, folder)
+    limits = limits_of(run, scope)
     run.save("train/plan", plan.table())
     return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock)
+
+
+def limits_of(
+    run: Any,
+    scope: dict[str, Any],   # scope/plan
+) -> Limits:
+    "What the problem file asks of a shipped model."
+    train, deploy = run.problem.train, run.problem.deploy
+    return Limits(scope["families"], deploy.model_mb, train.tolerance, train.latency_ms or math.inf, deploy.throughput_rps,
+                  train.interpretable, deploy.target == "edge", train.ensemble)
 
 
 def show_contest(contest: Contest) -> Html:
@@ -94,10 +112,30 @@ def hold_contest(
     run: Any,
     contest: Contest,
 ) -> Found:
-    "Fit the plan, with checkpoints, and keep every trial."
+    "Fit the plan, with checkpoints, keep every trial, and measure what each candidate's answers cost."
     found = run_search(contest.rows, contest.plan, contest.goal, run.seed, run.settings.threads, Checkpoints(run.checkpoints),
-                       contest.clock)
+                       contest.clock, further="portfolio" in {step.family for step in contest.plan.steps}, ensemble=run.problem.train.ensemble)
+    train, spent = run.problem.train, contest.plan.budget_s - contest.plan.refit_price
+    found = add_candidates(found, contest.rows, run.seed, run.settings.threads, lambda: contest.clock() > 0.9 * spent, train.distill, train.interpretable)
+    found = measure_answers(run, contest, found)
     run.save("train/trials", found.table())
+    return found
+
+
+def measure_answers(
+    run: Any,
+    contest: Contest,
+    found: Found,
+) -> Found:   # with the shorter models that a limit asks for
+    "Ask every candidate, sweep the sizes of the best boosted one, and save the frontier."
+    about = contest.contract, contest.encoder, contest.frame
+    contest.costs.update(measure_costs(found, *about))
+    found, sweep = shorten(found, contest.rows, contest.limits, contest.costs)
+    contest.costs.update(measure_costs(replace(found, trials=sweep), *about))
+    settings = run.settings
+    prices = {name: getattr(settings, name) for name in ("core_hour", "watts_per_core", "gram_co2e_per_kwh")}
+    batch = run.problem.problem.mode == "batch"
+    run.save("train/frontier", frontier(found, sweep, contest.rows, contest.costs, contest.limits, prices, batch, run.seed), timing=True)
     return found
 
 
@@ -117,7 +155,7 @@ def rank(
     found: Found,
 ) -> pl.DataFrame:
     "The leaderboard, saved; raises `InputError` where no candidate has an answer."
-    board = leaderboard(found, contest.rows, contest.limits, run.seed)
+    board = leaderboard(found, contest.rows, contest.limits, run.seed, costs=contest.costs)
     run.save("train/leaderboard", board)
     return board
 
@@ -162,6 +200,19 @@ def draw_costs(contest: Contest, found: Found, board: pl.DataFrame) -> Any:
     return points(shown, "cpu_s", "metric", "What each candidate's quality cost to find", label="candidate", low="low", high="high",
                   xlabel="core-seconds for all its folds", ylabel=contest.label)
 
+
+def show_frontier(run: Any, contest: Contest) -> Html:
+    "Quality beside what an answer costs; dominated candidates are marked."
+    table_of, currency = run.load("train/frontier"), run.problem.problem.currency
+    needed = table_of.filter(pl.col("dominated_by").is_null() & (pl.col("family") != "dummy"))
+    first = f"{needed.height} of {table_of.height} models are worth their cost; the others are beaten by one that is no dearer"
+    shown = table_of.rename({"metric": contest.label, "noise_loss": "lost under noise", "row_ms": "one row", "batch_ms": "of many", "size_mb": "size",
+                             "money_per_1000": "1,000 answers", "gram_co2e_per_1000": "CO₂e of 1,000", "dominated_by": "dominated by", "why_not": "kept out"})
+    return stack(note(first + ". Times are CPU time on this machine."), table(
+        shown.drop("family"), f"Quality beside what an answer costs, best {contest.label} first",
+        formats={"one row": ".3f", "of many": ".4f", "size": ".2f", "1,000 answers": ".2g", "CO₂e of 1,000": ".2g", "lost under noise": ".4f"},
+        units={"one row": "ms", "of many": "ms", "size": "MB", "1,000 answers": currency, "CO₂e of 1,000": "g"}, rows=30))
+
 # %% ../../nbs/lib/train/11_contest.ipynb #6bbdb365
 def settle(
     run: Any,
@@ -172,12 +223,20 @@ def settle(
     "Choose and record the decision with its options."
     choice = choose(board, contest.goal, contest.limits.tolerance)
     run.decide("family", options=board, chose=choice.name, because=choice.because)
+    if run.problem.train.distill:
+        run.save("train/students", compare_students(found, board, contest.costs, choice.name), timing=True)
     return choice
 
 
 def show_choice(contest: Contest, choice: Choice, found: Found) -> Html:
-    "What is shipped and why."
-    return facts({"chosen": choice.name, "because": choice.because, "configuration": read_configuration(found.table(), choice.name)}, "The choice")
+    "What is shipped and why; with students, how they stand against their teacher."
+    shown = facts({"chosen": choice.name, "because": choice.because, "configuration": read_configuration(found.table(), choice.name)}, "The choice")
+    if not any(t.family == "student" and t.status == "done" for t in found.trials):
+        return shown
+    board = leaderboard(found, contest.rows, contest.limits, 0, costs=contest.costs)
+    students = compare_students(found, board, contest.costs, choice.name).rename({"size_share": "of its size", "time_share": "of its time"})
+    return stack(shown, table(students.drop("small"), f"Students: {contest.label} and its distance to the best with 95 % interval",
+                              formats={"of its size": ".0%", "of its time": ".0%"}))
 
 
 def fit_models(
@@ -201,7 +260,21 @@ def fit_models(
     width = final.model.about.get("residual")
     run.save("train/validation", validation_frame(contest.frame, contest.rows, contest.contract, chosen, others, width))
     run.save("train/costs", costs_of(found, final, run.settings), timing=True)
+    check_answers(run, contest, final)
     return final
+
+
+def check_answers(run: Any, contest: Contest, final: Final) -> None:
+    "Hold the final model, as measured, against the limits on what an answer costs."
+    if not contest.limits.timed:
+        return
+    cost = measure_model(final.model, contest.frame)
+    run.save("train/answer_cost", pl.DataFrame({"row_ms": [cost.row_ms], "batch_ms": [cost.batch_ms], "size_mb": [cost.size_mb]}), timing=True)
+    if run.problem.train.latency_ms is not None:
+        run.check("one row is answered in time (train.latency_ms)", cost.row_ms, at_most=contest.limits.latency_ms, answers=["train.latency_ms"])
+    if contest.limits.throughput_rps:
+        run.check("a core answers as many rows as are asked for (deploy.throughput_rps)", 1000 / min(cost.row_ms, cost.batch_ms),
+                  at_least=contest.limits.throughput_rps, answers=["deploy.throughput_rps"])
 
 
 def costs_of(found: Found, final: Final, settings: Any) -> pl.DataFrame:

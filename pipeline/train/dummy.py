@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .protocol import Fitting, Shape
+from .protocol import Fitting, Shape, even_weights
 
 # %% auto #0
 __all__ = ['Dummy', 'fit', 'from_files']
@@ -39,11 +39,21 @@ class Dummy:
 
 
 def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) -> Dummy:
-    "Class shares (with half a count each, so that none is impossible) or the median."
+    "Class shares (with half a count each, so that none is impossible) or the median, each row for what it counts."
+    weights = even_weights(fitting.weights, len(target))
     if not shape.classes:
-        return Dummy(shape, (float(np.median(target)),))
-    counts = np.bincount(target.astype(int), minlength=shape.classes) + 0.5
+        return Dummy(shape, (_median(target, weights),))
+    counts = np.bincount(target.astype(int), weights, minlength=shape.classes) + 0.5
     return Dummy(shape, tuple((counts / counts.sum()).tolist()))
+
+
+def _median(values: np.ndarray, weights: np.ndarray) -> float:
+    "Half of the weight lies below it and half above; between two values, their mean."
+    order = np.argsort(values, kind="stable")
+    values, passed = values[order], np.cumsum(weights[order])
+    half = passed[-1] / 2
+    low, high = np.searchsorted(passed, half * (1 - 1e-12)), np.searchsorted(passed, half * (1 + 1e-12), side="right")
+    return float((values[min(low, len(values) - 1)] + values[min(high, len(values) - 1)]) / 2)
 
 
 def from_files(shape: Shape, files: dict[str, bytes]) -> Dummy:

@@ -9,7 +9,7 @@ import datetime as dt
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ import polars as pl
 from ..core.errors import InputError
 
 # %% auto #0
-__all__ = ['MAX_LEVELS', 'MAX_WORDS', 'MAX_CHARACTERS', 'DATE_PARTS', 'TEXT_PARTS', 'Coding', 'Encoder', 'learn_encoder']
+__all__ = ['MAX_LEVELS', 'MAX_WORDS', 'MAX_CHARACTERS', 'DATE_PARTS', 'TEXT_PARTS', 'Coding', 'Coded', 'texts_of',
+           'reorder_texts', 'Encoder', 'learn_encoder']
 
 # %% ../../nbs/lib/train/00_features.ipynb #b55751d1
 MAX_LEVELS = 5_000        # commonest levels kept for a category; the rest is missing
@@ -109,6 +110,60 @@ def _expressions(coding: Coding, dtype: pl.DataType) -> list[pl.Expr]:
         return [part.cast(pl.Float64).alias(name) for part, name in zip(parts, coding.features)]
     return [column.cast(pl.Float64)]
 
+# %% ../../nbs/lib/train/00_features.ipynb #725ed1dc
+class Coded(np.ndarray):
+    "A matrix that carries the texts of its rows; taking rows takes their texts, any other operation leaves them behind."
+
+    texts: np.ndarray | None = None        # (rows, text columns) of str, None where missing
+    memo: dict[Any, Any] | None = None     # what was computed of a text, shared by all parts of a matrix
+
+    @classmethod
+    def of(
+        cls,
+        matrix: np.ndarray,                    # (rows, features)
+        texts: np.ndarray,                     # (rows, text columns)
+        memo: dict[Any, Any] | None = None,
+    ) -> Coded:
+        "Join a matrix and its texts."
+        coded = matrix.view(cls)
+        coded.texts, coded.memo = texts, {} if memo is None else memo
+        return coded
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if self.texts is not None and isinstance(found, Coded) and not isinstance(key, tuple):
+            found.texts, found.memo = self.texts[key], self.memo
+        return found
+
+    def copy(self, order: Any = "C") -> Coded:
+        "A copy with its texts."
+        copied = super().copy(order)
+        copied.texts, copied.memo = None if self.texts is None else self.texts.copy(), self.memo
+        return copied
+
+
+def texts_of(
+    matrix: np.ndarray,   # as an encoder gave it, or rows of it
+) -> np.ndarray:          # (rows, text columns)
+    "The texts of a matrix; raises `InputError` where it has none."
+    found = matrix.texts if isinstance(matrix, Coded) else None
+    if found is None or len(found) != len(matrix):
+        raise InputError("this family reads texts, and these rows came without theirs; encode a frame that has a column of type text")
+    return found
+
+
+def reorder_texts(
+    matrix: np.ndarray,    # as an encoder gave it
+    place: int | None,     # which of its text columns; None: the column in question is no text
+    order: np.ndarray,     # (rows,) whose text each row gets
+) -> np.ndarray:
+    "The matrix with one text column's texts in another order; its numbers stay."
+    if place is None or not isinstance(matrix, Coded) or matrix.texts is None:
+        return matrix
+    texts = matrix.texts.copy()
+    texts[:, place] = texts[order, place]
+    return Coded.of(np.asarray(matrix), texts, matrix.memo)
+
 # %% ../../nbs/lib/train/00_features.ipynb #48534cfa
 @dataclass(frozen=True)
 class Encoder:
@@ -118,6 +173,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_coders", [(coding.name, _coder(coding)) for coding in self.codings])
+        object.__setattr__(self, "_said", [coding.name for coding in self.codings if coding.type == "text"])
 
     @property
     def columns(self) -> list[str]:
@@ -133,6 +189,17 @@ class Encoder:
     def sizes(self) -> list[int]:
         "A feature's number of levels; 0 for a number."
         return [n for c in self.codings for n in ([len(c.levels)] if c.type == "category" else [0] * len(c.features))]
+
+    @property
+    def text_columns(self) -> list[str]:
+        "The columns that hold texts, as they stand beside a matrix."
+        return list(self._said)  # type: ignore[attr-defined]
+
+    @property
+    def texts(self) -> tuple[tuple[int, int], ...]:
+        "The features of each text column, from … to."
+        ends = np.cumsum([0] + [len(c.features) for c in self.codings]).tolist()
+        return tuple((ends[i], ends[i + 1]) for i, c in enumerate(self.codings) if c.type == "text")
 
     @property
     def owners(self) -> np.ndarray:
@@ -153,10 +220,12 @@ class Encoder:
         position = 0
         plain: list[Coding] = []
         places: list[int] = []
+        said: list[list[str | None]] = []
         for coding in self.codings:
             width = len(coding.features)
             if coding.type == "text":
                 texts = frame[coding.name].cast(pl.String).to_list()
+                said.append([text and text[:MAX_CHARACTERS] for text in texts])
                 matrix[:, position:position + width] = [_text(text, coding.words) for text in texts] if texts else 0
             else:
                 plain.append(coding)
@@ -168,7 +237,7 @@ class Encoder:
         if infinite.any():
             name = self.columns[self.owners[infinite.argmax()]]
             raise InputError(f"column {name!r} holds an infinite number; make it missing or finite")
-        return matrix
+        return Coded.of(matrix, _beside(said, frame.height)) if said else matrix
 
     def _numbers(self, frame: pl.DataFrame, codings: list[Coding]) -> np.ndarray:
         types = dict(frame.schema)
@@ -209,7 +278,20 @@ class Encoder:
         if np.isinf(features).any():
             name = self.columns[self.owners[np.isinf(features).argmax()]]
             raise InputError(f"column {name!r} holds an infinite number; send null or a finite one")
-        return features
+        if not self._said:  # type: ignore[attr-defined]
+            return features
+        return Coded.of(features, np.array([_head(row[name]) for name in self._said], object))  # type: ignore[attr-defined]
+
+    def encode_rows(
+        self,
+        rows: Sequence[Mapping[str, Any]],   # each column -> value
+    ) -> np.ndarray:                         # (rows, features), with their texts
+        "A few rows without a frame; raises `InputError` with the column's name."
+        coded = [self.encode_row(row) for row in rows]
+        matrix = np.stack(coded) if coded else np.empty((0, len(self.features)))
+        if not self._said:  # type: ignore[attr-defined]
+            return matrix
+        return Coded.of(np.asarray(matrix), _beside([[_head(row[name]) for row in rows] for name in self._said], len(rows)))  # type: ignore[attr-defined]
 
     def to_dict(self) -> list[dict[str, Any]]:
         "As JSON holds it."
@@ -222,6 +304,17 @@ class Encoder:
     def from_dict(cls, codings: list[dict[str, Any]]) -> Encoder:
         "Back from JSON."
         return cls(tuple(Coding(c["name"], c["type"], tuple(c["levels"]), dict(c["words"])) for c in codings))
+
+# %% ../../nbs/lib/train/00_features.ipynb #cebd82ef
+def _head(value: Any) -> str | None:
+    return None if value is None else str(value)[:MAX_CHARACTERS]
+
+
+def _beside(columns: Sequence[Sequence[str | None]], rows: int) -> np.ndarray:
+    texts = np.empty((rows, len(columns)), object)
+    for place, column in enumerate(columns):
+        texts[:, place] = column
+    return texts
 
 # %% ../../nbs/lib/train/00_features.ipynb #348d4e64
 def learn_encoder(

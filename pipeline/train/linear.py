@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import Fitting, OutOfTime, Shape, check_answer, pick_rows, probabilities
+from .protocol import Fitting, OutOfTime, Shape, check_answer, even_weights, pick_rows, probabilities
 
 # %% auto #0
-__all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'Design', 'learn_design', 'add_by_owner', 'Linear', 'from_files', 'fit']
+__all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'Design', 'learn_design', 'add_by_owner', 'Linear', 'from_files', 'fit',
+           'weigh_columns']
 
 # %% ../../nbs/lib/train/03_linear.ipynb #4fd4ee0b
 LEVELS = 40              # indicators for a category, at most
@@ -132,24 +133,40 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
         raise OutOfTime
     design = learn_design(shape, matrix)
     rows = pick_rows(len(matrix), max(200, CELLS // max(1, len(design.owners))), fitting.seed)
-    x, y = design.matrix(matrix[rows]), target[rows]
-    centre = x.mean(axis=0)
+    x, y, w = design.matrix(matrix[rows]), target[rows], even_weights(fitting.weights, len(target))[rows]
+    strength, iterations = float(fitting.config.get("strength", 1.0)), int(fitting.config.get("iterations", 100))
+    coefficients, intercept, steps = weigh_columns(shape, x, y, w, strength, iterations, fitting.threads)
+    return Linear(shape, design, coefficients, intercept, x.mean(axis=0), steps)
+
+
+def weigh_columns(
+    shape: Shape,           # the problem as numbers
+    x: Any,                 # (rows, columns), an array or sparse
+    y: np.ndarray,          # (rows,)
+    weights: np.ndarray,    # (rows,) one on average
+    strength: float,        # of the penalty
+    iterations: int,
+    threads: int = 1,
+) -> tuple[np.ndarray, np.ndarray, int]:   # coefficients (columns, scores), intercept (scores,), iterations taken
+    "Logistic regression or ridge on the columns of a design; a class that no row has is given next to no chance."
     scores = shape.classes if shape.classes > 2 else 1
     coefficients, intercept = np.zeros((x.shape[1], scores)), np.zeros(scores)
-    strength, steps = float(fitting.config.get("strength", 1.0)), 0
     if not shape.classes:
-        coefficients[:, 0], intercept[0] = _ridge(x, y, strength)
-        return Linear(shape, design, coefficients, intercept, centre, 1)
-    present, counts = np.unique(y.astype(int), return_counts=True)
+        if x.shape[1]:
+            coefficients[:, 0], intercept[0] = _ridge(x, y, weights, strength)
+        else:
+            intercept[0] = np.average(y, weights=weights)
+        return coefficients, intercept, 1
+    present, counts = np.unique(y.astype(int)), np.bincount(y.astype(int), weights, minlength=shape.classes)
     if scores > 1:
         intercept[:] = -30.0   # a class that was never seen
-        intercept[present] = np.log(counts / counts.sum())
+        intercept[present] = np.log(np.maximum(counts[present], 1e-12) / counts.sum())
     if len(present) == 1 or not x.shape[1]:
         if scores == 1:
-            share = np.clip(y.mean(), 1e-6, 1 - 1e-6)
+            share = np.clip(np.average(y, weights=weights), 1e-6, 1 - 1e-6)
             intercept[0] = np.log(share / (1 - share))
-        return Linear(shape, design, coefficients, intercept, centre, 0)
-    found = _logistic(x, y.astype(int), strength, fitting)
+        return coefficients, intercept, 0
+    found = _logistic(x, y.astype(int), weights, strength, iterations, threads)
     steps = int(np.max(found.n_iter_))
     if scores == 1:
         coefficients[:, 0], intercept[0] = found.coef_[0], found.intercept_[0]
@@ -157,23 +174,23 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
         coefficients[:, present[1]], intercept[present] = found.coef_[0], (0.0, found.intercept_[0])
     else:
         coefficients[:, present], intercept[present] = found.coef_.T, found.intercept_
-    return Linear(shape, design, coefficients, intercept, centre, steps)
+    return coefficients, intercept, steps
 
 
-def _logistic(x: np.ndarray, y: np.ndarray, strength: float, fitting: Fitting) -> Any:
+def _logistic(x: Any, y: np.ndarray, weights: np.ndarray, strength: float, iterations: int, threads: int) -> Any:
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(fitting.threads), warnings.catch_warnings():
+    with threadpool_limits(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)   # the number of iterations is part of the configuration
-        return LogisticRegression(C=1 / strength, max_iter=int(fitting.config.get("iterations", 100))).fit(x, y)
+        return LogisticRegression(C=1 / strength, max_iter=iterations).fit(x, y, weights)
 
 
-def _ridge(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+def _ridge(x: Any, y: np.ndarray, weights: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
     from sklearn.linear_model import Ridge
 
-    found = Ridge(alpha=strength).fit(x, y)
+    found = Ridge(alpha=strength).fit(x, y, weights)
     return found.coef_, float(found.intercept_)

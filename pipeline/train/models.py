@@ -20,6 +20,7 @@ from ..core.errors import InputError, IntegrityError
 from .features import Encoder, learn_encoder
 from .linear import add_by_owner
 from .protocol import Estimator, Fitting, Shape, check_rows, fit, from_files
+from .repairs import apply_repair
 
 # %% auto #0
 __all__ = ['FORMAT', 'SUFFIXES', 'Model', 'shape_of', 'train_model', 'retrain', 'load_model', 'read_checked']
@@ -64,11 +65,16 @@ class Model:
 
     def predict(self, frame: pl.DataFrame) -> np.ndarray:
         "(rows, classes) probabilities, or (rows,) numbers."
-        return self.estimator.predict(self.encoder.encode(frame))
+        return self.mended(self.estimator.predict(self.encoder.encode(frame)))
+
+    def mended(self, answers: np.ndarray) -> np.ndarray:
+        "The estimator's answers after the repair that evaluation chose for them (`about['repair']`), where it chose one."
+        repair = self.about.get("repair")
+        return answers if repair is None else apply_repair(repair, answers)
 
     def predict_row(self, row: Mapping[str, Any]) -> np.ndarray:
         "(classes,) probabilities or (1,) number of one row, without a frame."
-        return np.atleast_1d(self.estimator.predict(self.encoder.encode_row(row)[None])[0])
+        return np.atleast_1d(self.mended(self.estimator.predict(self.encoder.encode_row(row)[None]))[0])
 
     def predict_interval(self, frame: pl.DataFrame) -> np.ndarray:
         "(rows, 2): low and high of a regression's 90 % interval; raises `InputError` where it was not learned."
@@ -79,7 +85,9 @@ class Model:
         width = self.about.get("residual")
         if width is None:
             raise InputError(f"this {self.task} model holds no interval; only a regression trained with validation folds does")
-        return np.column_stack([predictions - width, predictions + width])
+        widths = self.about.get("widths")      # by size of the prediction, where evaluation found that they help
+        half = width if widths is None else np.interp(predictions, widths["x"], widths["y"])
+        return np.column_stack([predictions - half, predictions + half])
 
     def contributions(self, frame: pl.DataFrame) -> np.ndarray | None:
         "(rows, columns + 1), or (rows, classes, columns + 1); the last is the base, all add up to `score`. None: unknown."
@@ -90,11 +98,11 @@ class Model:
 
     def score(self, frame: pl.DataFrame) -> np.ndarray:
         "(rows,) or (rows, classes): log-odds or numbers before they become probabilities."
-        answer = self.predict(frame)
-        if self.task == "regression":
-            return answer
         raw = getattr(self.estimator, "score", None)
         if raw is None:
+            answer = self.estimator.predict(self.encoder.encode(frame))
+            if self.task == "regression":
+                return answer
             logs = np.log(np.clip(answer, 1e-15, 1))
             return logs[:, 1] - logs[:, 0] if self.task == "binary" else logs
         found = raw(self.encoder.encode(frame))
@@ -132,7 +140,7 @@ def shape_of(
     encoder: Encoder,           # learned for it
 ) -> Shape:
     "What a family is told of the problem."
-    return Shape(contract["task"], len(contract["classes"]), tuple(encoder.sizes))
+    return Shape(contract["task"], len(contract["classes"]), tuple(encoder.sizes), encoder.texts)
 
 
 def train_model(
@@ -163,7 +171,9 @@ def retrain(
 ) -> Model:
     "The same family and configuration on other rows, with an encoder of their own."
     told = {k: v for k, v in model.about.items() if k not in ("config", "seed", "rows", "steps")}
-    fitting = Fitting(model.about["config"], model.about["seed"] if seed is None else seed, threads)
+    backbone = getattr(model.estimator, "backbone", None)   # travels with the model: its folder may be far away
+    cache = {} if backbone is None else {"backbone": backbone}
+    fitting = Fitting(model.about["config"], model.about["seed"] if seed is None else seed, threads, cache=cache)
     return train_model(model.family, frame, target, model.contract, fitting, about=told)
 
 

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import InputError
-from .linear import CLIP, Design, learn_design
-from .protocol import Fitting, OutOfTime, Shape, check_answer, pick_rows, probabilities
+from .linear import Design, learn_design
+from .protocol import Fitting, OutOfTime, Shape, check_answer, even_weights, pick_rows, probabilities
 
 # %% auto #0
-__all__ = ['DEFAULT', 'LEVELS', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'fit']
+__all__ = ['DEFAULT', 'LEVELS', 'WAVED', 'OUT', 'BEND', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'learn_scales',
+           'check_weights', 'fit']
 
 # %% ../../nbs/lib/train/05_nets.ipynb #71dcb618
-DEFAULT: dict[str, Any] = {"hidden": 128, "layers": 2, "batch": 512, "rate": 0.003, "dropout": 0.1, "decay": 0.01, "samples": 300_000}
-LEVELS = 150   # embedded for a category, at most
+DEFAULT: dict[str, Any] = {"hidden": 128, "layers": 2, "batch": 512, "rate": 0.008, "dropout": 0.1, "decay": 0.01, "samples": 300_000,
+                           "waves": 16, "spread": 0.3}
+LEVELS = 150    # embedded for a category, at most
+WAVED = 100     # numbers at most that get waves; a wider table goes without
+OUT = 3         # what the waves of a number become
+BEND = 3.0      # quartile-scaled units at which a number begins to be bent
 
 
 def rows_and_epochs(
@@ -47,15 +52,39 @@ class Net:
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         "(rows, scores) before they become probabilities."
+        parts = [self._score(matrix[i:i + 4096]) for i in range(0, max(1, len(matrix)), 4096)]
+        score = np.concatenate(parts)
+        if not np.isfinite(score).all():
+            check_weights(self.weights)
+        return score
+
+    def layers_of(self, matrix: np.ndarray) -> list[tuple[str, float]]:
+        "How large the output of each layer is, so that an answer can be followed; the last is the score."
+        seen: list[tuple[str, float]] = []
+        self._score(matrix, seen)
+        return seen
+
+    def _score(self, matrix: np.ndarray, seen: list[tuple[str, float]] | None = None) -> np.ndarray:
         numbers, codes = inputs(self.shape, self.design, matrix)
         tables = [self.weights[f"embed.{i}"][codes[:, i]] for i in range(codes.shape[1])]
-        state = np.concatenate([numbers, *tables], axis=1, dtype=np.float64)   # one row and many agree to 1e-12
-        depth = sum(name.endswith(".bias") for name in self.weights)
+        state = np.concatenate([numbers, *tables, *self._waves(numbers)], axis=1, dtype=np.float64)   # one row and many agree to 1e-12
+        depth = sum(name.startswith("layer.") and name.endswith(".bias") for name in self.weights)
         for i in range(depth):
             state = state @ self.weights[f"layer.{i}.weight"].T + self.weights[f"layer.{i}.bias"]
             if i < depth - 1:
                 state = state / (1 + np.exp(-np.clip(state, -60, 60)))
+            if seen is not None:
+                told = [f"layer {i + 1}: mean size of {state.shape[1]} outputs"] if i < depth - 1 else [f"layer {i + 1}: score {k + 1}" for k in range(state.shape[1])]
+                seen += zip(told, [float(np.abs(state).mean())] if i < depth - 1 else state[0].tolist())
         return state.astype(float)
+
+    def _waves(self, numbers: np.ndarray) -> list[np.ndarray]:
+        if "wave.frequency" not in self.weights:
+            return []
+        frequency, phase, mix = (self.weights[f"wave.{name}"].astype(float) for name in ("frequency", "phase", "mix"))
+        waves = np.cos(2 * np.pi * numbers[:, :len(frequency), None] * frequency + phase)
+        mixed = np.matmul(waves.transpose(1, 0, 2), mix).transpose(1, 0, 2) + self.weights["wave.offset"]
+        return [np.maximum(mixed, 0).reshape(len(numbers), mixed.shape[1] * OUT)]
 
     def predict(self, matrix: np.ndarray, steps: int | None = None) -> np.ndarray:
         "Probabilities or numbers."
@@ -92,35 +121,62 @@ def inputs(
     design: Design,       # scales and flags
     coded: np.ndarray,    # (rows, features)
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Standardised numbers with flags (float32), and codes from 0 (missing) up."
-    numbers = np.nan_to_num(np.clip((coded[:, design.numbers] - design.mean) / design.scale, -CLIP, CLIP), nan=0.0)
+    "Scaled numbers with flags (float32), and codes from 0 (missing) up."
+    scaled = np.clip(np.nan_to_num((coded[:, design.numbers] - design.mean) / design.scale, nan=0.0), -1e6, 1e6)
+    numbers = scaled / np.sqrt(1 + (scaled / BEND) ** 2)
     flags = np.isnan(coded[:, design.flagged])
     codes = np.nan_to_num(coded[:, shape.categories], nan=-1).astype(np.int64) + 1
     codes[codes > LEVELS] = 0   # levels stand in order of their count: the rare ones are too few to embed
     return np.concatenate([numbers, flags], axis=1, dtype=np.float32), codes
+
+
+def learn_scales(
+    shape: Shape,         # the problem as numbers
+    coded: np.ndarray,    # (rows, features)
+) -> Design:
+    "A design whose numbers are centred at their median and scaled by their quartiles; by their spread where these are one."
+    design = learn_design(shape, coded)
+    if not len(design.numbers):
+        return design
+    low, middle, high = np.nanquantile(coded[:, design.numbers], [0.25, 0.5, 0.75], axis=0)
+    width = high - low
+    wide = width > 1e-9 * np.maximum(design.scale, np.abs(middle))
+    scale = np.where(wide, width / 1.35, design.scale)   # of a normal distribution the quartiles stand 1.35 deviations apart
+    return replace(design, mean=np.where(wide, middle, design.mean), scale=scale)
+
+
+def check_weights(
+    weights: dict[str, np.ndarray],   # by layer
+) -> None:
+    "Refuse weights that are no numbers; raises `InputError` with the layer's name."
+    for name, values in weights.items():
+        bad = int(np.sum(~np.isfinite(values)))
+        if bad:
+            raise InputError(f"layer {name} of the net holds {bad} numbers that are not finite; train it again with a lower rate, or drop the family")
 
 # %% ../../nbs/lib/train/05_nets.ipynb #740e3555
 def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) -> Net:
     "Train; `config` as DEFAULT, and `epochs`. Continues from `fitting.checkpoint` when that file is there."
     import torch
 
-    config = DEFAULT | fitting.config
+    config = DEFAULT | ({} if shape.classes else {"dropout": 0.0}) | fitting.config   # noise in the layers blurs a number
     most, epochs = rows_and_epochs(len(matrix), int(config["samples"]))
     epochs = int(config.get("epochs", epochs))
     rows = pick_rows(len(matrix), most, fitting.seed)
-    design = learn_design(shape, matrix[rows])
+    design = learn_scales(shape, matrix[rows])
     numbers, codes = inputs(shape, design, matrix[rows])
+    weigh = even_weights(fitting.weights, len(target))[rows]
     outcome, centre, spread = target[rows], 0.0, 1.0
     if not shape.classes:
-        centre, spread = float(outcome.mean()), float(outcome.std()) or 1.0
+        centre = float(np.average(outcome, weights=weigh))
+        spread = float(np.sqrt(np.average((outcome - centre) ** 2, weights=weigh))) or 1.0
         outcome = (outcome - centre) / spread
-    data = (torch.from_numpy(numbers), torch.from_numpy(codes), torch.as_tensor(outcome, dtype=torch.long if shape.task == "multiclass" else torch.float32))
+    data = (torch.from_numpy(numbers), torch.from_numpy(codes), torch.as_tensor(outcome, dtype=torch.long if shape.task == "multiclass" else torch.float32),
+            torch.as_tensor(weigh, dtype=torch.float32))
     torch.set_num_threads(fitting.threads)
     with torch.random.fork_rng(devices=[]):
-        weights = _train(shape, data, config | {"epochs": epochs}, fitting)
-    for name, values in weights.items():
-        if not np.isfinite(values).all():
-            raise InputError(f"layer {name} of the net holds {np.sum(~np.isfinite(values))} numbers that are not finite; lower train's rate or drop the family")
+        weights = _train(shape, data, config | {"epochs": epochs, "numbers": len(design.numbers)}, fitting)
+    check_weights(weights)
     return Net(shape, design, weights, centre, spread, epochs)
 
 # %% ../../nbs/lib/train/05_nets.ipynb #0482b017
@@ -136,19 +192,22 @@ def _train(shape: Shape, data: tuple[Any, ...], config: dict[str, Any], fitting:
         warnings.simplefilter("ignore")   # a table of constants leaves a layer without inputs
         module = _module(shape, data, config, fitting)
     done = _restore(module, fitting.checkpoint)
+    fast = torch.cuda.is_available()
+    data = tuple(part.cuda() for part in data) if fast else data
     fitting.cache["resumed"] = done
     if done < config["epochs"]:
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = lightning.Trainer(
-                max_epochs=config["epochs"] - done, accelerator="cpu", deterministic=True, logger=False, enable_checkpointing=False,
+                max_epochs=config["epochs"] - done, accelerator="gpu" if fast else "cpu",
+                devices=1, precision="bf16-mixed" if fast else "32-true", deterministic="warn" if fast else True, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
             )
             trainer.fit(module, _loader(data, config["batch"], fitting.seed, done))
         if trainer.interrupted:
             raise KeyboardInterrupt
-    return {name: tensor.detach().numpy().copy() for name, tensor in module.state_dict().items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in module.state_dict().items()}
 
 
 def _loader(data: tuple[Any, ...], size: int, seed: int, first: int) -> Any:
@@ -186,13 +245,25 @@ def _module(shape: Shape, data: tuple[Any, ...], config: dict[str, Any], fitting
             self.embed = nn.ParameterList([nn.Parameter(0.1 * torch.randn(size + 1, width)) for size, width in zip(sizes, widths)])
             inside = [config["hidden"]] * config["layers"]
             outputs = shape.classes if shape.classes > 2 else 1
-            ends = [data[0].shape[1] + sum(widths), *inside, outputs]
+            waved = config["numbers"] if config["numbers"] <= WAVED and config["waves"] else 0
+            self.wave = nn.ParameterDict()
+            if waved:
+                self.wave["frequency"] = nn.Parameter(config["spread"] * torch.randn(waved, config["waves"]))
+                self.wave["phase"] = nn.Parameter(2 * torch.pi * (torch.rand(waved, config["waves"]) - 0.5))
+                self.wave["mix"] = nn.Parameter(torch.randn(waved, config["waves"], OUT) / config["waves"] ** 0.5)
+                self.wave["offset"] = nn.Parameter(torch.zeros(waved, OUT))
+            ends = [data[0].shape[1] + sum(widths) + OUT * waved, *inside, outputs]
             self.layer = nn.ModuleList([nn.Linear(a, b) for a, b in zip(ends, ends[1:])])
             self.drop = nn.Dropout(config["dropout"])
             self.done, self.state = 0, None
 
         def forward(self, numbers: Any, codes: Any) -> Any:
-            state = torch.cat([numbers, *(table[codes[:, i]] for i, table in enumerate(self.embed))], dim=1)
+            parts = [numbers, *(table[codes[:, i]] for i, table in enumerate(self.embed))]
+            if len(self.wave):
+                waves = torch.cos(2 * torch.pi * numbers[:, :len(self.wave["frequency"]), None] * self.wave["frequency"] + self.wave["phase"])
+                mixed = torch.bmm(waves.transpose(0, 1), self.wave["mix"]).transpose(0, 1) + self.wave["offset"]
+                parts.append(torch.relu(mixed).flatten(1))
+            state = torch.cat(parts, dim=1)
             for layer in self.layer[:-1]:
                 state = self.drop(nn.functional.silu(layer(state)))
             return self.layer[-1](state)
@@ -202,18 +273,21 @@ def _module(shape: Shape, data: tuple[Any, ...], config: dict[str, Any], fitting
                 raise OutOfTime
             step = (self.done + self.current_epoch) * per_epoch + place
             torch.manual_seed(fitting.seed * 1_000_003 + step)   # dropout depends on the step, not on what ran before
-            rate = config["rate"] * _one_cycle(step / max(1, total))
+            rate = config["rate"] * _one_cycle((step + 1) / (total + 1))
             for group in self.optimizers().param_groups:
                 group["lr"] = rate
-            score, outcome = self(batch[0], batch[1]), batch[2]
+            score, outcome, weigh = self(batch[0], batch[1]), batch[2], batch[3]
             if shape.task == "multiclass":
-                loss = nn.functional.cross_entropy(score, outcome)
+                loss = nn.functional.cross_entropy(score, outcome, reduction="none")
             elif shape.task == "binary":
-                loss = nn.functional.binary_cross_entropy_with_logits(score[:, 0], outcome)
+                loss = nn.functional.binary_cross_entropy_with_logits(score[:, 0], outcome, reduction="none")
             else:
-                loss = nn.functional.mse_loss(score[:, 0], outcome)
+                loss = nn.functional.mse_loss(score[:, 0], outcome, reduction="none")
+            loss = (loss * weigh).mean()
             if not torch.isfinite(loss):
-                raise InputError(f"the net's loss is {float(loss)} in step {step}; lower the rate, or look for extreme numbers in its columns")
+                check_weights({name: tensor.detach().cpu().numpy() for name, tensor in self.state_dict().items()})
+                raise InputError(f"the net's loss is {float(loss)} in step {step}, first in layer {_first_bad(self, batch)}; "
+                                 "lower the rate, or look for extreme numbers in its columns")
             return loss
 
         def configure_optimizers(self) -> Any:
@@ -229,6 +303,20 @@ def _module(shape: Shape, data: tuple[Any, ...], config: dict[str, Any], fitting
     return Network()
 
 
+def _first_bad(module: Any, batch: Any) -> str:
+    "The first layer whose answer is not finite."
+    import torch
+
+    with torch.no_grad():
+        found: list[str] = []
+        hooks = [layer.register_forward_hook(lambda own, given, answer, i=i: found.append(f"layer.{i}") if not torch.isfinite(answer).all() else None)
+                 for i, layer in enumerate(module.layer)]
+        module(batch[0], batch[1])
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "the loss itself"
+
+
 def _one_cycle(share: float) -> float:
     "The rate's factor: up in the first fifth, then down along a cosine."
     return share / 0.2 if share < 0.2 else 0.5 * (1 + float(np.cos(np.pi * (share - 0.2) / 0.8))) + 1e-3
@@ -240,9 +328,9 @@ def _keep(module: Any, path: Path | None, epoch: int) -> None:
         return
     from safetensors.torch import save
 
-    tensors = {f"weights {name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {f"weights {name}": tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
     for place, state in module.optimizers().optimizer.state_dict()["state"].items():
-        tensors |= {f"optimiser {place} {name}": tensor.contiguous() for name, tensor in state.items()}
+        tensors |= {f"optimiser {place} {name}": tensor.cpu().contiguous() for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".part")
     with fresh.open("wb") as file:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from ..core.errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Shape', 'OutOfTime', 'never', 'Fitting', 'Estimator', 'simplicity', 'fit', 'from_files', 'check_rows',
-           'check_answer', 'probabilities', 'pick_rows']
+           'even_weights', 'check_answer', 'probabilities', 'pick_rows']
 
 # %% ../../nbs/lib/train/01_protocol.ipynb #529eb6d3
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,6 +32,7 @@ class Shape:
     task: str
     classes: int
     sizes: tuple[int, ...]
+    texts: tuple[tuple[int, int], ...] = ()   # features of each text column, from … to
 
     @property
     def categories(self) -> list[int]:
@@ -58,6 +60,7 @@ class Fitting:
     late: Callable[[], bool] = never
     checkpoint: Path | None = None            # a file of the family's own, written between steps
     cache: dict[str, Any] = field(default_factory=dict)   # shared by fits on the same rows
+    weights: np.ndarray | None = None         # (rows,) what each row counts for
 
 
 class Estimator(Protocol):
@@ -72,7 +75,8 @@ class Estimator(Protocol):
     def to_files(self) -> dict[str, bytes]: ...
 
 # %% ../../nbs/lib/train/01_protocol.ipynb #43169712
-FAMILIES = {"dummy": "dummy", "linear": "linear", "trees": "trees", "portfolio": "trees", "nets": "nets"}
+FAMILIES = {"dummy": "dummy", "linear": "linear", "additive": "trees", "text": "texts", "trees": "trees",
+            "student": "students", "portfolio": "trees", "nets": "nets", "backbone": "backbone", "ensemble": "ensembles"}
 
 
 def simplicity(
@@ -128,10 +132,25 @@ def check_rows(
         raise InputError(f"column {name!r}: classes must be 0 … {shape.classes - 1}; found {sorted(set(target.tolist()))[:5]}")
 
 
+def even_weights(
+    weights: np.ndarray | None,   # (rows,) what each row counts for, None: one
+    rows: int,
+) -> np.ndarray:                  # (rows,), one on average
+    "Weights on the scale of counts, so that a penalty means the same with and without them; raises `InputError`."
+    if weights is None:
+        return np.ones(rows)
+    weights = np.asarray(weights, float)
+    if weights.shape != (rows,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
+        raise InputError(f"weights must be {rows} finite numbers from 0 up, not all 0; found {weights.shape} with {weights[:3].tolist()} …")
+    return weights * (rows / weights.sum())
+
+
 def check_answer(
     answer: np.ndarray,   # what a family predicted
 ) -> np.ndarray:          # the same
     "Refuse an answer that is no number; raises `InputError`."
+    if math.isfinite(answer.sum()):   # an infinite or missing number would not cancel
+        return answer
     bad = ~np.isfinite(answer if answer.ndim == 1 else answer.sum(axis=1))
     if bad.any():
         raise InputError(f"the model's answer for row {bad.argmax()} is not finite ({bad.sum()} such rows); train it again")
@@ -144,7 +163,7 @@ def probabilities(
     "Sigmoid or softmax, without overflow."
     if score.ndim == 1:
         positive = 0.5 * (1 + np.tanh(0.5 * score))
-        return np.column_stack([1 - positive, positive])
+        return np.array((1 - positive, positive)).T
     shifted = np.exp(score - score.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
 

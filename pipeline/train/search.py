@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,16 @@ import polars as pl
 
 from ..core.errors import PilothouseError
 from ..core.metrics import BETTER, metric_or_none
-from .budget import START, Plan, Step, Stopwatch
+from .budget import HEADROOM, START, Plan, Step, Stopwatch, price, usual_rounds
 from .checkpoints import Checkpoints, key_of
+from .ensembles import Ensemble, blend, weigh_greedily
+from .proposals import propose
 from .protocol import Estimator, Fitting, OutOfTime, Shape, check_rows, fit, from_files, never, pick_rows
+from .trees import is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['Fold', 'ALWAYS', 'Rows', 'Goal', 'blocks', 'Trial', 'Found', 'run_search']
+__all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'FURTHER', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial', 'Found', 'Meter',
+           'final_config', 'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -37,6 +42,7 @@ class Rows:
     folds: tuple[Fold, ...]
     units: np.ndarray               # (rows,) the block of each row
     target_name: str = "target"
+    weights: np.ndarray | None = None   # (rows,) what each row counts for
 
     @property
     def valid(self) -> np.ndarray:
@@ -97,7 +103,7 @@ class Trial:
     config: dict[str, Any]
     stage: str                                   # full or screen
     rows: int                                    # most rows that one of its models learned from
-    status: str = "done"                         # done, failed, stopped
+    status: str = "done"                         # done, failed, stopped, skipped
     error: str = ""
     steps: int = 0                               # rounds, epochs or iterations, mean over folds
     size_bytes: int = 0                          # the largest of its models
@@ -108,6 +114,7 @@ class Trial:
     cpu_s: float = 0.0
     planned_s: float = 0.0
     resumed: int = 0                             # folds that a checkpoint answered, wholly or from an epoch on
+    models: list[Any] = field(default_factory=list, repr=False)   # estimators, one a fold, for what they cost to ask
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,78 @@ class Found:
 ALWAYS = ("dummy", "trees")
 
 # %% ../../nbs/lib/train/09_search.ipynb #e133b20a
+BOOSTED = ("trees", "portfolio")
+
+
+@dataclass
+class Meter:
+    "Seconds of the budget that are spent, by price and by the rounds that were needed."
+
+    rows: Rows
+    plan: Plan
+    spent: float = 0.0
+    stretch: float = 1.0   # rounds that the default needed, against the usual
+
+    def charge(self, trial: Trial) -> None:
+        "Book a trial as it turned out."
+        self.spent += START[trial.family] if trial.family not in self._seen else 0.0
+        self._seen.add(trial.family)
+        if trial.family not in BOOSTED or not trial.steps:
+            self.spent += trial.planned_s
+            return
+        ran = min(trial.steps + patience(trial.config), most_rounds(trial.config))
+        config = trial.config | {"rounds": ran}
+        folds = self.rows.folds if trial.stage == "full" else self.rows.folds[-1:]
+        self.spent += sum(price(trial.family, min(len(train), trial.rows), self.rows.shape, config) + self.asked(len(valid), trial.steps) for train, valid in folds)
+        if trial.name == "trees":
+            self.stretch = min(max(ran / usual_rounds(trial.config), 0.3), 8.0)
+
+    def __post_init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def asked(self, rows: int, steps: int) -> float:
+        "Seconds that answers for so many rows take."
+        return 4e-8 * rows * steps * max(1, self.rows.shape.classes if self.rows.shape.classes > 2 else 1)
+
+    def expect(self, step: Step) -> float:
+        "Seconds that a step will probably take."
+        return step.price * (self.stretch if step.family in BOOSTED else 1.0) * 1.1
+
+    def refit(self, trial: Trial) -> float:
+        "Seconds that a candidate takes on all rows."
+        return price(trial.family, self.plan.refit_rows, self.rows.shape, final_config(trial))
+
+    def reserve(self, trials: Sequence[Trial]) -> float:
+        "Seconds kept for the final fits: those of the plan, or of the two dearest among the best three so far."
+        if self.plan.refit_price:
+            return self.plan.refit_price * max(1.0, self.stretch)
+        done = [t for t in trials if t.stage == "full" and t.status == "done" and t.family in BOOSTED]
+        return 1.15 * sum(sorted((self.refit(t) for t in done), reverse=True)[:2])
+
+    def left(self, trials: Sequence[Trial]) -> float:
+        "Seconds for further candidates."
+        return self.planned - self.spent - self.reserve(trials)
+
+    @property
+    def planned(self) -> float:
+        "Seconds that may be planned with; a plan with final fits of its own keeps more back for slower machines."
+        return (HEADROOM if self.plan.refit_price else 0.9) * self.plan.budget_s
+
+
+def final_config(
+    trial: Trial,   # a candidate after its folds
+) -> dict[str, Any]:
+    "Its configuration for all rows: trees get the folds' rounds and a tenth more."
+    if trial.family in (*BOOSTED, "additive", "student"):
+        return trial.config | {"rounds": max(1, math.ceil(1.1 * trial.steps))}
+    return trial.config
+
+# %% ../../nbs/lib/train/09_search.ipynb #2ffe8907
+FURTHER = 12        # proposals of a short budget, at most
+LONG = 100.0        # seconds that must be left for Optuna to have something to learn from
+FURTHER_LONG = 60
+
+
 def run_search(
     rows: Rows,                                       # coded rows and folds
     plan: Plan,                                       # what to fit
@@ -151,23 +230,23 @@ def run_search(
     threads: int = 1,
     checkpoints: Checkpoints = Checkpoints(),
     clock: Callable[[], float] | None = None,         # seconds of the budget that are spent
+    further: bool = False,                            # propose more configurations while the budget lasts
+    ensemble: bool = False,                           # weigh the candidates together in the end
 ) -> Found:
     "Fit every step of the plan; raises `InputError` for rows that no family can learn from."
     check_rows(rows.shape, rows.matrix, rows.target, rows.target_name)
     clock = clock or Stopwatch(threads)
     trials: list[Trial] = []
     caches: dict[tuple[int, int], dict[str, Any]] = {}
+    meter = Meter(rows, plan)
 
     def late() -> bool:
         priced = sum(t.planned_s for t in trials if not t.resumed) + sum(START[f] for f in {t.family for t in trials})
         spent = clock()
-        pace = max(1.0, spent / priced) if priced > 1 else 1.0
-        return spent > plan.budget_s - min(0.6 * plan.budget_s, plan.refit_price * pace)
+        pace = max(1.0, spent / max(priced, meter.spent)) if max(priced, meter.spent) > 1 else 1.0
+        return spent > plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace)
 
-    for planned in plan.steps:
-        step = _with_config(planned, trials, goal)
-        if step is None:
-            continue
+    def attempt(step: Step) -> None:
         trial = Trial(step.name, step.family, step.config, step.stage, 0, planned_s=step.price)
         wall, cpu = time.monotonic(), time.process_time()
         may_stop = late if step.name not in ALWAYS else never   # without them nothing could be shipped
@@ -186,9 +265,83 @@ def run_search(
             trial.status, trial.error = "failed", f"LightGBM: {error}"[:500]
         trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
         trials.append(trial)
+        meter.charge(trial)
+
+    for planned in plan.steps:
+        step = _with_config(planned, trials, goal)
+        if step is None:
+            continue
+        need = meter.expect(step)
+        if step.optional and need > meter.left(trials):
+            said = f"passed over: about {need:.1f} s, {max(0.0, meter.left(trials)):.1f} s of the budget are left for candidates"
+            trials.append(Trial(step.name, step.family, step.config, step.stage, 0, "skipped", said, planned_s=0.0))
+            continue
+        attempt(step)
+    if further:
+        _go_on(trials, rows, plan, goal, seed, meter, attempt, late)
+    if ensemble:
+        joined = _join(trials, rows, goal, meter)
+        trials += [joined] if joined is not None else []
     return Found(trials, goal, any(t.status == "stopped" for t in trials))
 
-# %% ../../nbs/lib/train/09_search.ipynb #2ffe8907
+# %% ../../nbs/lib/train/09_search.ipynb #4099a3a2
+def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, meter: Meter, attempt: Callable[[Step], None],
+           late: Callable[[], bool]) -> None:
+    "Proposals, one after the other, while the meter says that they can be paid."
+    long = meter.left(trials) >= LONG
+    for place in range(FURTHER_LONG if long else FURTHER):
+        tried = [(t.config, goal.sign * t.value) for t in trials if t.family == "portfolio" and t.status == "done" and t.stage == "full" and t.value is not None]
+        config = propose(tried, place, seed, bool(rows.shape.categories), long)
+        if goal_is_log(rows):
+            config["target"] = "log"
+        cost = sum(price("portfolio", len(train), rows.shape, config) for train, _ in rows.folds)
+        step = Step(f"proposal {place + 1}", "portfolio", config, "full", max(len(train) for train, _ in rows.folds), cost, True)
+        if late() or any(t.status == "stopped" for t in trials):
+            break
+        if meter.expect(step) <= meter.left(trials):
+            attempt(step)
+
+
+def goal_is_log(rows: Rows) -> bool:
+    "Is the outcome one whose logarithm is easier to learn?"
+    return rows.shape.task == "regression" and is_skewed(rows.target)
+
+
+MEASURED = 20_000    # rows on which weights are found, at most
+
+
+def _join(trials: Sequence[Trial], rows: Rows, goal: Goal, meter: Meter) -> Trial | None:
+    "The candidates weighed together; fewer members where the budget does not pay for their final fits."
+    done = {t.name: t for t in trials if t.stage == "full" and t.status == "done" and t.family != "dummy" and t.value is not None and t.answer is not None}
+    if len(done) < 2:
+        return None
+    started, cpu = time.monotonic(), time.process_time()
+    some = pick_rows(len(rows.valid), MEASURED, 0)
+    target = rows.target[rows.valid]
+    answers = {name: t.answer[some] for name, t in done.items() if t.answer is not None}
+    left = meter.planned - meter.spent
+    if meter.plan.refit_price:
+        left = max(left, meter.reserve(trials))
+    for most in (5, 3, 2):
+        weights = weigh_greedily(answers, lambda answer: goal.measure(target[some], answer), goal.sign, most)
+        members = [done[name] for name in weights]
+        if len(members) < 2:
+            return None
+        if sum(meter.refit(t) for t in members) <= left:
+            break
+    else:
+        return None
+    told = [{"family": t.family, "config": final_config(t), "weight": weights[t.name], "name": t.name} for t in members]
+    joined = Trial("ensemble", "ensemble", {"members": told}, "full", max(t.rows for t in members), steps=max(t.steps for t in members),
+                   size_bytes=sum(t.size_bytes for t in members))
+    joined.answer = blend([t.answer for t in members if t.answer is not None], [weights[t.name] for t in members])
+    _measure(joined, rows, goal)
+    if all(len(t.models) == len(rows.folds) for t in members):
+        joined.models = [Ensemble(rows.shape, tuple((t.family, weights[t.name], t.models[k]) for t in members), joined.steps) for k in range(len(rows.folds))]
+    joined.wall_s, joined.cpu_s = time.monotonic() - started, time.process_time() - cpu
+    return joined
+
+
 def _with_config(step: Step, trials: Sequence[Trial], goal: Goal) -> Step | None:
     "The step itself, or with the configuration that was best where it was screened."
     if step.config or step.name != "portfolio":
@@ -212,7 +365,7 @@ def _answer(
         train, valid = rows.folds[place]
         train = train[pick_rows(len(train), step.rows, seed)] if step.family != "dummy" else np.arange(len(rows.target))
         key = key_of(family=step.family, config=step.config, seed=seed, threads=threads, sizes=list(rows.shape.sizes), train=train,
-                     valid=valid, target=rows.target, features=rows.matrix[train[:: max(1, len(train) // 2000)]])
+                     valid=valid, target=rows.target, weights=rows.weights if rows.weights is not None else 0, features=rows.matrix[train[:: max(1, len(train) // 2000)]])
         kept = checkpoints.get(key)
         if kept is not None:
             model = from_files(step.family, rows.shape, {name: values.tobytes() for name, values in kept[1].items()})
@@ -220,7 +373,8 @@ def _answer(
             trial.resumed += 1
         else:
             cache = caches.setdefault((place, len(train)), {}) if step.family in ("trees", "portfolio") else {}
-            fitting = Fitting(step.config, seed, threads, (rows.matrix[valid], rows.target[valid]), late, checkpoints.file(key, "net"), cache)
+            fitting = Fitting(step.config, seed, threads, (rows.matrix[valid], rows.target[valid]), late, checkpoints.file(key, "net"), cache,
+                              None if rows.weights is None else rows.weights[train])
             model = fit(step.family, rows.shape, rows.matrix[train], rows.target[train], fitting)
             trial.resumed += bool(cache.get("resumed"))
             steps.append(model.steps)
@@ -229,6 +383,7 @@ def _answer(
         models.append((model, valid))
         trial.rows = max(trial.rows, len(train))
     trial.steps = round(float(np.mean(steps)))
+    trial.models = [model for model, _ in models]
     trial.size_bytes = max(sum(map(len, model.to_files().values())) for model, _ in models)
     trial.answer = np.concatenate([model.predict(rows.matrix[valid], trial.steps or None) for model, valid in models])
 

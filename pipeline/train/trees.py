@@ -5,6 +5,8 @@
 # %% ../../nbs/lib/train/04_trees.ipynb #74b39eea
 from __future__ import annotations
 
+import functools
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +14,42 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import IntegrityError
+from .fast import Forest, open_forest, pays
+from .linear import add_by_owner
 from .protocol import Fitting, OutOfTime, Shape, check_answer
+from .target_encoding import TargetCoder, learn_codes
 
 # %% auto #0
-__all__ = ['DEFAULT', 'PORTFOLIO', 'MAX_ROUNDS', 'PATIENCE', 'parameters', 'Trees', 'fit', 'from_files', 'check_text']
+__all__ = ['DEFAULT', 'PORTFOLIO', 'OURS', 'most_rounds', 'patience', 'parameters', 'View', 'is_skewed', 'Trees', 'fit',
+           'from_files', 'check_text']
 
 # %% ../../nbs/lib/train/04_trees.ipynb #7339c53a
 DEFAULT: dict[str, Any] = {"learning_rate": 0.1, "num_leaves": 31}
 PORTFOLIO: dict[str, dict[str, Any]] = {
     "regular": {"learning_rate": 0.06, "num_leaves": 48, "min_data_in_leaf": 60, "lambda_l2": 8.0, "feature_fraction": 0.7,
-                "bagging_fraction": 0.8, "bagging_freq": 1, "cat_smooth": 40.0, "cat_l2": 20.0},
-    "shallow": {"learning_rate": 0.1, "num_leaves": 10, "min_data_in_leaf": 30, "feature_fraction": 0.8, "lambda_l2": 2.0},
-    "wide": {"learning_rate": 0.06, "num_leaves": 127, "min_data_in_leaf": 100, "lambda_l2": 12.0, "feature_fraction": 0.5,
-             "bagging_fraction": 0.7, "bagging_freq": 1, "cat_smooth": 60.0, "cat_l2": 30.0},
-    "extra": {"learning_rate": 0.1, "num_leaves": 31, "extra_trees": True, "feature_fraction": 0.6, "min_data_in_leaf": 10},
+                "cat_smooth": 40.0, "cat_l2": 20.0},
+    "coded": {"learning_rate": 0.08, "num_leaves": 24, "min_data_in_leaf": 30, "feature_fraction": 0.7, "lambda_l2": 2.0, "categories": "target"},
+    "shallow": {"learning_rate": 0.1, "num_leaves": 8, "min_data_in_leaf": 30, "feature_fraction": 0.7, "lambda_l2": 2.0},
+    "wide": {"learning_rate": 0.05, "num_leaves": 127, "min_data_in_leaf": 40, "lambda_l2": 5.0, "feature_fraction": 0.5,
+             "cat_smooth": 60.0, "cat_l2": 30.0},
+    "extra": {"learning_rate": 0.06, "num_leaves": 64, "extra_trees": True, "feature_fraction": 0.7, "min_data_in_leaf": 10},
+    "slow": {"learning_rate": 0.03, "num_leaves": 31, "feature_fraction": 0.6, "categories": "both", "cat_smooth": 40.0, "cat_l2": 20.0},
 }
-MAX_ROUNDS = 400
-PATIENCE = 20
+OURS = ("rounds", "patience", "categories", "target")   # keys of a configuration that LightGBM does not know
+
+
+def most_rounds(
+    config: dict[str, Any],   # a configuration
+) -> int:                     # small steps need more of them
+    "Where a fit ends at the latest."
+    return int(config.get("rounds", round(80 / config.get("learning_rate", 0.1))))
+
+
+def patience(
+    config: dict[str, Any],
+) -> int:
+    "Rounds without a gain after which a fit ends."
+    return int(config.get("patience", max(20, round(2 / config.get("learning_rate", 0.1)))))
 
 
 def parameters(
@@ -40,68 +61,163 @@ def parameters(
     objective: dict[str, Any] = {"objective": {"binary": "binary", "multiclass": "multiclass", "regression": "regression"}[shape.task]}
     if shape.task == "multiclass":
         objective["num_class"] = shape.classes
-    config = {k: v for k, v in fitting.config.items() if k not in ("rounds", "patience")}
+    config = {k: v for k, v in fitting.config.items() if k not in OURS}
     leaf = min(config.pop("min_data_in_leaf", 20), max(1, rows // 20))
     fixed = {"deterministic": True, "force_row_wise": True, "seed": fitting.seed, "num_threads": fitting.threads,
              "verbosity": -1, "feature_pre_filter": False, "min_data_in_leaf": leaf}
     return objective | config | fixed
 
+# %% ../../nbs/lib/train/04_trees.ipynb #8ce5bc30
+@dataclass(frozen=True)
+class View:
+    "How the matrix is shown to the trees, and the scale of a regression's outcome."
+
+    categories: str = "native"            # native, target (codes instead of levels) or both
+    coder: TargetCoder | None = None      # with target and both
+    shift: float | None = None            # the trees answer log(outcome + shift); None: the outcome itself
+
+    def show(self, matrix: np.ndarray, shape: Shape, codes: np.ndarray | None = None) -> np.ndarray:
+        "The matrix for LightGBM; `codes` are the training rows' own."
+        if self.coder is None:
+            return matrix
+        kept = matrix if self.categories == "both" else matrix[:, [i for i, size in enumerate(shape.sizes) if not size]]
+        return np.concatenate((kept, self.coder.encode(matrix) if codes is None else codes), axis=1)
+
+    def levels(self, shape: Shape) -> list[int]:
+        "Positions of the columns that LightGBM takes as categories."
+        return shape.categories if self.categories != "target" else []
+
+    def owners(self, shape: Shape) -> list[int]:
+        "The feature that each shown column comes from."
+        kept = [i for i, size in enumerate(shape.sizes) if self.categories != "target" or not size]
+        return kept + (self.coder.owners if self.coder else [])
+
+    def outcome(self, raw: np.ndarray) -> np.ndarray:
+        "A regression's answer from the sum over trees."
+        return raw if self.shift is None else np.exp(np.minimum(raw, 700.0)) - self.shift
+
+    def to_dict(self) -> dict[str, Any]:
+        "As JSON holds it."
+        return {"categories": self.categories, "coder": self.coder.to_dict() if self.coder else None, "shift": self.shift}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> View:
+        "Back from JSON."
+        return cls(told["categories"], TargetCoder.from_dict(told["coder"]) if told["coder"] else None, told["shift"])
+
+
+def is_skewed(
+    target: np.ndarray,   # outcomes of a regression
+) -> bool:
+    "Is the outcome never negative, with a long tail that its logarithm does not have?"
+    if len(target) < 50 or target.min() < 0 or target.max() <= 0:
+        return False
+    logs = np.log(target + (0.0 if target.min() > 0 else 1.0))
+    return _skew(target) > 1 and abs(_skew(logs)) < 0.7 * _skew(target)
+
+
+def _skew(values: np.ndarray) -> float:
+    spread = values.std()
+    return float(np.mean(((values - values.mean()) / spread) ** 3)) if spread > 0 else 0.0
+
 # %% ../../nbs/lib/train/04_trees.ipynb #29d0990f
 @dataclass(frozen=True)
 class Trees:
-    "A LightGBM booster and its text."
+    "A LightGBM booster, its text, and the view that it was grown on."
 
     shape: Shape
     text: str
     steps: int
-    booster: Any
+    view: View = View()
+
+    @functools.cached_property
+    def booster(self) -> Any:
+        "LightGBM's own reading of the text, made when it is first asked."
+        import lightgbm
+
+        return lightgbm.Booster(model_str=self.text)
+
+    @functools.cached_property
+    def forest(self) -> Forest | None:
+        "The fast reading, None where this place or this text has none."
+        return open_forest(self.text)[0]
+
+    def prepare(self) -> str:
+        "Get ready for many questions; who will answer them."
+        if self.forest is not None:
+            self.forest.warm()
+        return open_forest(self.text)[1]
+
+    def _fast(self, rows: int) -> Forest | None:
+        "The forest, where it is at hand or these rows pay for it: its bits are LightGBM's."
+        trees = self.steps * (self.shape.classes if self.shape.task == "multiclass" else 1)
+        self.__dict__["asked"] = self.__dict__.get("asked", 0) + rows
+        return self.forest if "forest" in self.__dict__ or pays(self.__dict__["asked"], trees) else None
 
     def predict(self, matrix: np.ndarray, steps: int | None = None) -> np.ndarray:
         "Probabilities or numbers, from the first `steps` rounds."
         if not len(matrix):
             return np.empty((0, self.shape.classes) if self.shape.classes else 0)
+        shown, forest = self.view.show(matrix, self.shape), self._fast(len(matrix))
         few = {"num_threads": 1} if len(matrix) <= 16 else {}   # waking threads takes longer than so few rows
-        answer = self.booster.predict(matrix, num_iteration=steps or self.steps, **few)
+        answer = forest.predict(shown, steps or self.steps) if forest else self.booster.predict(shown, num_iteration=steps or self.steps, **few)
         if self.shape.task == "binary":
-            answer = np.column_stack([1 - answer, answer])
-        return check_answer(answer)
+            answer = np.array((1 - answer, answer)).T
+        return check_answer(answer if self.shape.classes else self.view.outcome(answer))
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         "The sum over trees, (rows, scores)."
-        return self.booster.predict(matrix, raw_score=True, num_iteration=self.steps).reshape(len(matrix), -1)
+        return self.booster.predict(self.view.show(matrix, self.shape), raw_score=True, num_iteration=self.steps).reshape(len(matrix), -1)
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray | None:
         "(rows, features + 1), or (rows, classes, features + 1); they add up to the score (TreeSHAP)."
-        parts = self.booster.predict(matrix, pred_contrib=True, num_iteration=self.steps)
-        return parts.reshape(len(matrix), self.shape.classes, -1) if self.shape.task == "multiclass" else parts
+        parts = self.booster.predict(self.view.show(matrix, self.shape), pred_contrib=True, num_iteration=self.steps)
+        if self.shape.task == "multiclass":
+            parts = parts.reshape(len(matrix), self.shape.classes, -1)
+        if self.view.coder is None:
+            return parts
+        features = len(self.shape.sizes)
+        return add_by_owner(parts, np.array([*self.view.owners(self.shape), features]), features + 1)
 
     def to_files(self) -> dict[str, bytes]:
-        "LightGBM's text, without what depends on the machine."
-        return {"model.txt": self.text.encode()}
+        "LightGBM's text, without what depends on the machine; and the view, where it is not the matrix itself."
+        files = {"model.txt": self.text.encode()}
+        if self.view != View():
+            files["view.json"] = json.dumps(self.view.to_dict()).encode()
+        return files
 
 
 def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) -> Trees:
-    "Boost; `config`: LightGBM's own parameters, `rounds` and `patience`."
+    "Boost; `config`: LightGBM's own parameters, `rounds`, `patience`, `categories` (native, target, both), `target` (log)."
     import lightgbm
 
     told = parameters(shape, fitting, len(target))
-    rounds = int(fitting.config.get("rounds", MAX_ROUNDS))
+    config = fitting.config
+    kind = str(config.get("categories", "native")) if shape.categories else "native"
+    logged = config.get("target") == "log" and shape.task == "regression" and float(np.min(target)) >= 0
+    key = json.dumps([kind, logged, config.get("max_bin"), fitting.seed if kind != "native" else 0])
+    if key not in fitting.cache:
+        coder, codes = (None, None) if kind == "native" else learn_codes(shape, matrix, target, fitting.seed, fitting.weights)
+        view = View(kind, coder, (0.0 if float(np.min(target)) > 0 else 1.0) if logged else None)
+        shown = view.show(matrix, shape, codes)
+        given = lightgbm.Dataset(shown, _scaled(target, view), weight=fitting.weights, feature_name=[f"f{i}" for i in range(shown.shape[1])],
+                                 categorical_feature=view.levels(shape), params=told | {"min_data_in_leaf": 1})
+        valid = None
+        if fitting.valid is not None:
+            valid = given.create_valid(view.show(fitting.valid[0], shape), _scaled(fitting.valid[1], view), params=given.params)
+        fitting.cache[key] = given, valid, view
+    given, valid, view = fitting.cache[key]
     callbacks: list[Any] = [_ask(fitting)]
-    given = fitting.cache.get("train")
-    if given is None:
-        names = [f"f{i}" for i in range(matrix.shape[1])]
-        given = lightgbm.Dataset(matrix, target, feature_name=names, categorical_feature=shape.categories,
-                                 params=told | {"min_data_in_leaf": 1})
-        fitting.cache["train"] = given
-    valid = []
-    if fitting.valid is not None:
-        if "valid" not in fitting.cache:
-            fitting.cache["valid"] = given.create_valid(fitting.valid[0], fitting.valid[1])
-        valid = [fitting.cache["valid"]]
-        callbacks.append(lightgbm.early_stopping(int(fitting.config.get("patience", PATIENCE)), verbose=False))
-    booster = lightgbm.train(told, given, rounds, valid_sets=valid, callbacks=callbacks)
+    if valid is not None:
+        callbacks.append(lightgbm.early_stopping(patience(config), verbose=False))
+    booster = lightgbm.train(told, given, most_rounds(config), valid_sets=[valid] if valid is not None else [], callbacks=callbacks)
     steps = booster.best_iteration if booster.best_iteration > 0 else booster.current_iteration()
-    return from_files(shape, {"model.txt": _portable(booster.model_to_string(num_iteration=-1)).encode()}, steps)
+    text = _portable(booster.model_to_string(num_iteration=-1))
+    return _read(shape, text, view, steps)
+
+
+def _scaled(target: np.ndarray, view: View) -> np.ndarray:
+    return target if view.shift is None else np.log(np.maximum(target + view.shift, 1e-12))
 
 
 def _ask(fitting: Fitting) -> Any:
@@ -119,12 +235,14 @@ def _portable(text: str) -> str:
 # %% ../../nbs/lib/train/04_trees.ipynb #d9fdb553
 def from_files(shape: Shape, files: dict[str, bytes], steps: int | None = None) -> Trees:
     "A booster from its text; raises `IntegrityError` for a text that is not whole."
-    import lightgbm
+    view = View.from_dict(json.loads(files["view.json"])) if "view.json" in files else View()
+    return _read(shape, files["model.txt"].decode("utf-8", "replace"), view, steps)
 
-    text = files["model.txt"].decode("utf-8", "replace")
+
+def _read(shape: Shape, text: str, view: View, steps: int | None) -> Trees:
     check_text(text)
-    booster = lightgbm.Booster(model_str=text)
-    return Trees(shape, text, steps or max(1, booster.current_iteration()), booster)
+    each = int(re.search(r"^num_tree_per_iteration=(\d+)$", text, re.MULTILINE)[1])   # type: ignore[index]  # checked above
+    return Trees(shape, text, steps or max(1, len(re.findall(r"^Tree=", text, re.MULTILINE)) // each), view)
 
 
 def check_text(
@@ -135,5 +253,5 @@ def check_text(
     start, end = text.find("\nTree=0\n") + 1, text.find("end of trees")
     told = sum(map(int, sizes[1].split())) if sizes else -1
     found = len(text[start:end].encode()) if 0 < start < end else 0
-    if not text.startswith("tree\n") or end < 0 or told != found:
+    if not text.startswith("tree\n") or end < 0 or told != found or not re.search(r"^num_tree_per_iteration=[1-9]\d*$", text, re.MULTILINE):
         raise IntegrityError(f"model.txt is not a whole LightGBM text (trees of {told} bytes promised, {found} found); train or copy it again")

@@ -51,7 +51,7 @@ def install() -> None:
 def table(data: Path, name: str) -> dict[str, Any]:
     "Paths of the two parts, what is predicted, and the folder's own facts."
     facts = json.loads((data / "meta.json").read_text())[name]
-    rows = pl.read_parquet(data / f"{name}.parquet").drop(facts["drop"] if name != "electricity" else [])
+    rows = pl.read_parquet(data / f"{name}.parquet").drop(facts["drop"])
     KEPT.mkdir(parents=True, exist_ok=True)
     paths = {}
     for part in ("train", "test"):

@@ -1,0 +1,164 @@
+"""What it costs to level groups: deterministic group thresholds against fairlearn's ThresholdOptimizer, at the same gap.
+
+    python -m tests.bench.fairness install     # fairlearn in an environment of its own, .venv-peers/fair
+    python -m tests.bench.fairness             # Adult (its fixed split) and COMPAS (random splits: its last fifth by date is another population)
+
+Both get the same scores of one LightGBM and the same rows to make the rule from (30 % of the training rows); both are judged on
+the same test rows, over five seeds. The peer tosses coins: its numbers are means over twenty seeds of its own, and `flips` is the
+share of people whom two of them answer differently. Seconds are CPU seconds of making the rule.
+
+Results go to tests/bench/results/fairness.json and are printed as a table.
+"""
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from pipeline.evaluate.cohorts import decision_gaps  # noqa: E402
+from pipeline.evaluate.levelling import KINDS, fit_rule  # noqa: E402
+from pipeline.train.reweighing import learn_grouping  # noqa: E402
+
+SHARED, PEER = ROOT.parent / "shared/data", ROOT / ".venv-peers/fair/bin/python"
+RESULTS = Path(__file__).parent / "results" / "fairness.json"
+FEW = 200      # rows under which a group is taken together with others: on six rows every gap is chance, and the peer refuses a group of one class
+SEEDS, ASKED, CRITERIA, COLUMNS = 5, (0.0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05), ("demographic_parity", "equalized_odds"), ("sex", "race")
+TABLES = {"adult": ("income", []), "compas": ("two_year_recid", ["compas_screening_date", "decile_score"])}
+PEER_CODE = """
+import json, sys, time, warnings
+warnings.filterwarnings("ignore")
+import fairlearn, numpy as np, pandas as pd
+from fairlearn.metrics import demographic_parity_difference, equalized_odds_difference
+from fairlearn.postprocessing import ThresholdOptimizer
+from sklearn.base import BaseEstimator, ClassifierMixin
+class Given(ClassifierMixin, BaseEstimator):
+    def fit(self, X, y): self.classes_ = np.array([0, 1]); return self
+    def predict(self, X): return (np.asarray(X)[:, 0] >= .5) * 1
+    def predict_proba(self, X): p = np.asarray(X)[:, 0]; return np.column_stack([1 - p, p])
+    def __sklearn_is_fitted__(self): return True
+found = {"version": fairlearn.__version__}
+gaps = {"demographic_parity": demographic_parity_difference, "equalized_odds": equalized_odds_difference}
+for name, path in json.loads(sys.argv[1]).items():
+    table = pd.read_parquet(path); made, test = table[table.part == 1], table[table.part == 2]
+    for by in ("sex", "race"):
+        for criterion, gap in gaps.items():
+            start = time.process_time()
+            try:
+                rule = ThresholdOptimizer(estimator=Given().fit(None, None), constraints=criterion, objective="accuracy_score", prefit=True, predict_method="predict_proba")
+                rule.fit(made[["p"]], made.y, sensitive_features=made[by])
+            except ValueError as error:
+                found[f"{name}|{by}|{criterion}"] = {"error": str(error)}; continue
+            spent = time.process_time() - start
+            told = [rule.predict(test[["p"]], sensitive_features=test[by], random_state=s) for s in range(20)]
+            found[f"{name}|{by}|{criterion}"] = {"accuracy": float(np.mean([(t == test.y).mean() for t in told])), "cpu_s": spent,
+                "gap": float(np.mean([gap(test.y, t, sensitive_features=test[by]) for t in told])), "flips": float(np.mean([(told[i] != told[i + 1]).mean() for i in range(0, 20, 2)]))}
+print(json.dumps(found))
+"""
+
+
+def install() -> None:
+    "The peer, with its bytecode compiled."
+    uv = [sys.executable, "-m", "uv"]
+    if not PEER.exists():
+        subprocess.run([*uv, "venv", "-q", "--python", sys.executable, str(PEER.parents[1])], check=True)
+    subprocess.run([*uv, "pip", "install", "-q", "--python", str(PEER), "--compile-bytecode", "fairlearn>=0.15", "aif360>=0.6", "pyarrow"], check=True)
+
+
+def scored(name: str, seed: int) -> pl.DataFrame:
+    "Outcome, score, groups; part 1 makes the rule, part 2 judges it."
+    import lightgbm
+
+    target, dropped = TABLES[name]
+    table = pl.read_parquet(SHARED / f"{name}.parquet")
+    y = (table[target].cast(pl.String) == table[target].cast(pl.String).max()).cast(int).to_numpy()
+    coded = table.drop(target, "__split", *dropped).with_columns(pl.col(pl.String).cast(pl.Categorical).to_physical())
+    matrix = coded.with_columns(pl.all().cast(pl.Float64)).to_numpy()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(y))
+    test = np.flatnonzero((table["__split"] == "test").to_numpy()) if name == "adult" else order[: len(y) // 5]
+    train = rng.permutation(np.setdiff1d(order, test))
+    learn, made = train[: int(0.7 * len(train))], train[int(0.7 * len(train)):]
+    categories = [i for i, c in enumerate(coded.columns) if table.schema[c] == pl.String]
+    config = {"objective": "binary", "verbose": -1, "num_threads": 1, "seed": seed, "learning_rate": 0.05, "num_leaves": 15}
+    model = lightgbm.train(config, lightgbm.Dataset(matrix[learn], y[learn], categorical_feature=categories), 150)
+    part = np.zeros(len(y), int)
+    part[made], part[test] = 1, 2
+    table = table.with_columns(pl.when(pl.len().over(c) < FEW).then(pl.lit("all others")).otherwise(pl.col(c)).alias(c) for c in COLUMNS)
+    return table.select(*COLUMNS).with_columns(y=pl.Series(y), p=pl.Series(np.asarray(model.predict(matrix))), part=pl.Series(part)).filter(pl.col("part") > 0)
+
+
+def level(table: pl.DataFrame, by: str, criterion: str) -> list[dict[str, Any]]:
+    "Our rules at every asked gap."
+    made, test, found = table.filter(pl.col("part") == 1), table.filter(pl.col("part") == 2), []
+    for kind in KINDS if criterion == "equalized_odds" else KINDS[:1]:
+        for asked in ASKED:
+            start = time.process_time()
+            rule = fit_rule(made["y"].to_numpy(), made["p"].to_numpy(), made[by], learn_grouping(made[by]), criterion, asked, kind=kind)
+            spent = time.process_time() - start
+            acted = rule.act(test["p"].to_numpy(), test[by])
+            gap = next(g["value"] for g in decision_gaps(test["y"].to_numpy(), acted, test[by].to_numpy()) if g["gap"] == criterion)
+            found.append({"kind": kind, "asked": asked, "accuracy": float((acted == test["y"].to_numpy()).mean()), "gap": float(gap), "cpu_s": spent})
+    return found
+
+
+def measure() -> dict[str, Any]:
+    "All tables, seeds, columns and criteria; means over the seeds that the peer could do."
+    told: dict[str, Any] = {"rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        paths, tables = {}, {}
+        for name in TABLES:
+            for seed in range(SEEDS):
+                tables[name, seed] = scored(name, seed)
+                paths[f"{name}|{seed}"] = f"{folder}/{name}{seed}.parquet"
+                tables[name, seed].write_parquet(paths[f"{name}|{seed}"])
+        peer = json.loads(subprocess.run([PEER, "-c", PEER_CODE, json.dumps(paths)], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        told["fairlearn"] = peer.pop("version")
+        for name in TABLES:
+            for by in COLUMNS:
+                for criterion in CRITERIA:
+                    theirs = {s: peer[f"{name}|{s}|{by}|{criterion}"] for s in range(SEEDS)}
+                    able = [s for s, t in theirs.items() if "error" not in t]
+                    ours = {s: level(tables[name, s], by, criterion) for s in range(SEEDS)}
+                    row: dict[str, Any] = {"table": name, "by": by, "criterion": criterion, "peer_could": len(able), "seeds": SEEDS}
+                    row["peer"] = {k: statistics.mean(theirs[s][k] for s in able) for k in ("accuracy", "gap", "flips", "cpu_s")} if able else None
+                    row["ours"] = [{"kind": o["kind"], "asked": o["asked"]} | {k: statistics.mean(ours[s][i][k] for s in able or range(SEEDS)) for k in ("accuracy", "gap", "cpu_s")}
+                                   for i, o in enumerate(ours[0])]
+                    told["rows"].append(row)
+    return told
+
+
+def ahead(row: dict[str, Any]) -> dict[str, Any] | None:
+    "Ours with the highest accuracy among those whose gap is at most the peer's, else None."
+    fits = [o for o in row["ours"] if row["peer"] and o["gap"] <= row["peer"]["gap"]]
+    return max(fits, key=lambda o: o["accuracy"]) if fits else None
+
+
+def main(asked: list[str]) -> None:
+    if asked == ["install"]:
+        return install()
+    kept = {"at": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"), "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2), **measure()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"| table, groups, criterion | fairlearn {kept['fairlearn']}: accuracy, gap | flips | CPU s | ours at that gap: accuracy, gap | gap asked, kind | flips | CPU s |\n|---|---|---:|---:|---|---|---:|---:|")
+    for row in kept["rows"]:
+        peer, best = row["peer"], ahead(row) or min(row["ours"], key=lambda o: o["gap"])
+        could = "" if row["peer_could"] == row["seeds"] else f" ({row['peer_could']} of {row['seeds']} seeds, else refused)"
+        print(f"| {row['table']}, {row['by']}, {row['criterion'].replace('_', ' ')} | {peer['accuracy']:.4f}, {peer['gap']:.4f}{could} | {peer['flips']:.1%} | {peer['cpu_s']:.3f} "
+              f"| {best['accuracy']:.4f}, {best['gap']:.4f} | {best['asked']:g}, {best['kind']} | 0 % | {best['cpu_s']:.3f} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,255 @@
+"Limits decide: fast walks equal LightGBM's to the last bit, latency, size and readability pick the winner, students are cut to size."
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from player import play
+
+from pipeline.core.errors import InputError, IntegrityError
+from pipeline.core.run import open_run
+from pipeline.data.contract import Contract, Rule
+from pipeline.scope.plan import derive_plan
+from pipeline.train import fast, trees
+from pipeline.train.budget import plan_fits
+from pipeline.train.choice import Limits, choose, leaderboard, rows_of
+from pipeline.train.ensembles import Ensemble
+from pipeline.train.fast import NotFast, open_forest, read_forest
+from pipeline.train.features import learn_encoder
+from pipeline.train.frontier import cut_to_rounds, dominated_by, frontier, measure_costs, measure_model, price_of, shorten
+from pipeline.train.models import load_model, train_model
+from pipeline.train.protocol import Fitting, Shape, fit
+from pipeline.train.search import Found, Goal, Rows, Trial, run_search
+from pipeline.train.students import LATENCY, SIZE, add_candidates, compare_students
+
+ROOT = Path(__file__).resolve().parent.parent
+PRICES = {"core_hour": 0.04, "watts_per_core": 10.0, "gram_co2e_per_kwh": 350.0}
+OBJECTIVES = ("binary", "multiclass", "regression", "huber", "quantile", "poisson", "cross_entropy")
+
+
+def grown(objective: str, seed: int, gaps: bool = True, rows: int = 700, leaves: int = 20, rounds: int = 9, levels: int = 70) -> tuple[lightgbm.Booster, np.ndarray]:
+    "A booster on numbers, a coarse number, a category, a constant; and rows that it never saw, with every odd value."
+    random = np.random.default_rng(seed)
+    matrix = np.column_stack([random.normal(size=rows), random.integers(0, levels, rows), random.normal(size=rows).round(1), np.ones(rows)])
+    if gaps:
+        matrix[random.random(rows) < 0.2, 0], matrix[random.random(rows) < 0.2, 1] = np.nan, np.nan
+    score = np.nan_to_num(matrix[:, 0]) + (np.nan_to_num(matrix[:, 1]) % 5 == 2) + 0.3 * random.normal(size=rows)
+    target = {"binary": score > 0.5, "multiclass": np.digitize(score, [0, 1]), "poisson": np.exp(score), "cross_entropy": 1 / (1 + np.exp(-score))}.get(objective, score)
+    told = {"objective": objective, "verbosity": -1, "num_threads": 1, "num_leaves": leaves, "min_data_in_leaf": 3, "seed": seed, "cat_smooth": 1.0, "min_data_per_group": 3}
+    booster = lightgbm.train(told | ({"num_class": 3} if objective == "multiclass" else {}), lightgbm.Dataset(matrix, target, categorical_feature=[1]), rounds)
+    asked = matrix[random.permutation(rows)].copy()
+    odd = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-36, -1e-36, 1e300, -1e300, -1, -0.5, 3.9, levels, 1e6, *np.unique(matrix[:20, 0])]
+    for column in range(4):
+        asked[random.integers(0, rows, len(odd)), column] = odd
+    return booster, asked
+
+
+@settings(max_examples=25, deadline=None)
+@given(objective=st.sampled_from(OBJECTIVES), seed=st.integers(0, 10_000), gaps=st.booleans(), count=st.sampled_from([1, 2, 8, 9, 300, 700]), leaves=st.sampled_from([2, 3, 31, 127]))
+def test_fast_walks_equal_lightgbm_to_the_last_bit(objective: str, seed: int, gaps: bool, count: int, leaves: int) -> None:
+    booster, asked = grown(objective, seed, gaps, leaves=leaves)
+    forest = read_forest(booster.model_to_string())
+    rows = asked[:count]
+    assert np.array_equal(forest.predict(rows), booster.predict(rows, num_threads=1))
+    assert np.array_equal(forest.predict(rows, 3), booster.predict(rows, num_iteration=3, num_threads=1))
+    assert np.array_equal(forest.score(rows).T.ravel(), booster.predict(rows, raw_score=True, num_threads=1).ravel())
+
+
+def test_values_at_a_threshold_turn_as_lightgbm_turns_them() -> None:
+    booster, _ = grown("regression", 5)
+    forest = read_forest(booster.model_to_string())
+    edges = forest.edges[np.isfinite(forest.edges)]
+    values = np.concatenate([edges, np.nextafter(edges, np.inf), np.nextafter(edges, -np.inf), edges.astype(np.float32).astype(float)])
+    rows = np.column_stack([values, np.zeros(len(values)), values, values])
+    assert np.array_equal(forest.predict(rows), booster.predict(rows, num_threads=1))
+
+
+def test_more_rows_than_a_block_and_a_model_without_a_split() -> None:
+    booster, asked = grown("multiclass", 1, rows=5_000)
+    assert np.array_equal(read_forest(booster.model_to_string()).predict(asked), booster.predict(asked))
+    stump = lightgbm.train({"objective": "binary", "verbosity": -1}, lightgbm.Dataset(np.zeros((60, 2)), np.arange(60) % 3 == 0), 3)
+    assert np.array_equal(read_forest(stump.model_to_string()).predict(np.ones((60, 2))), stump.predict(np.ones((60, 2))))
+
+
+def test_what_only_lightgbm_can_answer_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(300, 2)).round(1)
+    for more in ({"linear_tree": True}, {"zero_as_missing": True}, {"boosting": "rf", "bagging_freq": 1, "bagging_fraction": 0.5}):
+        data = lightgbm.Dataset(matrix, matrix[:, 0], params={"verbosity": -1, **more})
+        text = lightgbm.train({"objective": "regression", "verbosity": -1, **more}, data, 4).model_to_string()
+        assert open_forest(text)[0] is None and open_forest(text)[1].startswith("LightGBM answers: ")
+    shape, target = Shape("binary", 2, (0, 0)), (matrix[:, 0] > 0).astype(int)
+    model = fit("trees", shape, matrix, target, Fitting({"rounds": 9}))
+    assert isinstance(model, trees.Trees)
+    assert model.prepare().startswith("compiled")
+    answer, without = model.predict(matrix), trees.from_files(shape, model.to_files(), model.steps)
+    monkeypatch.setattr(fast, "compiled", lambda: None)
+    assert without.prepare() == "LightGBM answers: numba is not installed"
+    assert np.array_equal(without.predict(matrix), answer)
+
+
+def test_a_text_that_points_outside_is_refused_and_never_walked() -> None:
+    text = grown("binary", 2)[0].model_to_string()
+    random = np.random.default_rng(0)
+    lines = text.split("\n")
+    fields = [i for i, line in enumerate(lines) if line.split("=")[0] in ("left_child", "right_child", "split_feature", "cat_boundaries", "cat_threshold", "threshold", "leaf_value", "num_leaves", "decision_type")]
+    refused = 0
+    for _ in range(150):
+        i = int(random.choice(fields))
+        name, values = lines[i].split("=", 1)
+        parts = values.split()
+        parts[int(random.integers(len(parts)))] = str(random.choice(["999999", "-999999", "x", "", "7", "-3", "nan"]))
+        spoilt = "\n".join([*lines[:i], f"{name}={' '.join(parts)}", *lines[i + 1:]])
+        try:
+            read_forest(spoilt).predict(np.zeros((30, 4)))
+        except (IntegrityError, NotFast):
+            refused += 1
+    assert refused > 60   # the others stay inside the text: another answer, no way out of the arrays
+
+
+def table(n: int, seed: int = 0) -> tuple[pl.DataFrame, dict[str, Any]]:
+    "Orders that come late along curves, not lines."
+    random = np.random.default_rng(seed)
+    size, hour, kind = random.normal(size=n), random.uniform(0, 24, n), random.choice(["a", "b", "c"], n)
+    score = (1.5 * size if n < 200 else np.sin(hour / 2) + np.abs(size) * 1.5 - 1 + 0.8 * (kind == "b") * (size > 0)) + 0.5 * random.normal(size=n)
+    frame = pl.DataFrame({"size": size, "hour": hour, "kind": kind, "late": np.where(score > 0, "yes", "no"), "__row": np.arange(n)})
+    rules = [Rule("size", "number", "Float64", "feature", False), Rule("hour", "number", "Float64", "feature", False),
+             Rule("kind", "category", "String", "feature", False), Rule("late", "category", "String", "target", False)]
+    contract = Contract("late", "binary", ["no", "yes"], "yes", None, None, None, rules).to_dict()
+    return frame.with_columns(__fold=(pl.col("__row") % 3).cast(pl.Int8)), contract
+
+
+@functools.cache
+def searched(n: int = 900, ensemble: bool = False) -> tuple[Found, Rows, dict[str, Any], Any, pl.DataFrame]:
+    frame, contract = table(n)
+    encoder = learn_encoder(frame, contract)
+    rows = rows_of(frame, contract, {"folds": 3, "ordered": False}, encoder)
+    plan = plan_fits(["linear", "trees", "portfolio"], [len(t) for t, _ in rows.folds], n, rows.shape, 30)
+    return run_search(rows, plan, Goal("roc_auc"), seed=7, ensemble=ensemble), rows, contract, encoder, frame
+
+
+@pytest.mark.parametrize(("name", "n", "winners"), [("tiny_data", 80, {"linear"}), ("one_millisecond", 1_200, {"trees", "portfolio"}), ("readable", 1_200, {"additive"})])
+def test_three_problem_files_have_three_winners_that_keep_their_limit(name: str, n: int, winners: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame, contract = table(n)
+    (tmp_path / "params").mkdir()
+    shutil.copy(ROOT / f"tests/problems/{name}.yml", tmp_path / "params")
+    (tmp_path / "settings.ini").write_text("[engine]\nthreads = 1\n")
+    monkeypatch.chdir(tmp_path)
+    where = {"problem": f"params/{name}.yml", "run": f"outputs/{name}/main"}
+    scope = open_run("01_scope", **where)
+    scope.save("scope/plan", derive_plan(scope.problem))
+    data = open_run("02_data", **where)
+    for thing, value in (("train", frame), ("contract", contract), ("splits", {"kind": "random", "ordered": False, "folds": 3, "gap_days": 0.0})):
+        data.save(f"data/{thing}", value)
+    for run in (scope, data):
+        run.conclude("ok")
+        run.finish()
+    names = play(ROOT / "nbs/phases/04_train.ipynb", **where)
+    phase = tmp_path / f"outputs/{name}/main/04_train"
+    model = load_model(phase / "model")
+    assert model.family in winners, (names["choice"], names["board"])
+    decision = next(d for d in json.loads((phase / "decisions.json").read_text()) if d["what"] == "family")
+    assert decision["chose"] == names["choice"].name and decision["because"]
+    cost = measure_model(model, frame)
+    if name == "one_millisecond":
+        checks = {c["title"]: c for c in json.loads((phase / "checks.json").read_text())}
+        assert cost.row_ms <= 1 and cost.size_mb <= 0.5
+        assert any("train.latency_ms" in check for check in checks)
+    if name == "readable":
+        assert "kept out: people could not read it" in decision["because"] or names["board"].row(0, named=True)["may_ship"]
+        assert max(tree.count(" ") for tree in [line for line in model.estimator.text.split("\n") if line.startswith("split_feature=")]) == 0   # one column a tree
+    kept = pl.read_parquet(phase / "frontier.parquet")
+    assert {"metric", "row_ms", "size_mb", "gram_co2e_per_1000", "money_per_1000", "dominated_by"} <= set(kept.columns)
+
+
+def test_an_ensemble_is_chosen_only_where_latency_allows_it() -> None:
+    found, rows, contract, encoder, frame = searched(ensemble=True)
+    joined = found.named("ensemble")
+    assert joined is not None and all(isinstance(model, Ensemble) for model in joined.models)
+    joined.value = max(float(t.value or 0) for t in found.trials) + 0.05   # as if it had earned its place
+    costs = measure_costs(found, contract, encoder, frame)
+    single = min(cost.row_ms for name, cost in costs.items() if name not in ("ensemble", "dummy"))
+    assert costs["ensemble"].row_ms > 1.2 * single
+    families = ["linear", "trees", "portfolio"]
+    loose, tight = Limits(families, latency_ms=1e3), Limits(families, latency_ms=(costs["ensemble"].row_ms + single) / 2)
+    assert choose(leaderboard(found, rows, loose, 7, costs=costs), found.goal, 0.0).name == "ensemble"
+    choice = choose(leaderboard(found, rows, tight, 7, costs=costs), found.goal, 0.0)
+    assert choice.name != "ensemble" and "ensemble" in choice.because and "train.latency_ms" in choice.because
+    shown = frontier(found, [], rows, costs, loose, PRICES, False, 7)
+    assert shown.filter(pl.col("candidate").is_in(["ensemble", choice.name]))["noise_loss"].null_count() == 0   # robustness of both
+
+
+def test_fewer_rounds_cost_less_and_a_dominated_model_is_marked() -> None:
+    found, rows, contract, encoder, frame = searched()
+    costs = measure_costs(found, contract, encoder, frame)
+    _, sweep = shorten(found, rows, Limits(["trees", "portfolio"]), costs)
+    costs |= measure_costs(replace(found, trials=sweep), contract, encoder, frame)
+    shown = frontier(found, sweep, rows, costs, Limits(["trees", "portfolio"]), PRICES, False, 7)
+    best = shown.filter(pl.col("candidate") == sweep[0].name.rsplit(",", 1)[0]).row(0, named=True)
+    cut = shown.filter(pl.col("candidate").is_in([t.name for t in sweep]))
+    assert (cut["size_mb"] < best["size_mb"]).all() and (cut["gram_co2e_per_1000"] <= 1.1 * best["gram_co2e_per_1000"]).all()
+    assert price_of(2.0, PRICES | {"core_hour": 0.08})[0] == 2 * price_of(2.0, PRICES)[0] == 4 * price_of(1.0, PRICES)[0]
+    worse = pl.concat([shown, shown.head(1).with_columns(candidate=pl.lit("worse"), metric=pl.col("metric") - 0.1, row_ms=pl.col("row_ms") * 3)])
+    assert dominated_by(worse, 1)[-1] == shown["candidate"][0]
+
+
+def test_a_shorter_trial_answers_as_if_it_had_been_stopped_then() -> None:
+    found, rows, *_ = searched()
+    trial = found.named("trees")
+    assert trial is not None
+    cut = cut_to_rounds(trial, 5, rows, found.goal)
+    train, valid = rows.folds[0]
+    stopped = fit("trees", rows.shape, rows.matrix[train], rows.target[train], Fitting(trial.config | {"rounds": 5}, 7))
+    assert cut.answer is not None and np.array_equal(cut.answer[:len(valid)], stopped.predict(rows.matrix[valid]))
+
+
+def test_students_are_a_quarter_of_their_teacher_and_ship_only_inside_the_tolerance() -> None:
+    _, rows, contract, encoder, frame = searched(1_500)
+    teacher = run_teacher(rows)
+    found = add_candidates(Found([teacher], Goal("roc_auc"), False), rows, 7, distill=True)
+    costs = measure_costs(found, contract, encoder, frame)
+    strict, generous = 0.0, 0.2
+    for tolerance in (strict, generous):
+        limits = Limits(["portfolio"], tolerance=tolerance)
+        board = leaderboard(found, rows, limits, 7, costs=costs)
+        choice = choose(board, found.goal, tolerance)
+        told = compare_students(found, board, costs, choice.name)
+        assert told.height == 2 and (told["size_share"] <= SIZE).all() and told["to_best_low"].null_count() == 0
+        shipped = choice.name.startswith("student")
+        assert shipped == (tolerance == generous or teacher.value < max(t.value for t in found.trials[1:]))
+        assert told["small"].to_list() == ((told["size_share"] <= SIZE) & (told["time_share"] <= LATENCY)).to_list()
+
+
+def run_teacher(rows: Rows) -> Trial:
+    from pipeline.train.students import try_candidate
+
+    config = {"rounds": 300, "num_leaves": 31, "learning_rate": 0.03, "patience": 300}
+    return try_candidate("teacher", "portfolio", config, rows, Goal("roc_auc"), 7)
+
+
+def test_a_student_is_stored_and_trained_again_like_any_model(tmp_path: Path) -> None:
+    frame, contract = table(400)
+    target = (frame["late"] == "yes").to_numpy().astype(int)
+    config = {"rounds": 10, "num_leaves": 6, "soft": 0.7, "teacher": {"family": "trees", "config": {"rounds": 12}}}
+    model = train_model("student", frame, target, contract, Fitting(config, 3))
+    loaded = load_model(model.save(tmp_path / "student"))
+    assert np.array_equal(loaded.predict(frame), model.predict(frame)) and loaded.about["config"] == config
+    assert np.array_equal(loaded.predict_row(frame.row(0, named=True)), loaded.predict(frame)[0])
+
+
+def test_where_nothing_keeps_the_limits_it_is_said() -> None:
+    found, rows, contract, encoder, frame = searched()
+    costs = measure_costs(found, contract, encoder, frame)
+    limits = Limits(["linear", "trees", "portfolio"], latency_ms=1e-5)
+    with pytest.raises(InputError, match=r"train\.latency_ms"):
+        choose(leaderboard(shorten(found, rows, limits, costs)[0], rows, limits, 7, costs=costs), found.goal, 0.0)
