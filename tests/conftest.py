@@ -1,16 +1,27 @@
 "What several tests share: a project of its own in a temporary folder, and the command run in it."
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once() -> Iterator[None]:
+    "Every new project digests all modules, which takes seconds; the digest follows from the text alone, so each text is parsed once."
+    from pipeline.core import receipt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(receipt, "source_digest", functools.cache(receipt.source_digest))
+        yield
 
 
 @pytest.fixture
@@ -35,3 +46,22 @@ def pilothouse(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]
         )
 
     return call
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Charts are drawn but not printed, for tests that look at what a phase stores: printing is a third of a small phase's time."
+    from pipeline.core import charts
+
+    def draft(draw: Callable[..., None], width: int, height: float) -> str:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(charts.RC):
+            figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+            FigureCanvasSVG(figure)
+            draw(figure, figure.add_subplot(), width)
+        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height:g}"></svg>'
+
+    monkeypatch.setattr(charts, "_render", draft)

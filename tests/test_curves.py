@@ -18,6 +18,7 @@ from pipeline.core.store import read_frame
 from pipeline.evaluate.abstention import decided_alone, miss_of, need_of, pick_for_review
 from pipeline.evaluate.curves import best_of, crossing, gain_of_rows, laws_of, measure_curve, plan_sizes
 from pipeline.label.buying import choose_spending, rehearse
+from pipeline.label.reviews import keep_reviews, read_export
 from pipeline.label.versions import diff_versions, list_versions, load_version
 from pipeline.train.features import learn_encoder
 from pipeline.train.protocol import Shape
@@ -183,7 +184,7 @@ evaluate: {bootstrap: 100}
 """
 
 
-def test_reviewed_rows_come_back_as_the_next_label_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reviewed_rows_come_back_as_the_next_label_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafts: None) -> None:
     "Five per cent of the sealed rows go to people; what they say becomes a version whose parent is the one before."
     rng = np.random.default_rng(1)
     size, price = rng.normal(size=2_400), rng.normal(size=2_400)
@@ -230,7 +231,7 @@ def test_reviewed_rows_come_back_as_the_next_label_version(tmp_path: Path, monke
     export[0]["annotations"][0]["result"][0]["value"]["choices"] = ["maybe"]  # type: ignore[index]
     (tmp_path / "post.answers.json").write_text(json.dumps(export))
     with pytest.raises(InputError, match="answered 'maybe', which is no class"):
-        phase("03_label")
+        keep_reviews(store, "post", reviewed["id"], read_export(tmp_path / "post.answers.json"), again.now(), ["no", "yes"])
 
 
 # -- scorecard

@@ -197,7 +197,7 @@ def test_a_hundred_rows_without_time_cohorts_or_acceptance(place: Place, task: s
     assert recompute(folder) >= 3 and verdicts(folder)["gap between cohorts"] == "not applicable"
 
 
-def test_a_model_that_learnt_nothing_and_explains_nothing(place: Place) -> None:
+def test_a_model_that_learnt_nothing_and_explains_nothing(place: Place, drafts: None) -> None:
     place.prepare("binary", family="dummy", seeds=1)
     folder = place.evaluate()
     found = verdicts(folder)
@@ -205,7 +205,7 @@ def test_a_model_that_learnt_nothing_and_explains_nothing(place: Place) -> None:
     assert found["better than one answer for all rows"] == "no-go"
 
 
-def test_a_model_that_learnt_the_opposite_does_not_pass(place: Place) -> None:
+def test_a_model_that_learnt_the_opposite_does_not_pass(place: Place, drafts: None) -> None:
     place.prepare("binary", reverse=True, seeds=1, evaluate="acceptance: [{metric: roc_auc, at_least: 0.6, bound: low}]")
     folder = place.evaluate()
     assert verdicts(folder)["ROC AUC at least 0.6 on holdout"] == "no-go"
@@ -250,12 +250,12 @@ def test_stable_runs_need_other_seeds_and_survive_a_restart(place: Place) -> Non
     assert verdicts(place.judge("fourth"))["good in 2 runs in a row"] == "no-go"   # the count began anew
 
 
-def test_an_undeclared_cohort_column_is_a_criterion_not_met(place: Place) -> None:
+def test_an_undeclared_cohort_column_is_a_criterion_not_met(place: Place, drafts: None) -> None:
     place.prepare("binary", evaluate="cohorts: [planet]", seeds=1)
     assert verdicts(place.evaluate())["cohorts by planet are measured"] == "no-go"
 
 
-def test_the_phase_has_the_same_claims_twice(place: Place) -> None:
+def test_the_phase_has_the_same_claims_twice(place: Place, drafts: None) -> None:
     place.prepare("multiclass", evaluate="cohorts: [town]")
     once = (place.evaluate() / "claims.json").read_bytes()
     assert (place.evaluate() / "claims.json").read_bytes() == once

@@ -99,11 +99,10 @@ def test_the_search_finds_what_a_full_grid_finds(family: str, config: dict[str, 
     rows, bounds = frame.head(120), {"size": 0.4, "wind": 0.4}
     reach = reach_of(frame, ["size", "wind"], bounds)
     found = attack(model.predict, rows, contract, reach, Aim("binary"), np.random.default_rng(1))
-    acts, possible = model.predict(rows)[:, 1] >= 0.5, np.zeros(120, bool)
-    for a in np.linspace(-1, 1, 21):
-        for b in np.linspace(-1, 1, 21):
-            moved = rows.with_columns(size=pl.Series(reach[0].moved(rows["size"].to_numpy(), a)), wind=pl.Series(reach[1].moved(rows["wind"].to_numpy(), b)))
-            possible |= (model.predict(moved)[:, 1] >= 0.5) != acts
+    acts, ends = model.predict(rows)[:, 1] >= 0.5, [(a, b) for a in np.linspace(-1, 1, 21) for b in np.linspace(-1, 1, 21)]
+    moved = pl.concat([rows.with_columns(size=pl.Series(reach[0].moved(rows["size"].to_numpy(), a)), wind=pl.Series(reach[1].moved(rows["wind"].to_numpy(), b)))
+                       for a, b in ends])
+    possible = ((model.predict(moved)[:, 1] >= 0.5).reshape(len(ends), 120) != acts).any(axis=0)
     turned = found.after < 0
     assert possible.sum() >= 10 and (turned & possible).sum() >= 0.9 * possible.sum()
     attacked = rows.with_columns(pl.Series(c, v) for c, v in found.values.items())

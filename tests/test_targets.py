@@ -63,7 +63,7 @@ def phase(name: str) -> dict[str, Any]:
     return names
 
 
-def test_a_problem_with_three_targets_is_trained_both_ways_and_measured_on_the_sealed_rows(clinic: Path) -> None:
+def test_a_problem_with_three_targets_is_trained_both_ways_and_measured_on_the_sealed_rows(clinic: Path, drafts: None) -> None:
     for name in ("01_scope", "02_data", "04_train", "05_evaluate"):
         phase(name)
     run = clinic / "outputs/clinic/main"

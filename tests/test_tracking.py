@@ -33,6 +33,8 @@ def run(tmp_path: Path) -> Path:
     board = pl.DataFrame({"candidate": ["trees", "dummy"], "metric": [0.76, None], "may_ship": [True, False]})
     for name in ("leaderboard", "trials", "costs"):
         board.write_parquet(folder / f"04_train/{name}.parquet")
+    kept = [("trees", "done", 0.76, ""), ("linear", "failed", None, "no convergence"), ("portfolio slow", "skipped", None, "passed over")]
+    pl.DataFrame(kept, schema=["candidate", "status", "metric", "error"], orient="row").write_parquet(folder / "04_train/trials.parquet")
     manifest = {"verdict": "go", "answer": "it is", "leaves": {"train.budget_s": 60.0, "problem.name": "flights", "rollout.stages": [1, 100]}, "threads": 2}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -74,9 +76,10 @@ def test_the_offline_run_holds_the_claims(run: Path) -> None:
         assert summary[f"{phase}/verdict"] == "go"
     assert (summary["verdict"], summary["answer"]) == ("go", "it is")
     assert config["train.budget_s"] == 60 and config["rollout.stages"] == [1, 100]
-    for table, rows in (("leaderboard", 2), ("trials", 2), ("artifacts", 2)):
+    for table, rows in (("leaderboard", 2), ("trials", 3), ("artifacts", 2)):
         assert summary[f"tables/{table}"]["nrows"] == rows
         stored = json.loads((folder / "files" / summary[f"tables/{table}"]["path"]).read_text())
+        assert table != "trials" or [row[1] for row in stored["data"]] == ["done", "failed", "skipped"]
         assert table != "artifacts" or [row[-1] for row in stored["data"]] == ["ab" * 32] * 2
     assert set(held["summary"]) >= {"reports/04_train", "reports/05_evaluate"}
 

@@ -301,14 +301,15 @@ print(cache['resumed'])
 
 
 def test_a_net_that_was_killed_goes_on_and_ends_equal(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert in_child(TRAIN_NET, whole, -1).returncode == 0
+    broken = tmp_path / "broken"
+    frame, target, contract = make_table("binary")
+    train_model("nets", frame, target, contract, Fitting({"epochs": 12, "hidden": 24, "batch": 64}, 3)).save(tmp_path / "whole")
     killed = in_child(TRAIN_NET, broken, 22)   # four steps an epoch: in the sixth
     assert killed.returncode == -signal.SIGKILL and not (broken / "model").exists()
     continued = in_child(TRAIN_NET, broken, -1)
     assert continued.returncode == 0, continued.stderr
     assert continued.stdout.strip() == "5"
-    assert load_model(whole / "model").digest == load_model(broken / "model").digest
+    assert load_model(tmp_path / "whole").digest == load_model(broken / "model").digest
 
 
 SEARCH = """
@@ -423,7 +424,7 @@ def test_retraining_follows_the_model() -> None:
 PROBLEM = """
 problem: {{name: small, statement: Will it be so and so in this test?, kpi: {{name: k, baseline: 0, target: 1, unit: x}}, task: {task}, target: ziel{positive}}}
 data: {{sources: [{{name: s, kind: csv, path: s.csv}}]}}
-train: {{budget_s: 60, seeds: 2, families: [dummy, linear, trees, portfolio]}}
+train: {{budget_s: 60, clock: {clock}, seeds: 2, families: [dummy, linear, trees, portfolio]}}
 """
 
 
@@ -439,7 +440,8 @@ def test_the_phase_runs_for_every_task(task: str, tmp_path: Path, monkeypatch: p
     shutil.copytree(ROOT / "nbs/phases", tmp_path / "nbs/phases")
     (tmp_path / "params").mkdir()
     (tmp_path / "settings.ini").write_text("[engine]\nthreads = 1\n")
-    (tmp_path / "params/small.yml").write_text(PROBLEM.format(task=task, positive=", positive: 'yes'" if task == "binary" else ""))
+    (tmp_path / "params/small.yml").write_text(PROBLEM.format(task=task, positive=", positive: 'yes'" if task == "binary" else "",
+                                                                clock="core" if task == "binary" else "wall"))
     monkeypatch.chdir(tmp_path)
     where = {"problem": "params/small.yml", "run": "outputs/small/main"}
     scope = open_run("01_scope", **where)
@@ -461,6 +463,11 @@ def test_the_phase_runs_for_every_task(task: str, tmp_path: Path, monkeypatch: p
     assert any(name.startswith("validation_") for name in claims) and "model_mb" in claims
     assert json.loads((phase / "answer.json").read_text())["verdict"] == "go"
     assert len(list((phase / "seed_models").iterdir())) == 2
+    luck, settings_ranked = pl.read_parquet(phase / "optimism.parquet"), pl.read_parquet(phase / "sensitivity.parquet")
+    assert luck.height == 1 and luck["candidates"][0] > 3 and 0 <= luck["same_choice"][0] <= 1
+    assert settings_ranked.height > 3 and settings_ranked["strength"].is_between(0, 1).all() and settings_ranked["trials"].min() >= 6
+    told = " ".join(str(s._repr_html_()) for s in shown if hasattr(s, "_repr_html_"))
+    assert "measured on rows left out of the choice" in told and ("60 core-s" in told) == (task == "binary")
     validation = pl.read_parquet(phase / "validation.parquet")
     assert validation.height == 240 and {"__row", "fold", "unit", "y"} <= set(validation.columns)
     assert load_model(phase / "model").predict(frame).shape[0] == 240 and load_model(phase / "default").task == task

@@ -17,11 +17,12 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.train.budget import Plan, Step, plan_fits, price
 from pipeline.train.checkpoints import Checkpoints
 from pipeline.train.ensembles import blend, weigh_greedily
-from pipeline.train.models import load_model, retrain
+from pipeline.train.hindsight import optimism, sensitivity
+from pipeline.train.models import load_model, retrain, train_model
 from pipeline.train.proposals import propose
 from pipeline.train.protocol import Fitting, Shape, fit
-from pipeline.train.search import Goal, Rows, run_search
-from pipeline.train.tables import fit_table, order_matters
+from pipeline.train.search import Found, Goal, Rows, Trial, run_search
+from pipeline.train.tables import contract_of, fit_table, order_matters
 from pipeline.train.target_encoding import learn_codes
 from pipeline.train.trees import DEFAULT, PORTFOLIO
 
@@ -162,14 +163,16 @@ def test_nothing_to_weigh_is_refused() -> None:
 
 def test_an_ensemble_is_fitted_again_and_refused_when_a_member_is_cut(tmp_path: Path) -> None:
     frame = a_table("binary")
-    found = fit_table(frame, "y", budget_s=2, clock="core", seed=1)
-    if found.best.family != "ensemble":
-        pytest.skip("one candidate was the best alone")
+    told = contract_of(frame, "y").to_dict()
+    told["features"] = ["size", "shop", "noise"]
     target = frame["y"].cast(pl.Int64).to_numpy()
-    assert retrain(found.best, frame.head(300), target[:300]).family == "ensemble"
-    parts, score = found.best.contributions(frame), found.best.score(frame)
-    assert parts is None or np.allclose(parts.sum(axis=-1), score, atol=1e-6)
-    folder = found.best.save(tmp_path / "model")
+    members = [{"family": "trees", "config": {"rounds": 20}, "weight": 0.75}, {"family": "linear", "config": {}, "weight": 0.25}]
+    model = train_model("ensemble", frame, target, told, Fitting({"members": members}, seed=1))
+    assert retrain(model, frame.head(300), target[:300]).family == "ensemble"
+    parts = model.contributions(frame)
+    assert parts is not None and np.allclose(parts.sum(axis=-1), model.score(frame), atol=1e-6)
+    folder = model.save(tmp_path / "model")
+    assert np.array_equal(load_model(folder).predict(frame), model.predict(frame))
     (folder / next(p.name for p in folder.iterdir() if p.name.startswith("member0-"))).unlink()
     with pytest.raises(IntegrityError):
         load_model(folder)
@@ -205,3 +208,55 @@ def test_a_plan_of_a_run_still_keeps_its_promise_with_proposals() -> None:
     plan = plan_fits(["linear", "trees", "portfolio"], [len(t) for t, _ in rows.folds], len(rows.target), rows.shape, 20)
     found = run_search(rows, plan, Goal("log_loss"), 1, checkpoints=Checkpoints(), clock=lambda: 0.0, further=True, ensemble=True)
     assert not found.stopped_early and {"dummy", "trees", "linear"} <= {t.name for t in found.trials}
+
+
+def coins(count: int, rows: int, seed: int) -> tuple[Found, Rows]:
+    "Candidates without skill, on rows of two classes."
+    random = np.random.default_rng(seed)
+    y = random.integers(0, 2, rows)
+    trials = []
+    for i in range(count):
+        score = random.random(rows)
+        trials.append(Trial(f"coin {i}", "trees", {}, "full", rows, answer=np.column_stack([1 - score, score]), value=Goal("roc_auc").measure(y, score)))
+    return Found(trials, Goal("roc_auc"), False), Rows(Shape("binary", 2, (0,)), np.zeros((rows, 1)), y, ((np.arange(0), np.arange(rows)),), np.arange(rows))
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_the_luck_of_the_best_is_told_to_its_size(count: int) -> None:
+    "The true value of every coin is 0.5, so what the best shows beyond it is luck: told and true luck agree over repetitions."
+    told, true = [], []
+    for seed in range(24):
+        found, rows = coins(count, 300, seed)
+        told.append(optimism(found, rows, [t.name for t in found.trials], draws=40)["optimism"][0])
+        true.append(max(t.value or 0.0 for t in found.trials) - 0.5)
+    assert abs(np.mean(told) - np.mean(true)) < 0.35 * np.mean(true)
+
+
+def test_luck_is_told_for_losses_too_and_for_the_rule_with_its_tolerance() -> None:
+    found, rows = coins(12, 300, 0)
+    losses = Found(found.trials, Goal("log_loss"), False)
+    for t in losses.trials:
+        t.value = losses.goal.measure(rows.target, t.answer)
+    names = [t.name for t in losses.trials]
+    strict, wide = optimism(losses, rows, names), optimism(losses, rows, names, tolerance=10.0)
+    assert strict["optimism"][0] > 0 and strict["left_out"][0] > strict["selected"][0]
+    assert wide["same_choice"][0] == 1 and abs(wide["optimism"][0]) < 0.05   # always the simplest: nothing is chosen, so nothing is luck
+
+
+def test_few_blocks_are_no_ground_for_a_replay() -> None:
+    found, rows = coins(5, 300, 0)
+    few = Rows(rows.shape, rows.matrix, rows.target, rows.folds, np.arange(300) % 5)
+    assert optimism(found, few, [t.name for t in found.trials]).is_empty()
+
+
+def test_the_settings_that_matter_are_named_and_noise_is_not() -> None:
+    random = np.random.default_rng(0)
+    configs = [propose([], i, 3) for i in range(30)]
+    trials = [Trial(f"proposal {i}", "portfolio", c, "full", 400, value=0.7 + 0.05 * (c.get("categories") == "both") + 0.01 * random.normal()) for i, c in enumerate(configs)]
+    trials.append(Trial("proposal 30", "portfolio", {"num_leaves": 9}, "full", 400, "failed", "no"))
+    ranked = sensitivity(Found(trials, Goal("roc_auc"), False))
+    assert ranked.row(0, named=True)["parameter"] == "categories" and ranked["better"][0] == "both" and ranked["chance"][0] < 0.01
+    assert ranked["trials"].unique().to_list() == [30]
+    assert sensitivity(Found(trials[:5], Goal("roc_auc"), False)).is_empty()
+    turned = sensitivity(Found(trials, Goal("log_loss"), False))
+    assert turned["better"][0] != "both"

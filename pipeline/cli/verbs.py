@@ -358,7 +358,8 @@ def models(
         registry.close()
     rows = [{k: f"{v:%Y-%m-%d %H:%M:%S}" if hasattr(v, "strftime") else v[:12] if k == "digest" else v for k, v in row.items()} for row in rows]
     told = f"{moved.name} v{moved.version} is {moved.state}" if moved else "nothing is registered yet; a deploy phase registers its package"
-    say(rows, told if moved or not rows else partial(_show_rows, rows), as_json)
+    shown = [{k: v for k, v in row.items() if k not in ("digest", "revision", "number")} for row in rows]
+    say(rows, told if moved or not rows else partial(_show_rows, shown), as_json)
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #27699cb0
@@ -380,7 +381,7 @@ def advise_hosting(
 
     def show() -> None:
         print(f"advice: {found.best or 'nothing that is left keeps to your answers'}")
-        _show_rows([{k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()} for row in options])
+        _show_rows([{k: f"{row[k]:.2f}" if isinstance(row[k], float) else row[k] for k in ("option", "score", "month", "why_not")} for row in options])
         _show_rows(flips)
 
     say({"best": found.best, "options": options, "flips": flips}, show, as_json)

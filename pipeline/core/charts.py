@@ -213,6 +213,7 @@ def lines(
     ylabel: str = "",                             # with its unit
     limit: float | None = None,                   # a dashed level
     labels: Mapping[str, str] | None = None,      # column -> what to call it
+    joined: bool = False,                         # over points that a line lacks, instead of a gap
 ) -> Chart:
     "Lines with bands, labelled where they end."
     frame, names = _frame(frame), [y] if isinstance(y, str) else list(y)
@@ -231,7 +232,8 @@ def lines(
                 continue
             if lows[i] is not None and highs[i] is not None:
                 axes.fill_between(places, lows[i], highs[i], color=colour, alpha=0.18, linewidth=0)
-            axes.plot(places, values, color=colour, linestyle=("-", "--", "-.", ":")[i // 2 % 4] if i else "-")
+            drawn = seen if joined else slice(None)
+            axes.plot(places[drawn], values[drawn], color=colour, linestyle=("-", "--", "-.", ":")[i // 2 % 4] if i else "-")
             if seen.sum() <= 40:
                 axes.plot(places[seen], values[seen], "o", color=colour, markersize=4)
             ends.append((float(values[seen][-1]), called[i], colour))

@@ -392,7 +392,6 @@ def claim_edge(
 ) -> Html:
     "Export, try and check where `deploy.target` is edge; one sentence where it is not."
     if run.problem.deploy.target != "edge":
-        run.not_applicable("The edge file (deploy.target)", "the model is asked over HTTP or in batches", ["deploy.target"])
         return note("The model is served, not carried to a device (deploy.target), so no edge file was written.")
     model, limits = packed.predictor.model, run.problem.deploy
     frame = run.load("data/train").head(ASKED)

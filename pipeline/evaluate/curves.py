@@ -397,7 +397,7 @@ def _chart(known: Mapping[str, Laws], goal: Goal, claim: Any, start: int) -> Any
     sure = (claim.low or 0.0) > 0
     title = (f"Twice {start:,} rows would bring about {number(claim.value)} {LABELS[goal.metric]}" if sure
              else f"Twice {start:,} rows would bring {number(claim.low)} to {number(claim.high)} {LABELS[goal.metric]}: perhaps nothing")
-    return lines(frame, "rows", list(known), title, low=[f"{f} low" for f in known], high=[f"{f} high" for f in known],
+    return lines(frame, "rows", list(known), title, joined=True, low=[f"{f} low" for f in known], high=[f"{f} high" for f in known],
                  xlabel="rows to learn from; the last two are continued by the law", ylabel=f"{LABELS[goal.metric]} ({goal.better} is better)")
 
 

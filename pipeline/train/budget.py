@@ -53,7 +53,7 @@ def start_clock(
     return CoreClock() if kind == "core" else Stopwatch(threads)
 
 # %% ../../nbs/lib/train/08_budget.ipynb #e4d3d430
-START = {"dummy": 0.0, "linear": 1.5, "text": 0.5, "trees": 1.0, "portfolio": 0.0, "nets": 7.0, "backbone": 9.0, "ensemble": 0.0}
+START = {"dummy": 0.0, "linear": 1.5, "text": 0.5, "trees": 1.0, "portfolio": 0.0, "nets": 6.0, "backbone": 9.0, "ensemble": 0.0}
 ROUNDS = 7.0                                # a fit usually takes so many divided by its learning rate
 HEADROOM = 0.75                             # of the budget is planned; the rest is for slower machines
 
@@ -76,7 +76,10 @@ def price(
         return 0.015 * rows * len(shape.texts)
     if family == "nets":
         used, epochs = nets.rows_and_epochs(rows, int(config.get("samples", nets.DEFAULT["samples"])))
-        return used * epochs * (7e-6 + 1e-8 * len(shape.sizes)) + 0.3
+        numbers = len(shape.sizes) - len(shape.categories)
+        waved = numbers if numbers <= nets.WAVED else 0
+        learned = used * epochs * (1.2e-5 + 1.6e-7 * waved + 2e-7 * len(shape.categories) + 3e-8 * len(shape.sizes))
+        return learned + 2e-7 * rows * waved + 0.3   # and its answers for the rows that it is judged on
     if family == "ensemble":
         return sum(price(m["family"], rows, shape, m["config"]) for m in config["members"])
     codes = len(shape.categories) * (min(scores, 10) if config.get("categories", "native") != "native" else 0)

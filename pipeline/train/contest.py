@@ -26,6 +26,7 @@ from .choice import Choice, Cost, Limits, choose, goal_of, leaderboard, newest_r
 from .features import Encoder, learn_encoder
 from .final import Final, fit_finally, folder_mb, read_configuration, save_seeds, seeds_table, validation_frame
 from .frontier import frontier, measure_costs, measure_model, shorten
+from .hindsight import TOO_FEW, compared, optimism, sensitivity, tell_optimism
 from .reweighing import mitigation_weights
 from .search import Found, Goal, Rows, run_search
 from .students import add_candidates, compare_students
@@ -33,8 +34,8 @@ from .students import add_candidates, compare_students
 # %% auto #0
 __all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'limits_of', 'show_contest', 'show_plan', 'hold_contest', 'measure_answers',
            'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle',
-           'show_choice', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds', 'score_beside',
-           'claim_quality', 'check_quality', 'tell_contest']
+           'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds',
+           'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Contest:
     plan: Plan
     limits: Limits
     clock: Callable[[], float]                             # seconds of the budget that are spent
+    unit: str = "s"                                        # of the budget: s or core-s
     costs: dict[str, Cost] = field(default_factory=dict)   # what an answer costs, by candidate; filled when the contest was held
 
     @property
@@ -77,7 +79,8 @@ def open_contest(
     plan = plan_fits(scope["families"], [len(t) for t, _ in rows.folds], len(rows.target), rows.shape, train.budget_s, train.seeds, folder)
     limits = limits_of(run, scope)
     run.save("train/plan", plan.table())
-    return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock)
+    return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock,
+                   "core-s" if train.clock == "core" else "s")
 
 
 def limits_of(
@@ -97,7 +100,7 @@ def show_contest(contest: Contest) -> Html:
     return facts({
         "rows to learn from": f"{len(rows.target):,}", "columns": f"{len(contest.encoder.columns)} ({len(contest.encoder.features)} features)",
         "folds": f"{len(rows.folds)}; {how}", "rows answered for": f"{len(rows.valid):,}",
-        "ranked by": f"{contest.label} ({contest.goal.better} is better)", "budget": f"{contest.plan.budget_s:g} s for everything",
+        "ranked by": f"{contest.label} ({contest.goal.better} is better)", "budget": f"{contest.plan.budget_s:g} {contest.unit} for everything",
         "simplicity may cost": f"{contest.limits.tolerance:g} {contest.label}",
     }, "The rules of the contest")
 
@@ -239,6 +242,26 @@ def show_choice(contest: Contest, choice: Choice, found: Found) -> Html:
                               formats={"of its size": ".0%", "of its time": ".0%"}))
 
 
+def show_hindsight(
+    run: Any,
+    contest: Contest,
+    found: Found,
+    board: pl.DataFrame,
+) -> Html:
+    "How much of the chosen number is luck, and which hyperparameters mattered; both are saved."
+    able = board.filter("may_ship")["candidate"].to_list()
+    luck = optimism(found, contest.rows, able, contest.limits.tolerance, run.seed)
+    ranked, trials = sensitivity(found, run.seed), len(compared(found))
+    run.save("train/optimism", luck)
+    run.save("train/sensitivity", ranked)
+    said = note(tell_optimism(luck, contest.label))
+    if ranked.is_empty():
+        few = f"{trials} comparable trials of boosted trees are too few ({TOO_FEW} are needed)" if trials < TOO_FEW else "the trials differ in no setting or in no result"
+        return stack(said, note(f"Which hyperparameters matter cannot be told: {few}."))
+    return stack(said, table(ranked, f"What {contest.label} follows over {trials} trials: rank correlation, and how often chance alone gives as much",
+                             formats={"strength": ".2f", "chance": ".3f"}))
+
+
 def fit_models(
     run: Any,
     contest: Contest,
@@ -298,9 +321,9 @@ def show_costs(run: Any, contest: Contest) -> Html:
               why="" if spent <= contest.plan.budget_s else "raise train.budget_s, or drop a family")
     rows = pl.concat([costs.select(total.columns), total]).rename({"wall_s": "wall", "cpu_s": "computing", "gram_co2e": "CO₂e"})
     kind = "info" if spent <= OVERSHOOT * contest.plan.budget_s else "warn"
-    waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work." if wall > 1.2 * spent else ""
+    waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work." if wall > 1.2 * spent and contest.unit == "s" else ""
     return stack(
-        note(f"{spent:.0f} s of the budget's {contest.plan.budget_s:g} s are spent.{waited}", kind),
+        note(f"{spent:.0f} {contest.unit} of the budget's {contest.plan.budget_s:g} {contest.unit} are spent.{waited}", kind),
         table(rows, "Spent on each fit", formats={"wall": ".1f", "computing": ".1f", "money": ".5f", "CO₂e": ".3f"},
               units={"wall": "s", "computing": "core-s", "money": currency, "CO₂e": "g"}, rows=40),
     )

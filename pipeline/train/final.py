@@ -180,4 +180,6 @@ def read_configuration(
     "A candidate's configuration in a line."
     row = trials.filter((pl.col("candidate") == candidate) & (pl.col("stage") == "full"))
     config = json.loads(row["config"][0]) if row.height else {}
+    if "members" in config:
+        return " + ".join(f"{m['weight']:.2f} × {m['name']}" for m in config["members"])
     return ", ".join(f"{k.replace('_', ' ')} {v:g}" if isinstance(v, int | float) else f"{k} {v}" for k, v in config.items()) or "defaults"

@@ -25,8 +25,8 @@ from .protocol import Estimator, Fitting, OutOfTime, Shape, check_rows, fit, fro
 from .trees import is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'FURTHER', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial', 'Found', 'Meter',
-           'final_config', 'run_search']
+__all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial', 'Found',
+           'Meter', 'final_config', 'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -218,6 +218,7 @@ def final_config(
 
 # %% ../../nbs/lib/train/09_search.ipynb #2ffe8907
 FURTHER = 12        # proposals of a short budget, at most
+TELLING = 5_000     # validation rows that can tell twice as many apart
 LONG = 100.0        # seconds that must be left for Optuna to have something to learn from
 FURTHER_LONG = 60
 
@@ -240,15 +241,16 @@ def run_search(
     caches: dict[tuple[int, int], dict[str, Any]] = {}
     meter = Meter(rows, plan)
 
+    worked: list[tuple[float, float]] = []   # of the candidates that have ended: seconds on the clock, and by the price list
+
     def late() -> bool:
-        priced = sum(t.planned_s for t in trials if not t.resumed) + sum(START[f] for f in {t.family for t in trials})
-        spent = clock()
-        pace = max(1.0, spent / max(priced, meter.spent)) if max(priced, meter.spent) > 1 else 1.0
-        return spent > plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace)
+        taken, priced = (sum(column) for column in zip(*worked)) if worked else (0.0, 0.0)
+        pace = max(1.0, taken / priced) if priced > 1 else 1.0
+        return clock() > plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace)
 
     def attempt(step: Step) -> None:
         trial = Trial(step.name, step.family, step.config, step.stage, 0, planned_s=step.price)
-        wall, cpu = time.monotonic(), time.process_time()
+        wall, cpu, begun, charged = time.monotonic(), time.process_time(), clock(), meter.spent
         may_stop = late if step.name not in ALWAYS else never   # without them nothing could be shipped
         try:
             if may_stop():
@@ -266,6 +268,8 @@ def run_search(
         trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
         trials.append(trial)
         meter.charge(trial)
+        if trial.status == "done" and not trial.resumed:   # one that was cut short has no price of its own
+            worked.append((clock() - begun, meter.spent - charged))
 
     for planned in plan.steps:
         step = _with_config(planned, trials, goal)
@@ -289,7 +293,7 @@ def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, m
            late: Callable[[], bool]) -> None:
     "Proposals, one after the other, while the meter says that they can be paid."
     long = meter.left(trials) >= LONG
-    for place in range(FURTHER_LONG if long else FURTHER):
+    for place in range(FURTHER_LONG if long else 2 * FURTHER if len(rows.valid) >= TELLING else FURTHER):
         tried = [(t.config, goal.sign * t.value) for t in trials if t.family == "portfolio" and t.status == "done" and t.stage == "full" and t.value is not None]
         config = propose(tried, place, seed, bool(rows.shape.categories), long)
         if goal_is_log(rows):

@@ -26,8 +26,8 @@ from ..core.store import digest_file
 __all__ = ['TABLES', 'MOST_REPORT', 'Story', 'read_story', 'claims_as_numbers', 'choose_mode', 'track', 'track_run', 'main']
 
 # %% ../../nbs/lib/train/12_tracking.ipynb #640ee7b0
-TABLES = ("leaderboard.parquet", "trials.parquet", "costs.parquet")   # of the train phase
-MOST_REPORT = 3_000_000                                               # bytes of a report that is sent
+TABLES = ("leaderboard.parquet", "trials.parquet", "costs.parquet", "optimism.parquet", "sensitivity.parquet")   # of the train phase
+MOST_REPORT = 3_000_000   # bytes of a report that is sent
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ DATA, KEPT = ROOT.parent / "shared" / "data", ROOT / "outputs" / "bench" / "mode
 PEER = ROOT / ".venv-peers" / "automl" / "bin" / "python"
 RESULTS = Path(__file__).parent / "results" / "models.json"
 TABLES = ("adult", "employment_ma", "diamonds", "us_accidents", "electricity", "gss_wages", "loans_rate", "compas")
-PEERS = {20: ("lightgbm", "flaml", "autogluon_medium"), 60: ("lightgbm", "flaml", "autogluon_best"), 240: ("lightgbm", "flaml", "autogluon_best")}
+PEERS = {12: ("autogluon_medium",), 20: ("lightgbm", "flaml", "autogluon_medium"), 60: ("lightgbm", "flaml", "autogluon_best"), 240: ("lightgbm", "flaml", "autogluon_best")}
+PEERS_AT = {12: 20}   # how far 12 core-seconds get beside a peer's 20
 METRIC = {"binary": "ROC AUC", "multiclass": "log loss", "regression": "RMSE"}
 DRAWS = 1000
 
@@ -123,7 +124,7 @@ def score(data: Path, names: list[str], budget: float) -> dict[str, Any]:
         weights = np.vstack([np.ones((1, len(y)), np.float32), weights])
         rows: dict[str, Any] = {}
         for system in ("ours", "ours_shipped", *PEERS[int(budget)]):
-            at = 0 if system == "lightgbm" else budget
+            at = 0 if system == "lightgbm" else budget if system.startswith("ours") else PEERS_AT.get(int(budget), budget)
             outs = [answered(system, name, at, seed) for seed in range(1, 11) if Path(f"{answered(system, name, at, seed)}.json").exists()]
             loaded = [load(place, classes, told["task"]) for place in outs]
             if not loaded:
@@ -160,7 +161,7 @@ def ranks(scores: dict[str, Any], systems: tuple[str, ...]) -> dict[str, float]:
 
 def show(budget: float, scores: dict[str, Any]) -> str:
     systems = [s for s in ("ours", "ours_shipped", *PEERS[int(budget)]) if any(s in t["systems"] for t in scores.values())]
-    lines = [f"\n{budget:g} core-seconds", "| table | metric | " + " | ".join(systems) + " |", "|---" * (len(systems) + 2) + "|"]
+    lines = [f"\n{budget:g} core-seconds{f', peers {PEERS_AT[int(budget)]}' if budget in PEERS_AT else ''}", "| table | metric | " + " | ".join(systems) + " |", "|---" * (len(systems) + 2) + "|"]
     for name, found in scores.items():
         cells = []
         for system in systems:
@@ -214,7 +215,7 @@ def main() -> None:
     names = told.tables or (list(TABLES) if told.data == DATA else sorted(json.loads((told.data / "meta.json").read_text())))
     for budget in told.budget:
         if told.what in ("peers", "ours"):
-            ask(["ours"] if told.what == "ours" else list(PEERS[budget]), told.data, names, budget, told.seeds, told.again)
+            ask(["ours"] if told.what == "ours" else list(PEERS[budget]) if budget not in PEERS_AT else [], told.data, names, budget, told.seeds, told.again)
         scores = score(told.data, names, budget)
         print(show(budget, scores))
         if told.what == "score" and told.data == DATA:
