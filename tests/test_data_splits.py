@@ -310,13 +310,15 @@ def test_the_holdout_opens_only_through_the_ledger(tmp_path: Path, monkeypatch: 
 
 OPENERS = {"pipeline/evaluate/holdout.py", "pipeline/deploy/rehearsal.py", "pipeline/comply/case.py"}    # each through run.open_sealed, with a reason
 READERS = {"pipeline/core/run.py", "pipeline/core/store.py", "pipeline/engine/verify.py",                # who may read an artifact's file at all:
-           "pipeline/engine/lineage.py", "pipeline/cli/verbs.py"}                                         # lineage leaves out what is sealed, the verbs read report/readiness
+           "pipeline/engine/lineage.py", "pipeline/cli/verbs.py",                                         # lineage leaves out what is sealed, the verbs read report/readiness
+           "pipeline/deploy/trace.py"}                                                                    # explain-row, after the evaluation, with an entry in the trail
 
 
 def test_no_other_path_of_the_api_reads_the_holdout() -> None:
     "No module opens what is sealed but the three that say why, and none names the holdout's file."
     assert "not artifact.sealed" in (ROOT / "pipeline/engine/lineage.py").read_text() if (ROOT / "pipeline/engine/lineage.py").exists() else True
     assert 'name="report/readiness"' in (ROOT / "pipeline/cli/verbs.py").read_text()
+    assert '"sealed.replayed"' in (ROOT / "pipeline/deploy/trace.py").read_text()
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         name, tree = path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
         calls = {node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "") for node in ast.walk(tree) if isinstance(node, ast.Call)}

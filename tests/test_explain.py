@@ -201,6 +201,8 @@ def test_the_verb_follows_a_row_of_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert "from the command line" in page and "equal to the served answer, bit by bit" in page and "sum over trees" in page
     entries = [e for e in audit.entries(tmp_path / "outputs/store") if e["event"] == "row.explained"]
     assert [e["details"]["row"] for e in entries] == [str(asked), "given"]
+    looks = [e["details"]["reason"] for e in audit.entries(tmp_path / "outputs/store") if e["event"] == "sealed.replayed"]
+    assert f"row {asked} is explained; decides nothing" in looks, "a sealed row is read only with an entry in the trail"
     assert main(["explain-row", "tiny", "999999"]) == 2 and main(["explain-row", "tiny", "[1]"]) == 2 and main(["explain-row", "tniy", "1"]) == 2
     said = capsys.readouterr().err
     assert "has no row 999999" in said and "no row number" in said

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import audit
 from ..core.errors import InputError, IntegrityError
 from ..core.run import phase_folders, read_receipt
 from ..core.store import Artifact, read_artifact
@@ -255,6 +256,10 @@ def row_of(
     for name in TABLES:
         if name not in known or name == "data/holdout" and "evaluate/predictions" not in known:
             continue
+        if known[name][1].sealed:   # a look that decides nothing, and stands in the trail like any other
+            audit.append(run_folder.parent.parent / "store", "sealed.replayed", {
+                "artifact": name, "sha256": known[name][1].sha256, "reason": f"row {asked} is explained; decides nothing", "phase": ""},
+                f"{run_folder.parent.name}/{run_folder.name}")
         frame = read_artifact(*known[name])
         found = frame.filter(frame["__row"] == int(asked)) if "__row" in frame.columns else frame.head(0)
         if found.height:
