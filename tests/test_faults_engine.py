@@ -130,7 +130,9 @@ def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_a_person_may_stop_it(tmp_path: Path, sign: int) -> None:
     root = write_wave(tmp_path, 2, work="import time, pathlib\npathlib.Path('begun').touch()\ntime.sleep(60)")
+    before = signal.signal(sign, signal.default_int_handler)   # tests started in the background ignore SIGINT, and so would their children
     process = start(root, "--jobs", "2")
+    signal.signal(sign, before)
     while not (root / "begun").exists() and process.poll() is None:
         time.sleep(.02)
     process.send_signal(sign)
