@@ -1880,7 +1880,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'pipeline/deploy/registry.py'),
                                           'pipeline.deploy.registry.Registry._note': ( 'lib/deploy/registry.html#registry._note',
                                                                                        'pipeline/deploy/registry.py'),
-                                          'pipeline.deploy.registry.Registry._row': ( 'lib/deploy/registry.html#registry._row',
+                                          'pipeline.deploy.registry.Registry._one': ( 'lib/deploy/registry.html#registry._one',
                                                                                       'pipeline/deploy/registry.py'),
                                           'pipeline.deploy.registry.Registry._tell_audit': ( 'lib/deploy/registry.html#registry._tell_audit',
                                                                                              'pipeline/deploy/registry.py'),

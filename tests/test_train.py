@@ -424,7 +424,7 @@ def test_retraining_follows_the_model() -> None:
 PROBLEM = """
 problem: {{name: small, statement: Will it be so and so in this test?, kpi: {{name: k, baseline: 0, target: 1, unit: x}}, task: {task}, target: ziel{positive}}}
 data: {{sources: [{{name: s, kind: csv, path: s.csv}}]}}
-train: {{budget_s: 60, clock: {clock}, seeds: 2, families: [dummy, linear, trees, portfolio]}}
+train: {{budget_s: 60, clock: {clock}, distill: {distill}, seeds: 2, families: [dummy, linear, trees, portfolio]}}
 """
 
 
@@ -441,7 +441,8 @@ def test_the_phase_runs_for_every_task(task: str, tmp_path: Path, monkeypatch: p
     (tmp_path / "params").mkdir()
     (tmp_path / "settings.ini").write_text("[engine]\nthreads = 1\n")
     (tmp_path / "params/small.yml").write_text(PROBLEM.format(task=task, positive=", positive: 'yes'" if task == "binary" else "",
-                                                                clock="core" if task == "binary" else "wall"))
+                                                                clock="core" if task == "binary" else "wall",
+                                                                distill=str(task == "binary").lower()))
     monkeypatch.chdir(tmp_path)
     where = {"problem": "params/small.yml", "run": "outputs/small/main"}
     scope = open_run("01_scope", **where)
@@ -468,6 +469,8 @@ def test_the_phase_runs_for_every_task(task: str, tmp_path: Path, monkeypatch: p
     assert settings_ranked.height > 3 and settings_ranked["strength"].is_between(0, 1).all() and settings_ranked["trials"].min() >= 6
     told = " ".join(str(s._repr_html_()) for s in shown if hasattr(s, "_repr_html_"))
     assert "measured on rows left out of the choice" in told and ("60 core-s" in told) == (task == "binary")
+    students = (phase / "students.parquet").is_file() and pl.read_parquet(phase / "students.parquet").height > 0
+    assert ("Students: " in told) == students == (task == "binary"), "the page shows the saved students, where they were asked for"
     validation = pl.read_parquet(phase / "validation.parquet")
     assert validation.height == 240 and {"__row", "fold", "unit", "y"} <= set(validation.columns)
     assert load_model(phase / "model").predict(frame).shape[0] == 240 and load_model(phase / "default").task == task

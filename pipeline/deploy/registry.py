@@ -103,7 +103,7 @@ class Registry:
         digest = digest_file(Path(package) / MANIFEST)
         table = self.tables.packages
         with self._transaction(manifest["name"]) as connection:
-            found = self._row(connection, digest)
+            found = self._one(connection, table.c.digest == digest)
             if found is None:
                 connection.execute(table.insert().values(
                     digest=digest, name=manifest["name"], version=manifest["version"], state="candidate", verdict=verdict, run=run,
@@ -216,22 +216,20 @@ class Registry:
                 connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": f"pilothouse:{name}"})
             yield connection
 
-    def _row(self, connection: Any, digest: str) -> Entry | None:
-        table = self.tables.packages
-        row = connection.execute(table.select().where(table.c.digest == digest)).mappings().first()
+    def _one(self, connection: Any, *conditions: Any) -> Entry | None:
+        row = connection.execute(self.tables.packages.select().where(*conditions)).mappings().first()
         return _entry(row) if row else None
 
     def _found(self, connection: Any, name: str, version: int) -> Entry:
         table = self.tables.packages
-        row = connection.execute(table.select().where((table.c.name == name) & (table.c.version == version))).mappings().first()
-        if row is None:
+        found = self._one(connection, table.c.name == name, table.c.version == version)
+        if found is None:
             raise InputError(f"{name} v{version} is not registered; `pilothouse models {name}` lists what is")
-        return _entry(row)
+        return found
 
     def _in_state(self, connection: Any, name: str, state: str) -> Entry | None:
         table = self.tables.packages
-        row = connection.execute(table.select().where((table.c.name == name) & (table.c.state == state))).mappings().first()
-        return _entry(row) if row else None
+        return self._one(connection, table.c.name == name, table.c.state == state)
 
     def _before(self, connection: Any, name: str, digest: str) -> Entry | None:
         "The package that left production last because another one came, and was not rolled back itself."
@@ -239,7 +237,7 @@ class Registry:
         rows = connection.execute(table.select().where(
             (table.c.name == name) & (table.c.came_from == "production") & (table.c.digest != digest)).order_by(table.c.number.desc())).mappings().all()
         for row in rows:
-            found = self._row(connection, row["digest"])
+            found = self._one(connection, self.tables.packages.c.digest == row["digest"])
             if found is not None and found.state == "retired" and not row["reason"].startswith(ROLLBACK):
                 return found
         return None

@@ -231,13 +231,12 @@ def settle(
     return choice
 
 
-def show_choice(contest: Contest, choice: Choice, found: Found) -> Html:
+def show_choice(run: Any, contest: Contest, choice: Choice, found: Found) -> Html:
     "What is shipped and why; with students, how they stand against their teacher."
     shown = facts({"chosen": choice.name, "because": choice.because, "configuration": read_configuration(found.table(), choice.name)}, "The choice")
     if not any(t.family == "student" and t.status == "done" for t in found.trials):
         return shown
-    board = leaderboard(found, contest.rows, contest.limits, 0, costs=contest.costs)
-    students = compare_students(found, board, contest.costs, choice.name).rename({"size_share": "of its size", "time_share": "of its time"})
+    students = run.load("train/students").rename({"size_share": "of its size", "time_share": "of its time"})
     return stack(shown, table(students.drop("small"), f"Students: {contest.label} and its distance to the best with 95 % interval",
                               formats={"of its size": ".0%", "of its time": ".0%"}))
 
