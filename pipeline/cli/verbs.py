@@ -186,7 +186,7 @@ def reproduce(
     shown, new = JsonLines() if as_json else Shown(), again or f"{run.name}-again"
     try:
         found = reproduce_run(run, new, settings, lambda file, overrides: run_pipeline(
-            Wish(file, new, overrides=overrides, refresh=True), settings, shown, drawn_pages))
+            Wish(file, new, overrides=overrides, refresh=True, repeats=run), settings, shown, drawn_pages))
     finally:
         shown.close()
     shown.notes(list(found.notes))

@@ -268,6 +268,17 @@ class Run:
             raise IntegrityError(f"{name} is sealed; it opens only through the ledger: run.open_sealed({name!r}, reason=…)")
         return self._read(folder, artifact)
 
+    def recorded(self, name: str) -> Any:
+        "What the run that `reproduce` repeats saved under this name; None where none is repeated. It is no input: it says what a clock decided."
+        first = os.environ.get("PILOTHOUSE_REPEATS")
+        if not first:
+            return None
+        for folder in phase_folders(Path(first)):
+            outputs = read_receipt(folder)["outputs"]
+            if name in outputs and not outputs[name]["sealed"]:
+                return read_artifact(folder, Artifact(name=name, **outputs[name]))
+        return None
+
     def open_sealed(self, name: str, reason: str, look: bool = True) -> pl.DataFrame:
         "Open a sealed artifact. Each look lands in the audit trail; a replay that decides nothing is no look."
         folder, artifact = self._located(name)

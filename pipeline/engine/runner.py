@@ -156,6 +156,7 @@ class Wish:
     refresh: bool = False                                  # run what is fresh, too
     frozen: bool = False                                   # refuse notebooks whose code is not the manifest's
     phases: Path | None = None                             # the folder of phase notebooks; nbs/phases by default
+    repeats: Path | None = None                            # the run that is done again: what a clock stopped there stops here
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,7 @@ class _Work:
             environment = {
                 "PILOTHOUSE_ENGINE": "local", "PILOTHOUSE_OVERRIDES": json.dumps(self.wish.overrides, default=str),
                 "PILOTHOUSE_PHASES": str(stale[0][0].notebook.resolve().parent),
+                "PILOTHOUSE_REPEATS": str(self.wish.repeats.resolve()) if self.wish.repeats else "",
             }
             self.executor = self._make_executor(self.settings, environment)
         self._prepare([phase for phase, _ in stale])

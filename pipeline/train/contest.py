@@ -28,14 +28,14 @@ from .final import Final, fit_finally, folder_mb, read_configuration, save_seeds
 from .frontier import frontier, measure_costs, measure_model, shorten
 from .hindsight import TOO_FEW, compared, optimism, sensitivity, tell_optimism
 from .reweighing import mitigation_weights
-from .search import Found, Goal, Rows, run_search
+from .search import Found, Goal, Recorded, Rows, run_search
 from .students import add_candidates, compare_students
 
 # %% auto #0
-__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'limits_of', 'show_contest', 'show_plan', 'hold_contest', 'measure_answers',
-           'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle',
-           'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds',
-           'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'recorded_by', 'limits_of', 'show_contest', 'show_plan', 'hold_contest',
+           'measure_answers', 'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs',
+           'show_frontier', 'settle', 'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of',
+           'show_costs', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Contest:
     limits: Limits
     clock: Callable[[], float]                             # seconds of the budget that are spent
     unit: str = "s"                                        # of the budget: s or core-s
+    recorded: Recorded | None = None                       # what the run that is repeated finished
     costs: dict[str, Cost] = field(default_factory=dict)   # what an answer costs, by candidate; filled when the contest was held
 
     @property
@@ -80,7 +81,15 @@ def open_contest(
     limits = limits_of(run, scope)
     run.save("train/plan", plan.table())
     return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock,
-                   "core-s" if train.clock == "core" else "s")
+                   "core-s" if train.clock == "core" else "s", recorded_by(run))
+
+
+def recorded_by(
+    run: Any,
+) -> Recorded | None:
+    "What the run that is repeated finished, where one is."
+    trials, seeds = run.recorded("train/trials"), run.recorded("train/seeds")
+    return None if trials is None or seeds is None else Recorded(trials, tuple(seeds["seed"]))
 
 
 def limits_of(
@@ -117,9 +126,13 @@ def hold_contest(
 ) -> Found:
     "Fit the plan, with checkpoints, keep every trial, and measure what each candidate's answers cost."
     found = run_search(contest.rows, contest.plan, contest.goal, run.seed, run.settings.threads, Checkpoints(run.checkpoints),
-                       contest.clock, further="portfolio" in {step.family for step in contest.plan.steps}, ensemble=run.problem.train.ensemble)
+                       contest.clock, "portfolio" in {step.family for step in contest.plan.steps}, run.problem.train.ensemble, contest.recorded)
     train, spent = run.problem.train, contest.plan.budget_s - contest.plan.refit_price
-    found = add_candidates(found, contest.rows, run.seed, run.settings.threads, lambda: contest.clock() > 0.9 * spent, train.distill, train.interpretable)
+
+    def late(name: str) -> Callable[[], bool]:
+        return contest.recorded.stopped(name, "full") if contest.recorded else lambda: contest.clock() > 0.9 * spent
+
+    found = add_candidates(found, contest.rows, run.seed, run.settings.threads, late, train.distill, train.interpretable)
     found = measure_answers(run, contest, found)
     run.save("train/trials", found.table())
     return found
@@ -273,7 +286,8 @@ def fit_models(
         raise InputError(f"candidate {choice.name!r} has no finished trial; raise train.budget_s and run again")
     seeds = [run.seed + i for i in range(run.problem.train.seeds)]
     final = fit_finally(chosen, default or chosen, contest.rows, contest.contract, contest.encoder, contest.plan, seeds, run.settings.threads,
-                        Checkpoints(run.checkpoints), lambda: contest.clock() > contest.plan.budget_s)
+                        Checkpoints(run.checkpoints),
+                        lambda seed: seed not in contest.recorded.seeds if contest.recorded else contest.clock() > contest.plan.budget_s)
     run.save("train/model", final.model.save(run.scratch / "model"))
     run.save("train/default", final.default.save(run.scratch / "default"))
     run.save("train/seed_models", save_seeds(final, run.scratch / "seeds"))

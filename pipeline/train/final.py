@@ -75,7 +75,7 @@ def fit_finally(
     seeds: Sequence[int],             # the first is the run's
     threads: int = 1,
     checkpoints: Checkpoints = Checkpoints(),
-    late: Callable[[], bool] = lambda: False,   # further seeds are given up when it says so
+    late: Callable[[int], bool] = lambda seed: False,   # a further seed is given up when it says so
 ) -> Final:
     "Fit what is kept."
     used = pick_rows(len(rows.target), plan.refit_rows, seeds[0])
@@ -110,7 +110,7 @@ def fit_finally(
     for seed in seeds[1:]:
         if not has_chance(chosen, len(used)):
             others.append(replace(model, about=model.about | {"seed": seed}))
-        elif not late():
+        elif not late(seed):
             others.append(one(chosen, seed, f"seed {seed}"))
     schema: dict[str, Any] = {"candidate": pl.String, "stage": pl.String, "wall_s": pl.Float64, "cpu_s": pl.Float64,
                               "planned_s": pl.Float64, "resumed": pl.Int64}

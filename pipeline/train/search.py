@@ -21,12 +21,12 @@ from .budget import HEADROOM, START, Plan, Step, Stopwatch, price, usual_rounds
 from .checkpoints import Checkpoints, key_of
 from .ensembles import Ensemble, blend, weigh_greedily
 from .proposals import propose
-from .protocol import Estimator, Fitting, OutOfTime, Shape, check_rows, fit, from_files, never, pick_rows
+from .protocol import Estimator, Fitting, OutOfTime, Shape, always, check_rows, fit, from_files, never, pick_rows
 from .trees import is_skewed, most_rounds, patience
 
 # %% auto #0
 __all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial', 'Found',
-           'Meter', 'final_config', 'run_search']
+           'Recorded', 'Meter', 'final_config', 'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -149,6 +149,19 @@ class Found:
 
 ALWAYS = ("dummy", "trees")
 
+
+@dataclass(frozen=True)
+class Recorded:
+    "What an earlier run finished. A run that repeats it stops where that one was stopped, however fast the machine is."
+
+    trials: pl.DataFrame   # its train/trials
+    seeds: tuple[int, ...] = ()   # seeds that its model was fitted with
+
+    def stopped(self, name: str, stage: str) -> Callable[[], bool]:
+        "Was the clock there before this candidate was?"
+        known = self.trials.filter((pl.col("candidate") == name) & (pl.col("stage") == stage) & (pl.col("status") != "stopped"))
+        return never if known.height else always
+
 # %% ../../nbs/lib/train/09_search.ipynb #e133b20a
 BOOSTED = ("trees", "portfolio")
 
@@ -233,6 +246,7 @@ def run_search(
     clock: Callable[[], float] | None = None,         # seconds of the budget that are spent
     further: bool = False,                            # propose more configurations while the budget lasts
     ensemble: bool = False,                           # weigh the candidates together in the end
+    recorded: Recorded | None = None,                 # of a run that is repeated: it, not the clock, says what was stopped
 ) -> Found:
     "Fit every step of the plan; raises `InputError` for rows that no family can learn from."
     check_rows(rows.shape, rows.matrix, rows.target, rows.target_name)
@@ -248,17 +262,22 @@ def run_search(
         pace = max(1.0, taken / priced) if priced > 1 else 1.0
         return clock() > plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace)
 
+    def ends(name: str, stage: str) -> Callable[[], bool]:
+        if name in ALWAYS:   # without them nothing could be shipped
+            return never
+        return late if recorded is None else recorded.stopped(name, stage)
+
     def attempt(step: Step) -> None:
         trial = Trial(step.name, step.family, step.config, step.stage, 0, planned_s=step.price)
         wall, cpu, begun, charged = time.monotonic(), time.process_time(), clock(), meter.spent
-        may_stop = late if step.name not in ALWAYS else never   # without them nothing could be shipped
+        may_stop = ends(step.name, step.stage)
         try:
             if may_stop():
                 raise OutOfTime
             _answer(trial, step, rows, seed, threads, checkpoints, may_stop, caches)
             _measure(trial, rows, goal)
         except OutOfTime:
-            trial.status, trial.error = "stopped", f"the budget of {plan.budget_s:g} s was spent"
+            trial.status, trial.error, trial.rows = "stopped", f"the budget of {plan.budget_s:g} s was spent", 0
         except (PilothouseError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
             trial.status, trial.error = "failed", f"{type(error).__name__}: {error}"[:500]
         except Exception as error:
@@ -282,7 +301,7 @@ def run_search(
             continue
         attempt(step)
     if further:
-        _go_on(trials, rows, plan, goal, seed, meter, attempt, late)
+        _go_on(trials, rows, plan, goal, seed, meter, attempt, ends)
     if ensemble:
         joined = _join(trials, rows, goal, meter)
         trials += [joined] if joined is not None else []
@@ -290,7 +309,7 @@ def run_search(
 
 # %% ../../nbs/lib/train/09_search.ipynb #4099a3a2
 def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, meter: Meter, attempt: Callable[[Step], None],
-           late: Callable[[], bool]) -> None:
+           ends: Callable[[str, str], Callable[[], bool]]) -> None:
     "Proposals, one after the other, while the meter says that they can be paid."
     long = meter.left(trials) >= LONG
     for place in range(FURTHER_LONG if long else 2 * FURTHER if len(rows.valid) >= TELLING else FURTHER):
@@ -300,7 +319,7 @@ def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, m
             config["target"] = "log"
         cost = sum(price("portfolio", len(train), rows.shape, config) for train, _ in rows.folds)
         step = Step(f"proposal {place + 1}", "portfolio", config, "full", max(len(train) for train, _ in rows.folds), cost, True)
-        if late() or any(t.status == "stopped" for t in trials):
+        if ends(step.name, step.stage)() or any(t.status == "stopped" for t in trials):
             break
         if meter.expect(step) <= meter.left(trials):
             attempt(step)

@@ -90,7 +90,7 @@ def try_candidate(
         trial.models = models
         trial = cut_to_rounds(trial, max(1, rounds), rows, goal, name)
     except OutOfTime:
-        trial.status, trial.error = "stopped", "the budget was spent; raise train.budget_s"
+        trial.status, trial.error, trial.rows = "stopped", "the budget was spent; raise train.budget_s", 0
     trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
     return trial
 
@@ -108,7 +108,7 @@ def add_candidates(
     rows: Rows,
     seed: int,
     threads: int = 1,
-    late: Callable[[], bool] = never,
+    late: Callable[[str], Callable[[], bool]] = lambda name: never,   # the clock of a candidate
     distill: bool = False,           # train.distill
     interpretable: bool = False,     # train.interpretable
 ) -> Found:
@@ -116,12 +116,12 @@ def add_candidates(
     more: list[Trial] = []
     teacher = teacher_of(found)
     if interpretable:
-        more.append(try_candidate("additive", "additive", ADDITIVE, rows, found.goal, seed, threads, late))
+        more.append(try_candidate("additive", "additive", ADDITIVE, rows, found.goal, seed, threads, late("additive")))
     elif distill and teacher is not None:
         told = {"family": teacher.family, "config": teacher.config | ({"rounds": teacher.steps} if hasattr(teacher.models[0], "text") else {})}
         for label, config in (("outcomes", STUDENT), ("answers", STUDENT | {"soft": SOFT, "teacher": told})):
             name = f"student of {label}"
-            more.append(try_candidate(name, "student", config, rows, found.goal, seed, threads, late,
+            more.append(try_candidate(name, "student", config, rows, found.goal, seed, threads, late(name),
                                       teacher if label == "answers" else None, SIZE * teacher.size_bytes))
     return replace(found, trials=[*found.trials, *more])
 
