@@ -15,7 +15,8 @@ import deploy_world as world
 from pipeline.core.errors import InputError
 from pipeline.rollout.canary import Requests, Rules, State, follow, from_frame, review, start, to_frame
 from pipeline.rollout.sequential import Bet, Errors, confidence_sequence, count_errors, place
-from pipeline.rollout.traffic import in_slice, point, points, routed, split_table, subjects_of
+from pipeline.deploy.versions import point
+from pipeline.rollout.traffic import in_slice, points, routed, split_table, subjects_of
 from test_deploy_phase import checks, recomputed
 
 STAGES = (1.0, 5.0, 25.0, 50.0, 100.0)

@@ -292,6 +292,7 @@ class DeploySection(Section):
     throughput_rps: NotNegative = 0.0
     uptime: Annotated[float, Field(gt=0, le=1)] = 0.99
     target: Literal["server", "edge"] = Field("server", description="edge: one file for a small runtime, checked on one thread")
+    expires_days: NotNegative = Field(365.0, description="days after its release on which a package is refused; 0: never")
 
 
 class RolloutSection(Section):

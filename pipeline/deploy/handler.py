@@ -5,18 +5,20 @@
 # %% ../../nbs/lib/deploy/08_handler.ipynb #cc45c60a
 from __future__ import annotations
 
-import hmac
 import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import suggest
 from .requests import Counts, Limits, Refused, read_json, request_type, too_large
 from .rows import check_columns, check_rows
 from .schema import Field, Finding, json_schema
+from .shedding import Rates
+from .tokens import OPEN, Extension, Holder, Reply, Tokens
+from .versions import Served, Traffic
 
 if TYPE_CHECKING:
     import polars as pl
@@ -26,28 +28,31 @@ if TYPE_CHECKING:
 MAX_FINDINGS = 100   # a message lists so many, and says how many there were
 
 # %% auto #0
-__all__ = ['MAX_FINDINGS', 'Reply', 'OPEN', 'Service', 'predictions', 'tensor_type', 'openapi']
+__all__ = ['MAX_FINDINGS', 'Service', 'predictions', 'tensor_type', 'openapi']
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #8bdde095
-Reply = tuple[int, list[tuple[str, str]], bytes]
-OPEN = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")   # answered without a token
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass
 class Service:
-    "Bytes in, bytes out, for one verified package."
+    "Bytes in, bytes out, for the verified packages of a routing."
 
-    predictor: Predictor
-    token: str | None = None                                  # asked as `Authorization: Bearer`
+    answers: InitVar[Predictor | Traffic]
+    token: str | None = None                                  # one for all, asked as `Authorization: Bearer`
     hosts: tuple[str, ...] | None = None                      # names under which it may be asked; None: any
     limits: Limits = Limits()
     log: Callable[[dict[str, Any]], None] | None = None       # one record a request, without inputs
     counts: Counts = field(default_factory=Counts)
+    tokens: Tokens | None = None                              # who may ask for what; by default what `token` says
+    rates: Rates = field(default_factory=Rates)               # how often each may ask
+    extensions: Mapping[tuple[str, str], Extension] = field(default_factory=dict)   # (method, path): routes of other rooms
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, answers: Predictor | Traffic) -> None:
         import msgspec
 
+        self.tokens = self.tokens or Tokens(self.token)
+        self.traffic = answers if isinstance(answers, Traffic) else Traffic(Served(answers, answers.digest))
         self._decoder: Any = msgspec.json.Decoder(request_type(self.predictor.schema))
         self._encode = msgspec.json.Encoder().encode
         self._astuple = msgspec.structs.astuple
@@ -62,6 +67,11 @@ class Service:
         for path in (model, f"{model}/versions/{self.predictor.version}"):
             self._routes |= {path: ("GET", "/v2/model", self._v2_model), f"{path}/ready": ("GET", "/v2/model", self._v2_ready),
                              f"{path}/infer": ("POST", "/v2/infer", self._v2_infer)}
+
+    @property
+    def predictor(self) -> Predictor:
+        "The live version's."
+        return self.traffic.routing.live.predictor
 
     @property
     def routes(self) -> list[tuple[str, str]]:
@@ -81,13 +91,17 @@ class Service:
         request = given if _ID.fullmatch(given) else uuid.uuid4().hex
         route = "other"
         try:
-            self._admit(path, headers)
+            holder, extension = self._admit(method, path, headers, start)
             if len(body) > self.limits.body_bytes:
                 raise too_large(self.limits)
-            wanted, route, answer = self._found(path)
-            if method != wanted:
-                raise Refused(405, "method not allowed", f"{path} is asked with {wanted}", headers=[("allow", wanted)])
-            status, extra, out = answer(request, headers, body)
+            if extension is not None:
+                route = path
+                status, extra, out = extension.answer(request, headers, body, holder)
+            else:
+                wanted, route, answer = self._found(path)
+                if method != wanted:
+                    raise Refused(405, "method not allowed", f"{path} is asked with {wanted}", headers=[("allow", wanted)])
+                status, extra, out = answer(request, headers, body)
         except Refused as refused:
             status, extra, out = self.problem(refused, request)
         except Exception as error:  # a fault of ours: said without its insides, logged with its kind
@@ -105,20 +119,17 @@ class Service:
         if self.log is not None:
             self.log(record)
 
-    def _admit(self, path: str, headers: Mapping[str, str]) -> None:
+    def _admit(self, method: str, path: str, headers: Mapping[str, str], now: float) -> tuple[Holder, Extension | None]:
         if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
             raise Refused(421, "misdirected request", f"this service answers as {', '.join(self.hosts)}; ask it by one of these names")
         if self.hosts is not None and "origin" in headers and _host(headers["origin"].partition("://")[2]) not in self.hosts:
             raise Refused(403, "foreign origin", "a page of another origin may not ask this service")
-        if self.token is not None and path not in OPEN:
-            kind, _, sent = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self.token.encode()):
-                raise Refused(
-                    401,
-                    "token wanted",
-                    "send the service's token as `Authorization: Bearer …`",
-                    headers=[("www-authenticate", "Bearer")],
-                )
+        assert self.tokens is not None
+        extension = self.extensions.get((method, path))
+        holder = self.tokens.admit(method, path, headers, "" if extension is None else extension.needs(bool(self.tokens)))
+        if path not in OPEN:
+            self.rates.take(holder.name, holder.rate, now)
+        return holder, extension
 
     def _found(self, path: str) -> tuple[str, str, Callable[..., Reply]]:
         found = self._routes.get(path.rstrip("/") or "/")

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import select
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +27,12 @@ from ..core.run import Estimate
 from .staging import Staged
 
 # %% auto #0
-__all__ = ['CONNECTIONS', 'measure', 'arrivals', 'send', 'latency_quantile', 'throughput', 'failed_share', 'answered_share',
-           'of_key', 'folder_mb']
+__all__ = ['CLOSED', 'OPEN', 'SAMPLE', 'arrivals', 'Plan', 'measure', 'send_bodies', 'send', 'latency_quantile', 'throughput',
+           'failed_share', 'answered_share', 'of_key', 'folder_mb']
 
 # %% ../../nbs/lib/deploy/12_load.ipynb #edce976c
-CONNECTIONS = 8
-
-
-def measure(
-    server: Staged,
-    rows: Sequence[dict[str, Any]],   # plain rows; each request sends one
-    rate: float,                      # requests a second, open loop; 0: closed loop, as fast as it goes
-    requests: int,                    # how many
-    seed: int = 7,
-) -> pl.DataFrame:                    # due_s, latency_ms, status
-    "A load from a second process."
-    with tempfile.TemporaryDirectory() as scratch:
-        plan = Path(scratch) / "plan.json"
-        plan.write_text(
-            json.dumps(
-                {
-                    "host": server.host,
-                    "port": server.port,
-                    "rows": list(rows),
-                    "rate": rate,
-                    "requests": requests,
-                    "seed": seed,
-                }
-            )
-        )
-        code = "import sys; from pipeline.deploy.load import send; send(sys.argv[1])"
-        done = subprocess.run([sys.executable, "-c", code, str(plan)], capture_output=True, text=True, timeout=600,
-                              cwd=Path(__file__).resolve().parents[2] if "__file__" in globals() else None)
-        if done.returncode:
-            raise EnvironmentFault(f"the load generator failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        return pl.DataFrame(json.loads(done.stdout), schema={"due_s": pl.Float64, "latency_ms": pl.Float64, "status": pl.Int64})
-
-
 def arrivals(
-    rate: float,       # requests a second
+    rate: float,       # requests a second; 0: all at once
     requests: int,
     seed: int = 7,
 ) -> np.ndarray:       # seconds from the start, rising
@@ -72,63 +42,186 @@ def arrivals(
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
 
 # %% ../../nbs/lib/deploy/12_load.ipynb #db693016
+CLOSED, OPEN = 8, 64      # connections of a closed and an open loop
+
+
+@dataclass(frozen=True)
+class Plan:
+    "A load for one address."
+
+    host: str
+    port: int
+    rate: float                        # requests a second, open loop; 0: closed loop, as fast as it goes
+    requests: int                      # how many
+    path: str = "/predict"
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json", "prefer": "handling=lenient"})
+    seed: int = 7
+    connections: int = 0               # 0: 64 in an open loop, 8 in a closed one
+    timeout_s: float = 10.0            # an answer that takes longer counts as none
+    keep: bool = False                 # keep what was answered
+
+
+SAMPLE: dict[str, Any] = {"due_s": pl.Float64, "latency_ms": pl.Float64, "status": pl.Int64, "late_ms": pl.Float64}
+
+
+def measure(
+    server: Staged,
+    rows: Sequence[dict[str, Any]],   # plain rows; each request sends one
+    rate: float,                      # requests a second, open loop; 0: closed loop, as fast as it goes
+    requests: int,                    # how many
+    seed: int = 7,
+) -> pl.DataFrame:                    # due_s, latency_ms, status, late_ms
+    "Single rows from a second process."
+    return send_bodies(Plan(server.host, server.port, rate, requests, seed=seed), [json.dumps({"rows": [row]}).encode() for row in rows])
+
+
+def send_bodies(
+    plan: Plan,
+    bodies: Sequence[bytes],
+    core: int | None = None,   # the processor's core for the generator; None: any
+) -> pl.DataFrame:             # due_s, latency_ms, status (0: no answer), late_ms of the generator itself; body with `keep`
+    "A load from a second process."
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        (place / "plan.json").write_text(json.dumps(asdict(plan)))
+        pl.DataFrame({"body": list(bodies)}, schema={"body": pl.Binary}).write_parquet(place / "bodies.parquet")
+        pinned = [] if core is None else ["taskset", "-c", str(core)]
+        code = "import sys; from pipeline.deploy.load import send; send(sys.argv[1])"
+        done = subprocess.run([*pinned, sys.executable, "-c", code, scratch], capture_output=True, text=True,
+                              timeout=120 + 4 * plan.requests / (plan.rate or 10), cwd=Path(__file__).resolve().parents[2] if "__file__" in globals() else None)
+        if done.returncode:
+            raise EnvironmentFault(f"the load generator failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        return pl.read_parquet(place / "found.parquet", memory_map=False)
+
+# %% ../../nbs/lib/deploy/12_load.ipynb #e1edeb85
 def send(
-    plan: str,      # a JSON file: host, port, rows, rate, requests, seed
+    place: str,      # a folder with plan.json and bodies.parquet; found.parquet is written there
 ) -> None:
-    "Send the planned requests; results as JSON on standard output."
-    told = json.loads(Path(plan).read_text())
-    bodies = [json.dumps({"rows": [row]}).encode() for row in told["rows"]]
-    due = arrivals(told["rate"], told["requests"], told["seed"]).tolist()
-    found: list[tuple[float, float, int]] = []
-    state = _Schedule(due)
-    threads = [threading.Thread(target=_client, args=(told["host"], told["port"], bodies, state, found)) for _ in range(CONNECTIONS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found.sort()
-    columns = list(zip(*found)) or [(), (), ()]
-    sys.stdout.write(json.dumps(dict(zip(("due_s", "latency_ms", "status"), map(list, columns)))))
+    "Send the planned requests and write what came back."
+    told = json.loads((Path(place) / "plan.json").read_text())
+    plan = Plan(**told)
+    bodies = pl.read_parquet(Path(place) / "bodies.parquet")["body"].to_list()
+    loop = _Loop(plan, [_request(plan, body) for body in bodies])
+    loop.run(arrivals(plan.rate, plan.requests, plan.seed).tolist())
+    schema = SAMPLE | ({"body": pl.Binary} if plan.keep else {})
+    pl.DataFrame(loop.found, schema=schema, orient="row").sort("due_s").write_parquet(Path(place) / "found.parquet")
 
 
-class _Schedule:
-    def __init__(self, due: list[float]):
-        self.due, self.next, self.lock, self.start = due, 0, threading.Lock(), time.perf_counter()
-
-    def take(self) -> int | None:
-        with self.lock:
-            number, self.next = self.next, self.next + 1
-        return number if number < len(self.due) else None
+def _request(plan: Plan, body: bytes) -> bytes:
+    host = f"[{plan.host}]" if ":" in plan.host else plan.host
+    headers = {"host": f"{host}:{plan.port}", **plan.headers, "content-length": str(len(body))}
+    return f"POST {plan.path} HTTP/1.1\r\n".encode() + "".join(f"{k}: {v}\r\n" for k, v in headers.items()).encode() + b"\r\n" + body
 
 
-def _client(host: str, port: int, bodies: list[bytes], state: _Schedule, found: list[tuple[float, float, int]]) -> None:
-    import http.client
-    import socket
+class _Loop:
+    "Sends what is due, reads what comes."
 
-    connection = http.client.HTTPConnection(host, port, timeout=60)
-    connection.connect()
-    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    open_loop = state.due[-1] > 0 if state.due else False
-    while (number := state.take()) is not None:
-        now = time.perf_counter() - state.start
-        if now < state.due[number]:
-            time.sleep(state.due[number] - now)
-        begun = state.due[number] if open_loop else time.perf_counter() - state.start
+    def __init__(self, plan: Plan, requests: Sequence[bytes]):
+        self.plan, self.requests = plan, requests
+        self.found: list[tuple[Any, ...]] = []
+        self.idle: list[socket.socket | None] = [None] * (plan.connections or (OPEN if plan.rate > 0 else CLOSED))
+        self.busy: dict[socket.socket, list[Any]] = {}     # due, late_ms, what was read so far, bytes of the whole answer or 0
+
+    def run(self, due: list[float]) -> None:
+        "All requests, until each has an answer or none."
+        if not due:
+            return
+        for place in range(len(self.idle)):
+            self.idle[place] = self._connect()
+        waiting: deque[tuple[int, float, float]] = deque()
+        open_loop, coming, self.start = self.plan.rate > 0, 0, time.perf_counter()
+        next_check = 1.0
+        while coming < len(due) or waiting or self.busy:
+            now = time.perf_counter() - self.start
+            if open_loop:
+                while coming < len(due) and due[coming] <= now:
+                    waiting.append((coming, due[coming], 1000 * (now - due[coming])))
+                    coming += 1
+            else:
+                while coming < len(due) and len(waiting) < len(self.idle):
+                    waiting.append((coming, now, 0.0))
+                    coming += 1
+            while waiting and self.idle:
+                self._send(*waiting.popleft())
+            if now > next_check:
+                next_check = now + 1.0
+                self._give_up(now)
+            pause = 0.5 if coming == len(due) or not open_loop else max(due[coming] - (time.perf_counter() - self.start) - 5e-5, 0.0)
+            if self.busy:
+                for ready in select.select(list(self.busy), [], [], min(pause, 0.5))[0]:
+                    self._read(ready)
+            elif pause and not waiting:
+                time.sleep(pause)
+        for connection in self.idle:
+            if connection is not None:
+                connection.close()
+
+    def _connect(self) -> socket.socket | None:
         try:
-            connection.request(
-                "POST",
-                "/predict",
-                bodies[number % len(bodies)],
-                {"content-type": "application/json", "prefer": "handling=lenient"},
-            )
-            response = connection.getresponse()
-            response.read()
-            status = response.status
-        except (OSError, http.client.HTTPException):
-            status = 0
-            connection.close()
-        found.append((begun, (time.perf_counter() - state.start - begun) * 1000, status))
-    connection.close()
+            made = socket.create_connection((self.plan.host, self.plan.port), timeout=self.plan.timeout_s)
+        except OSError:
+            return None
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
+
+    def _send(self, number: int, due: float, late_ms: float) -> None:
+        connection = self.idle.pop() or self._connect()
+        try:
+            if connection is None:
+                raise OSError
+            connection.sendall(self.requests[number % len(self.requests)])
+        except OSError:
+            self.idle.insert(0, None)
+            if connection is not None:
+                connection.close()
+            self._note(due, late_ms, 0, b"")
+            return
+        self.busy[connection] = [due, late_ms, b"", 0]
+
+    def _read(self, connection: socket.socket) -> None:
+        held = self.busy[connection]
+        try:
+            got = connection.recv(1 << 18)
+        except OSError:
+            got = b""
+        if not got:
+            self._drop(connection)
+            return
+        held[2] += got
+        read: bytes = held[2]
+        if not held[3]:
+            end = read.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = read[:end].lower()
+            at = head.find(b"content-length:")
+            if at < 0 and b"transfer-encoding: chunked" in head:
+                held[3] = len(read) if read.endswith(b"0\r\n\r\n") else 0
+            else:
+                held[3] = end + 4 + (int(head[at + 15:].split(b"\r\n", 1)[0]) if at >= 0 else 0)
+        if held[3] and len(read) >= held[3]:
+            del self.busy[connection]
+            self._note(held[0], held[1], int(read[9:12]), read.partition(b"\r\n\r\n")[2] if self.plan.keep else b"")
+            if b"connection: close" in read[:1000].lower():
+                connection.close()
+                self.idle.insert(0, None)
+            else:
+                self.idle.append(connection)
+
+    def _drop(self, connection: socket.socket) -> None:
+        due, late_ms, _, _ = self.busy.pop(connection)
+        connection.close()
+        self.idle.insert(0, None)
+        self._note(due, late_ms, 0, b"")
+
+    def _give_up(self, now: float) -> None:
+        for connection, held in list(self.busy.items()):
+            if now - held[0] > self.plan.timeout_s:
+                self._drop(connection)
+
+    def _note(self, due: float, late_ms: float, status: int, body: bytes) -> None:
+        latency = 1000 * (time.perf_counter() - self.start - due)
+        self.found.append((due, latency, status, late_ms, *([body] if self.plan.keep else [])))
 
 # %% ../../nbs/lib/deploy/12_load.ipynb #cffb491b
 def latency_quantile(

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/deploy/06_package.ipynb #c29ec1df
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import shutil
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
     from pipeline.deploy.schema import Schema
 
 # %% auto #0
-__all__ = ['FORMAT', 'KEY', 'MANIFEST', 'SIGNATURE', 'SUFFIXES', 'Contents', 'fill', 'seal', 'content_digest', 'verify_package',
-           'called', 'load_package', 'release', 'released', 'package_of']
+__all__ = ['FORMAT', 'KEY', 'MANIFEST', 'SIGNATURE', 'LOCK', 'SBOM', 'SUFFIXES', 'Contents', 'fill', 'seal', 'content_digest',
+           'verify_package', 'is_expired', 'called', 'load_package', 'release', 'released', 'package_of']
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #27efa384
 FORMAT = "pilothouse-package-1"
 KEY = "package"                       # the name of the signing key in the store
 MANIFEST, SIGNATURE = "MANIFEST.json", "MANIFEST.sig"
-SUFFIXES = (".json", ".txt", ".safetensors", ".md", ".sig")
+LOCK, SBOM = "requirements.lock", "sbom.json"
+SUFFIXES = (".json", ".txt", ".safetensors", ".md", ".sig", ".lock")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Contents:
     card_text: str
     origin: Mapping[str, Any]          # run, data and label version: where it was made from
     lock: str = ""                     # digest of the lock file
+    lock_text: str = ""                # the part of the lock that a service needs
+    sbom: Mapping[str, Any] | None = None   # CycloneDX
+    expires_days: float = 0            # from its release; 0: never
 
 
 def fill(
@@ -58,6 +63,10 @@ def fill(
                         ("claims", contents.claims), ("card", contents.card)):
         write_whole(folder / f"{name}.json", to_json(value, f"package {name}"))
     write_whole(folder / "card.md", contents.card_text)
+    if contents.lock_text:
+        write_whole(folder / LOCK, contents.lock_text)
+    if contents.sbom is not None:
+        write_whole(folder / SBOM, to_json(contents.sbom, "bill of materials"))
     return folder
 
 
@@ -67,6 +76,7 @@ def seal(
     version: int,                     # from 1, grows
     contents: Contents,
     sign: Callable[[bytes], str],     # bytes -> base64 of an Ed25519 signature
+    expires: str | None = None,       # the last day on which it is valid (ISO 8601, UTC)
 ) -> dict[str, Any]:
     "Write manifest and signature; the manifest."
     manifest = {
@@ -75,6 +85,8 @@ def seal(
         "version": version,
         "content": content_digest(folder),
         "created_from": dict(contents.origin),
+        "expires": expires,
+        "expires_days": contents.expires_days,
         "lock": contents.lock,
         "files": _files(folder),
     }
@@ -104,8 +116,9 @@ def verify_package(
     folder: Path | str,     # as `seal` left it
     public_key: Any,        # Ed25519 public key that must have signed
     newest: int = 0,        # the highest version seen so far: an older package is refused
+    on: dt.date | None = None,   # the day, UTC; today by default
 ) -> dict[str, Any]:        # the manifest
-    "Signature, version and every digest; raises `IntegrityError` naming what differs."
+    "Signature, every digest, version and expiry; raises `IntegrityError` naming what differs."
     folder = Path(folder)
     manifest = _signed_manifest(folder, public_key)
     found = _files(folder)
@@ -119,7 +132,20 @@ def verify_package(
         raise IntegrityError(
             f"{called(folder)} is version {manifest['version']}, version {newest} was live already; an older package goes live only by a rollback"
         )
+    if is_expired(manifest, on):
+        raise IntegrityError(f"{called(folder)} was valid until {manifest['expires']}; nothing was loaded, run its deploy phase again (deploy.expires_days)")
     return manifest
+
+
+def is_expired(
+    manifest: Mapping[str, Any],
+    on: dt.date | None = None,   # the day, UTC; today by default
+) -> bool:
+    "Is the package's last day over?"
+    from pipeline.core.run import clock
+
+    last = manifest.get("expires")
+    return last is not None and (on or clock().date()) > dt.date.fromisoformat(last)
 
 
 def called(folder: Path) -> str:
@@ -198,13 +224,18 @@ def release(
     contents: Contents,
 ) -> Path:                 # the package in the store
     "Fill, sign and keep a package; the same content twice is one package."
+    from pipeline.core.run import clock
+
     fill(work, model, contents)
     content = content_digest(work)
     with locked(store / "models.lock"):
         known = [m for m in released(store).values() if m["name"] == name]
-        same = [m["version"] for m in known if m["content"] == content]
-        version = same[0] if same else 1 + max((m["version"] for m in known), default=0)
-        seal(work, name, version, contents, lambda text: audit.sign(store, text, KEY))
+        same = [m for m in known if m["content"] == content and m.get("expires_days", 0) == contents.expires_days and not is_expired(m)]
+        last = clock() + dt.timedelta(days=contents.expires_days)
+        kept = max(same, key=lambda m: m["version"]) if same else None
+        version = kept["version"] if kept else 1 + max((m["version"] for m in known), default=0)
+        expires = kept.get("expires") if kept else last.date().isoformat() if contents.expires_days else None
+        seal(work, name, version, contents, lambda text: audit.sign(store, text, KEY), expires)
         final = store / "models" / digest_file(work / MANIFEST)
         if not final.exists():
             _keep(work, final)

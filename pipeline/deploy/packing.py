@@ -17,7 +17,8 @@ from ..core.display import Html, facts, stack, table
 from ..core.receipt import interpreter, lock_digest
 from ..core.store import digest, digest_file
 from .card import card_markdown, make_card
-from .package import KEY, MANIFEST, Contents, load_package, release, verify_package
+from .package import KEY, LOCK, MANIFEST, SBOM, Contents, load_package, release, verify_package
+from .sbom import check_sbom, lock_text, make_sbom, read_lock, serving_lock
 from .schema import make_schema
 from ..evaluate.holdout import shipped
 
@@ -63,6 +64,8 @@ def pack(
                 "version": manifest["version"],
                 "made from data": manifest["created_from"]["data_version"],
                 "labels": manifest["created_from"]["label_version"],
+                "valid until": manifest["expires"] or "it is replaced (deploy.expires_days: 0)",
+                "libraries": f"{len(json.loads((folder / SBOM).read_text(encoding='utf-8'))['components']) - 1} in {SBOM} (CycloneDX) and {LOCK}",
                 "signed with": f"Ed25519 key “{KEY}” of this store",
                 "manifest": digest_file(folder / MANIFEST)[:12] + "…",
             },
@@ -103,6 +106,10 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
         mitigation,
     )
     origin = {"data_version": versions["data"], "label_version": versions["label"], "model": model_digest, "python": interpreter()}
+    lock = run.settings.root / LOCK
+    installed = serving_lock(read_lock(lock.read_text(encoding="utf-8"))) if lock.is_file() else []
+    sbom = make_sbom(said.name, model | {"digest": model_digest}, installed, interpreter(), {k: versions[k] for k in ("data", "label")})
+    check_sbom(sbom)
     return Contents(
         contract,
         make_schema(contract, train).to_dict(),
@@ -112,6 +119,9 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
         card_markdown(card),
         origin,
         lock_digest(run.settings.root),
+        lock_text(installed),
+        sbom,
+        run.problem.deploy.expires_days,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ class Registry:
         manifest = verify_package(package, audit.public_key(self.store, KEY))
         digest = digest_file(Path(package) / MANIFEST)
         table = self.tables.packages
-        with self._transaction(manifest["name"]) as connection:
+        with self.transaction(manifest["name"]) as connection:
             found = self._one(connection, table.c.digest == digest)
             if found is None:
                 connection.execute(table.insert().values(
@@ -168,7 +168,7 @@ class Registry:
             raise InputError(f"{to!r} is no state of a package; states: {', '.join(STATES)}")
         if not reason.strip():
             raise InputError(f"moving {name} v{version} to {to} needs a reason; give one with --reason")
-        with self._transaction(name) as connection:
+        with self.transaction(name) as connection:
             found = self._found(connection, name, version)
             if expected is not None and found.state != expected:
                 raise InputError(f"{name} v{version} is {found.state}, not {expected}: {found.by} moved it at {found.changed:%Y-%m-%d %H:%M} UTC; look again")
@@ -190,7 +190,7 @@ class Registry:
         by: str = "",
     ) -> Entry:          # what is in production now
         "Back to the package that was in production before; the one that is there now is retired."
-        with self._transaction(name) as connection:
+        with self.transaction(name) as connection:
             current = self._in_state(connection, name, "production")
             if current is None:
                 raise InputError(f"{name} has nothing in production, so there is nothing to go back from; promote a package first")
@@ -205,7 +205,7 @@ class Registry:
     # what the promises above are made of
 
     @contextmanager
-    def _transaction(self, name: str) -> Iterator[Any]:
+    def transaction(self, name: str) -> Iterator[Any]:
         "One writer a name: SQLite locks the file, PostgreSQL the name."
         from sqlalchemy import text
 
@@ -263,8 +263,18 @@ class Registry:
             name=name, version=version, digest=digest, came_from=came_from, went_to=went_to, by=by, reason=reason, at=clock(), audited=False))
 
     def _tell_audit(self) -> None:
-        "Moves that the audit trail does not hold yet, in their order; one teller at a time."
-        table = self.tables.moves
+        self.tell(self.tables.moves, EVENT, lambda row: {
+            "move": row["number"], "name": row["name"], "version": row["version"], "package": row["digest"],
+            "from": row["came_from"], "to": row["went_to"], "by": row["by"], "reason": row["reason"]}, "move")
+
+    def tell(
+        self,
+        table: Any,                                        # with `number` and `audited`
+        event: str,
+        told_of: Callable[[Mapping[str, Any]], dict[str, Any]],   # a row's entry
+        key: str,                                          # of the entry, which holds the number
+    ) -> None:
+        "Rows that the audit trail does not hold yet, in their order; one teller at a time."
         with self.engine.connect() as connection:
             if connection.execute(table.select().where(table.c.audited.is_(False)).limit(1)).first() is None:
                 return
@@ -272,11 +282,10 @@ class Registry:
         with locked(self.store / "registry.lock"), self.engine.connect() as connection:
             rows = connection.execute(table.select().where(table.c.audited.is_(False)).order_by(table.c.number)).mappings().all()
             connection.rollback()
-            told = {e["details"].get("move") for e in audit.entries(self.store) if e["event"] == EVENT} if rows else set()
+            told = {e["details"][key] for e in audit.entries(self.store) if e["event"] == event} if rows else set()
             for row in rows:
                 if row["number"] not in told:
-                    audit.append(self.store, EVENT, {"move": row["number"], "name": row["name"], "version": row["version"], "package": row["digest"],
-                                                     "from": row["came_from"], "to": row["went_to"], "by": row["by"], "reason": row["reason"]})
+                    audit.append(self.store, event, told_of(row))
                 with connection.begin():
                     connection.execute(table.update().where(table.c.number == row["number"]).values(audited=True))
 

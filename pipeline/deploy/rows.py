@@ -21,10 +21,13 @@ from ..data.terms import breaks
 from .schema import MAX_TEXT, SHOWN_LEVELS, Field, Finding, Schema, dtype_of
 
 # %% auto #0
-__all__ = ['Checked', 'check_rows', 'check_columns', 'shortened', 'summarise']
+__all__ = ['quiet_value', 'Checked', 'check_rows', 'check_columns', 'shortened', 'summarise']
 
 # %% ../../nbs/lib/deploy/02_rows.ipynb #47a1a42b
 _SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"   # as polars strips
+
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class _Bad(Exception):
@@ -44,7 +47,11 @@ def _read_number(value: Any, spec: Field) -> float | int:
         if value != int(value) or abs(value) >= 2**53:
             raise _Bad("is not a whole number below 2⁵³", "a whole number")
         return int(value)
-    return float(np.float32(value)) if spec.dtype == "Float32" else float(value)
+    if spec.dtype != "Float32":
+        return float(value)
+    if abs(value) > _LARGEST:
+        raise _Bad("is too large for 32 bits", f"a number up to {_LARGEST:.7g}")
+    return float(np.float32(value))
 
 
 def _read_level(value: Any, spec: Field) -> Any:
@@ -131,6 +138,18 @@ def _spelt(value: Any) -> str:
 def _some(levels: Sequence[str]) -> list[str]:
     rest = len(levels) - SHOWN_LEVELS
     return [*levels[:SHOWN_LEVELS], f"… and {rest:,} more"] if rest > 0 else list(levels)
+
+# %% ../../nbs/lib/deploy/02_rows.ipynb #2e3a9a6e
+def quiet_value(
+    sent: Any,       # a plain JSON value
+    spec: Field,
+) -> tuple[Any] | None:    # the value as the model reads it, in a tuple of its own because it may be None; None: there is something to say
+    "Read one value that is neither refused nor worth a warning."
+    try:
+        value = None if sent is None else _READ[spec.type](sent, spec)
+    except _Bad:
+        return None
+    return None if _surprise(value, spec) else (value,)
 
 # %% ../../nbs/lib/deploy/02_rows.ipynb #da7121f3
 @dataclass(frozen=True)

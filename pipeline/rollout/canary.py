@@ -6,20 +6,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from ..core.errors import InputError
-from .sequential import Bet, Errors, as_unit, budget, confidence_sequence, count_errors, place
+from pipeline.rollout.sequential import (
+    Bet,
+    Errors,
+    Mean,
+    Shift,
+    Split,
+    Uplift,
+    as_ratio,
+    as_unit,
+    budget,
+    confidence_sequence,
+    count_answers,
+    count_errors,
+    count_kpi,
+    count_subjects,
+    matched,
+    observe,
+    place,
+    ratio_of,
+    revived,
+)
 
 # %% auto #0
-__all__ = ['TESTS', 'SLOW_SHARE', 'FEWEST', 'Rules', 'Requests', 'State', 'start', 'to_frame', 'from_frame', 'Decision', 'review',
-           'Course', 'follow', 'interval']
+__all__ = ['TESTS', 'SPLIT', 'SLOW_SHARE', 'FEWEST', 'Rules', 'Requests', 'State', 'start', 'to_json', 'from_json', 'to_frame',
+           'from_frame', 'Look', 'Decision', 'review', 'consider', 'advanced', 'tests_of', 'rules_from', 'Course',
+           'follow', 'interval']
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #3357f78e
-TESTS = ("worse", "better", "errors", "errors limit", "latency")
+TESTS = {"worse": 0.2, "errors": 0.6, "limit": 0.05, "latency": 0.05, "slower": 0.05, "shift": 0.05}   # who may roll back, and their parts of alpha
+SPLIT = 0.005            # risk that a stage is held for a split that is fine
 SLOW_SHARE = 0.01        # a p99 limit: so many requests may take longer
 FEWEST = 20              # outcomes below which a stage says nothing
 
@@ -30,14 +54,17 @@ class Rules:
 
     stages: tuple[float, ...] = (1.0, 5.0, 25.0, 50.0, 100.0)   # percent of subjects
     windows_per_stage: int = 4                                  # reviews that a stage lasts at least
-    alpha: float = 0.05                                         # error budget of all tests together
+    alpha: float = 0.05                                         # error budget of all tests that may roll back, together
     worse_by: float = 0.002                                     # mean difference of losses that is tolerated
-    errors_max: float = 0.01                                    # error rate that is tolerated
+    errors_max: float = 0.01                                    # error rate that is tolerated, where the old one has less
     outcome_delay: int = 1                                      # windows until outcomes are known
+    slower_by: float = 0.25                                     # times as long, less one, that is tolerated
+    shift_max: float = 0.2                                      # share by which a part of the answers may grow
+    outcomes_min: float = 0.5                                   # of the outcomes that are due, so many must be known
 
     @property
     def part(self) -> float:
-        "The error budget of one test."
+        "The error budget of the test on quality; a promotion that is wrong has as much again."
         return budget(self.alpha, TESTS)["worse"]
 
     def margin(self, stage: int) -> float:
@@ -79,11 +106,16 @@ class State:
     served: int = 0                         # requests that the new model answered
     outcomes: int = 0                       # of these, with a known outcome
     total: float = 0.0                      # sum of their differences
+    due: int = 0                            # outcomes that should be known by now, of requests that count
     worse: Bet | None = None
     better: tuple[Bet, ...] = ()            # one for each stage's margin
     errors: Errors | None = None
     limit: Bet | None = None
     latency: Bet | None = None
+    slower: Mean | None = None
+    shift: Shift | None = None
+    split: Split | None = None              # of this stage
+    uplift: Uplift | None = None            # of a KPI, where there is one
 
     @property
     def mean(self) -> float | None:
@@ -93,41 +125,67 @@ class State:
 
 def start(rules: Rules) -> State:
     "A rollout before its first request."
-    a = rules.part
+    parts = budget(rules.alpha, TESTS)
     return State(
-        worse=Bet((1 + rules.worse_by) / 2, False, a),
-        better=tuple(Bet((1 + rules.margin(i)) / 2, True, a) for i in range(len(rules.stages))),
-        errors=Errors(a),
-        limit=Bet(rules.errors_max, False, a),
-        latency=Bet(SLOW_SHARE, False, a),
+        worse=Bet((1 + rules.worse_by) / 2, False, parts["worse"]),
+        better=tuple(Bet((1 + rules.margin(i)) / 2, True, rules.part) for i in range(len(rules.stages))),
+        errors=Errors(parts["errors"]),
+        limit=Bet((1 + rules.errors_max) / 2, False, parts["limit"]),
+        latency=Bet((1 + SLOW_SHARE) / 2, False, parts["latency"]),
+        slower=Mean(2 * parts["slower"]),          # an interval has two ends, one of them may roll back
+        shift=Shift(parts["shift"], rules.shift_max),
+        split=Split(SPLIT, rules.stages[0]),
     )
+
+
+def to_json(state: State) -> str:
+    "The state as text."
+    return json.dumps(asdict(state))
+
+
+def from_json(text: str) -> State:
+    "Back from text; raises `InputError` for anything else."
+    kinds = {"worse": Bet, "limit": Bet, "latency": Bet, "errors": Errors, "slower": Mean, "shift": Shift, "split": Split}
+    try:
+        told = json.loads(text)
+        made = {k: revived(kind, told[k]) for k, kind in kinds.items()}
+        uplift = revived(Uplift, told["uplift"]) if told["uplift"] else None
+        return State(**{**told, **made, "uplift": uplift, "shares": tuple(told["shares"]), "better": tuple(Bet(**b) for b in told["better"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"this is no rollout's state ({error!r}); start the rollout again") from error
 
 
 def to_frame(state: State) -> pl.DataFrame:
     "The state as one row."
     return pl.DataFrame([{"stage": state.stage, "status": state.status, "windows": len(state.shares), "served": state.served,
-                          "outcomes": state.outcomes, "state": json.dumps(asdict(state))}])
+                          "outcomes": state.outcomes, "state": to_json(state)}])
 
 
 def from_frame(frame: pl.DataFrame) -> State:
     "Back from one row; raises `InputError` for anything else."
-    try:
-        told = json.loads(frame["state"][0])
-        bets = {k: Bet(**told[k]) for k in ("worse", "limit", "latency")}
-        errors = Errors(**{**told["errors"], "logs": tuple(told["errors"]["logs"])})
-        return State(
-            **{
-                **told,
-                **bets,
-                "errors": errors,
-                "shares": tuple(told["shares"]),
-                "better": tuple(Bet(**b) for b in told["better"]),
-            }
-        )
-    except (KeyError, TypeError, ValueError, IndexError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"this is no rollout's state ({error!r}); start the rollout again") from error
+    if "state" not in frame.columns or not len(frame):
+        raise InputError("this is no rollout's state (no column 'state'); start the rollout again")
+    return from_json(frame["state"][0])
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #0a748749
+@dataclass(frozen=True)
+class Look:
+    "What one window brought; arrays are in the order of arrival."
+
+    failed: np.ndarray                     # bool, a value for each request that the new model was asked: it gave no answer
+    old_failed: np.ndarray                 # the same of the old model
+    differences: np.ndarray                # losses, new minus old, of outcomes that became known; in [−1, 1]
+    over: np.ndarray                       # 1.0 where the new model took longer than the limit
+    due: int = 0                           # outcomes that should have become known by now
+    old_over: np.ndarray | None = None     # None: not timed; the limit is an absolute one
+    ratios: np.ndarray | None = None       # differences of log-latency of matched groups
+    answers: np.ndarray | None = None      # of the new model, as numbers
+    old_answers: np.ndarray | None = None
+    kpi: np.ndarray | None = None          # differences of the KPI of matched groups
+    subjects: int = 0                      # of the new model, seen for the first time in this stage
+    old_subjects: int = 0
+
+
 @dataclass(frozen=True)
 class Decision:
     "What a review decided, with its numbers."
@@ -146,6 +204,9 @@ class Decision:
     latency: str                 # within, over
     decision: str                # promote, hold, roll back
     why: str
+    slower: float = 1.0          # the new model takes so many times as long
+    evidence_shift: float = 1.0  # of the answers
+    evidence_split: float = 1.0  # of subjects that are missing
 
 
 def review(
@@ -153,64 +214,91 @@ def review(
     requests: Requests,
     rules: Rules,
 ) -> tuple[State, Decision]:
-    "The next window: learn from it, then decide."
-    if state.status != "running":
-        raise InputError(f"this rollout is {state.status}; start another one")
+    "The next window of stored traffic: learn from it, then decide."
+    _check_running(state)
+    now = len(state.shares)
+    return consider(state, _look(replace(state, shares=(*state.shares, rules.stages[state.stage])), requests, rules, now), rules)
+
+
+def consider(
+    state: State,
+    look: Look,
+    rules: Rules,
+    still: str = "",          # not empty: why the share must not grow now
+) -> tuple[State, Decision]:
+    "Learn from one window, then decide: back, forward or still."
+    _check_running(state)
     now, share = len(state.shares), rules.stages[state.stage]
-    state, counts = _learn(replace(state, shares=(*state.shares, share)), requests, rules, now)
-    decision, why = _decide(state, rules, now)
-    assert state.worse and state.errors and state.limit and state.latency
+    state = _learn(replace(state, shares=(*state.shares, share)), look, share)
+    decision, why = _decide(state, rules, now, still)
+    assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
     record = Decision(
-        now,
-        share,
-        *counts[:2],
-        state.outcomes,
-        state.mean,
-        state.worse.evidence,
-        state.better[state.stage].evidence,
-        *counts[2:],
-        max(state.errors.evidence, state.limit.evidence),
-        "over" if state.latency.rejected else "within",
-        decision,
-        why,
+        now, share, len(look.failed), len(look.old_failed), state.outcomes, state.mean, state.worse.evidence, state.better[state.stage].evidence,
+        int(look.failed.sum()), int(look.old_failed.sum()), max(state.errors.evidence, state.limit.evidence),
+        "over" if state.latency.rejected or _too_slow(state, rules) else "within", decision, why,
+        ratio_of(state.slower.value), state.shift.evidence, state.split.evidence,
     )
     if decision == "roll back":
         return replace(state, status="rolled back", stage=0), record
     if decision == "promote":
-        last = state.stage == len(rules.stages) - 1
-        return replace(
-            state,
-            status="promoted" if last else "running",
-            stage=state.stage if last else state.stage + 1,
-            since=now + 1,
-        ), record
+        return advanced(state, rules), record
     return state, record
 
+
+def advanced(
+    state: State,
+    rules: Rules,
+) -> State:
+    "One stage further, or promoted after the last."
+    if state.stage == len(rules.stages) - 1:
+        return replace(state, status="promoted", since=len(state.shares))
+    return replace(state, stage=state.stage + 1, since=len(state.shares), split=Split(SPLIT, rules.stages[state.stage + 1]))
+
 # %% ../../nbs/lib/rollout/03_canary.ipynb #57659d6a
-def _learn(state: State, requests: Requests, rules: Rules, now: int) -> tuple[State, tuple[int, int, int, int]]:
-    share = state.shares[now]
+def _check_running(state: State) -> None:
+    if state.status != "running":
+        raise InputError(f"this rollout is {state.status}; start another one")
+
+
+def _look(state: State, requests: Requests, rules: Rules, now: int) -> Look:
+    "A window of stored traffic, and the outcomes that became known in it."
     here = requests.within(now)
-    new = requests.place[here] < share
-    served = int(new.sum())
-    new_errors, old_errors = int(requests.new_error[here][new].sum()), int(requests.old_error[here][~new].sum())
+    new = requests.place[here] < state.shares[now]
     then = now - rules.outcome_delay
     past = requests.within(then)
-    known = (requests.place[past] < state.shares[max(then, 0)]) & ~requests.new_error[past] & np.isfinite(requests.difference[past])
-    differences = requests.difference[past][known]
-    units = as_unit(differences)
+    mine = (requests.place[past] < state.shares[max(then, 0)]) & ~requests.new_error[past]
+    known = mine & np.isfinite(requests.difference[past])
     slow = requests.slow[here][new]
-    assert state.worse and state.errors and state.limit and state.latency
-    state = replace(
-        state, served=state.served + served, outcomes=state.outcomes + len(units), total=state.total + float(differences.sum()),
+    return Look(requests.new_error[here][new], requests.old_error[here][~new], requests.difference[past][known], slow[np.isfinite(slow)], int(mine.sum()))
+
+
+def _learn(state: State, look: Look, share: float) -> State:
+    assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
+    units = as_unit(look.differences)
+    ratios, kpi = (np.zeros(0) if v is None else v for v in (look.ratios, look.kpi))
+    shift = state.shift if look.answers is None or look.old_answers is None else count_answers(state.shift, look.answers, look.old_answers)
+    return replace(
+        state, served=state.served + len(look.failed), outcomes=state.outcomes + len(units), total=state.total + float(look.differences.sum()), due=state.due + look.due,
         worse=place(state.worse, units), better=tuple(place(b, units) if i >= state.stage else b for i, b in enumerate(state.better)),
-        errors=count_errors(state.errors, new_errors, served, old_errors, len(new) - served),
-        limit=place(state.limit, requests.new_error[here][new].astype(float)), latency=place(state.latency, slow[np.isfinite(slow)]),
+        errors=count_errors(state.errors, int(look.failed.sum()), len(look.failed), int(look.old_failed.sum()), len(look.old_failed)),
+        limit=place(state.limit, _beyond(look.failed, look.old_failed)), latency=place(state.latency, _beyond(look.over, look.old_over)),
+        slower=observe(state.slower, as_ratio(ratios)), shift=shift, split=count_subjects(state.split, look.subjects, look.old_subjects),
+        uplift=count_kpi(state.uplift, kpi) if state.uplift else None,
     )
-    return state, (served, len(new) - served, new_errors, old_errors)
 
 
-def _decide(state: State, rules: Rules, now: int) -> tuple[str, str]:
-    assert state.worse and state.errors and state.limit and state.latency
+def _beyond(new: np.ndarray, old: np.ndarray | None) -> np.ndarray:
+    "How often, beyond the old model in the same window; where that served nobody, how often at all."
+    return as_unit(np.asarray(new, dtype=float) if old is None or not len(old) else matched(new, old))
+
+
+def _too_slow(state: State, rules: Rules) -> bool:
+    assert state.slower
+    return ratio_of(state.slower.low) > 1 + rules.slower_by
+
+
+def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]:
+    assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
     if state.worse.rejected:
         return "roll back", f"worse by {state.mean or 0:.4f} on {state.outcomes:,} outcomes, {rules.worse_by:g} is tolerated"
     if state.errors.rejected:
@@ -222,13 +310,69 @@ def _decide(state: State, rules: Rules, now: int) -> tuple[str, str]:
         return "roll back", f"{state.errors.new:,} errors in {state.served:,} requests, {rules.errors_max:.2%} are tolerated"
     if state.latency.rejected:
         return "roll back", f"more than {SLOW_SHARE:.0%} of requests take longer than the limit"
+    if _too_slow(state, rules):
+        return "roll back", (f"takes {ratio_of(state.slower.value):.2f} times as long as the old model in the same windows "
+                             f"(at least {ratio_of(state.slower.low):.2f}), {1 + rules.slower_by:.2f} is tolerated")
+    if state.shift.rejected:
+        return "roll back", f"some answers are given {rules.shift_max:.0%} of all requests more often than the old model gives them in the same windows"
+    if state.split.rejected:
+        return "hold", (f"{state.split.new:,} of {state.split.new + state.split.old:,} subjects were answered by the new model where {state.split.share:g} % were asked for; "
+                        "find out who is lost, until then nothing may be compared")
+    if still:
+        return "hold", still
     lasted = now + 1 - state.since
     if lasted < rules.windows_per_stage:
         return "hold", f"review {lasted} of {rules.windows_per_stage} of this stage"
     margin = rules.margin(state.stage)
-    if state.outcomes < FEWEST or not state.better[state.stage].rejected:
+    if state.outcomes < FEWEST:
         return "hold", f"{state.outcomes:,} outcomes do not show yet that it is at most {margin:.4g} worse"
+    if state.outcomes < rules.outcomes_min * state.due:
+        return "hold", f"only {state.outcomes:,} of {state.due:,} outcomes have come, {rules.outcomes_min:.0%} are asked for; those that are missing may be the bad ones"
+    if not state.better[state.stage].rejected:
+        return "hold", f"{state.outcomes:,} outcomes do not show yet that it is at most {margin:.4g} worse"
+    if state.errors.new > rules.errors_max * state.served:
+        return "hold", f"{state.errors.new:,} errors in {state.served:,} requests, {rules.errors_max:.2%} are tolerated"
     return "promote", f"at most {margin:.4g} worse: shown by {state.outcomes:,} outcomes"
+
+# %% ../../nbs/lib/rollout/03_canary.ipynb #9d10c125
+def tests_of(
+    state: State,
+    rules: Rules,
+) -> list[dict[str, Any]]:      # a row a test: name, evidence, boundary, estimate, low, high, tolerated, unit, does, crossed
+    "Where each test stands."
+    assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
+    errors, served = state.errors, max(state.served, 1)
+
+    def row(name: str, test: Any, does: str, estimate: float | None, tolerated: float, unit: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+        return {"test": name, "evidence": min(test.evidence, 1e9), "boundary": 1 / test.alpha, "estimate": estimate, "low": low, "high": high,
+                "tolerated": tolerated, "unit": unit, "does": does, "crossed": test.rejected}
+
+    better = state.better[state.stage]
+    rows = [
+        row("worse than tolerated", state.worse, "roll back", state.mean, rules.worse_by, "loss, new minus old"),
+        row("good enough for the next share", better, "promote", state.mean, rules.margin(state.stage), "loss, new minus old"),
+        row("errs more often", errors, "roll back", errors.new / served, rules.errors_max, "share of its requests"),
+        row("errs too often", state.limit, "roll back", errors.new / served, rules.errors_max, "share of its requests"),
+        row("over the limit", state.latency, "roll back", None, SLOW_SHARE, "share of its requests"),
+        row("answers otherwise", state.shift, "roll back", None, rules.shift_max, "share of answers"),
+        row("subjects are missing", state.split, "hold", state.split.new / max(state.split.new + state.split.old, 1) * 100, state.split.share, "% of subjects"),
+    ]
+    slower = state.slower
+    low, mid, high = (ratio_of(v) for v in (slower.low, slower.value, slower.high))
+    rows.insert(5, {"test": "slower", "evidence": None, "boundary": None, "estimate": mid if slower.n else None, "low": low, "high": high,
+                    "tolerated": 1 + rules.slower_by, "unit": "times as long", "does": "roll back", "crossed": _too_slow(state, rules)})
+    if state.uplift:
+        low, high = state.uplift.interval
+        rows.append({"test": "KPI", "evidence": 1 / max(state.uplift.p, 1e-9), "boundary": 1 / state.uplift.alpha, "estimate": state.uplift.value, "low": low, "high": high,
+                     "tolerated": None, "unit": "KPI, new minus old", "does": "is told", "crossed": state.uplift.p < state.uplift.alpha})
+    return rows
+
+
+def rules_from(
+    told: Mapping[str, Any],     # what `asdict` made of them
+) -> Rules:
+    "Rules from their JSON."
+    return Rules(**{**told, "stages": tuple(told["stages"])})
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #57fa59db
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 # %% auto #0
-__all__ = ['CAP', 'ODDS', 'Bet', 'place', 'confidence_sequence', 'Errors', 'count_errors', 'budget', 'losses', 'as_unit']
+__all__ = ['CAP', 'ODDS', 'STAKED', 'WIDEST', 'TENTHS', 'CLOSE', 'Bet', 'place', 'confidence_sequence', 'Errors', 'count_errors',
+           'matched', 'Mean', 'observe', 'as_ratio', 'ratio_of', 'Shift', 'count_answers', 'as_unit', 'Split',
+           'count_subjects', 'Uplift', 'new_uplift', 'count_kpi', 'budget', 'losses', 'revived']
 
 # %% ../../nbs/lib/rollout/02_sequential.ipynb #2615b1db
 CAP = 0.9    # of the largest stake that cannot lose everything
@@ -87,7 +90,8 @@ def _end(values: np.ndarray, alpha: float, below: bool) -> float:
     return refuted
 
 # %% ../../nbs/lib/rollout/02_sequential.ipynb #fdcaf36b
-ODDS = (1.5, 2.0, 4.0, 8.0, 16.0)   # alternatives: the new model errs so many times as often
+ODDS = (1.9, 3.0, 6.0)            # alternatives: the new model errs so many times as often
+STAKED = (0.54, 0.25, 0.21)       # of the wealth, on each: doubled errors are the hardest to see
 
 
 @dataclass(frozen=True)
@@ -125,16 +129,231 @@ def count_errors(
         expected = odds * share / (odds * share + 1 - share)
         told.append(log + new_errors * math.log(expected / share) + old_errors * math.log((1 - expected) / (1 - share)))
     top = max(told)
-    wealth = top + math.log(sum(math.exp(v - top) for v in told) / len(told))
+    wealth = top + math.log(sum(part * math.exp(v - top) for part, v in zip(STAKED, told)))
     return replace(state, logs=tuple(told), best=max(state.best, wealth))
+
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #cd1c2abe
+def matched(
+    new: np.ndarray,       # (n,) of the new model, in the order of arrival within one window
+    old: np.ndarray,       # (m,) of the old one
+) -> np.ndarray:           # (min(n, m),) differences; nothing where one side served nobody
+    "Mean of the new minus mean of the old in each group of requests that arrived together."
+    groups = min(len(new), len(old))
+    if not groups:
+        return np.zeros(0)
+    return _means(new, groups) - _means(old, groups)
+
+
+def _means(values: np.ndarray, groups: int) -> np.ndarray:
+    starts = np.arange(groups) * len(values) // groups
+    return np.add.reduceat(np.asarray(values, dtype=float), starts) / np.diff([*starts, len(values)])
+
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #aaba5ea8
+@dataclass(frozen=True)
+class Mean:
+    "A running estimate of a mean of values in [0, 1] with an interval that holds at every look."
+
+    alpha: float
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0       # of distances from the mean so far
+    weights: float = 0.0       # of all values
+    weighted: float = 0.0
+    doubt: float = 0.0         # what the spread of the values costs
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def value(self) -> float:
+        "The mean so far; .5 before the first value."
+        return self.total / self.n if self.n else 0.5
+
+
+def observe(
+    state: Mean,
+    values: np.ndarray,    # (n,) in [0, 1], in the order of arrival
+) -> Mean:
+    "The interval after these values too (Waudby-Smith and Ramdas 2024, theorem 2)."
+    if not len(values):
+        return state
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError("values of a mean must lie in [0, 1]")
+    counts = state.n + np.arange(1, len(values) + 1)
+    totals = state.total + np.cumsum(values)
+    means = (0.5 + totals) / (counts + 1)
+    before = np.concatenate([[(0.5 + state.total) / (state.n + 1)], means[:-1]])
+    squares = state.squares + np.cumsum((values - means) ** 2)
+    spread = (0.25 + np.concatenate([[state.squares], squares[:-1]])) / counts
+    weights = np.minimum(np.sqrt(2 * math.log(2 / state.alpha) / (spread * counts * np.log1p(counts))), 0.5)
+    doubt = state.doubt + np.cumsum((values - before) ** 2 * (-np.log1p(-weights) - weights))
+    mass, weighted = state.weights + np.cumsum(weights), state.weighted + np.cumsum(weights * values)
+    half = (math.log(2 / state.alpha) + doubt) / mass
+    return Mean(state.alpha, int(counts[-1]), float(totals[-1]), float(squares[-1]), float(mass[-1]), float(weighted[-1]), float(doubt[-1]),
+                max(state.low, float((weighted / mass - half).max())), min(state.high, float((weighted / mass + half).min())))
+
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #e19963fc
+WIDEST = 8.0      # times as long, or as short
+
+
+def as_ratio(
+    differences: np.ndarray,     # of logarithms
+) -> np.ndarray:                 # in [0, 1]; .5: equally long
+    "Differences of log-latencies as values of a mean."
+    return (np.clip(differences / math.log(WIDEST), -1, 1) + 1) / 2
+
+
+def ratio_of(
+    value: float,                # in [0, 1]
+) -> float:
+    "How many times as long a value stands for."
+    return float(WIDEST ** (2 * value - 1))
+
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #7cf1b66b
+TENTHS = 10
+
+
+@dataclass(frozen=True)
+class Shift:
+    "Evidence that some part of the range of answers is given more often than tolerated."
+
+    alpha: float
+    most: float                          # share of all answers by which a part may grow
+    edges: tuple[float, ...] = ()        # of the parts, from the old model's first window
+    bets: tuple[Bet, ...] = ()
+    best: float = 0.0
+
+    @property
+    def evidence(self) -> float:
+        return math.exp(min(self.best, 700.0))
+
+    @property
+    def rejected(self) -> bool:
+        "The answers moved further than tolerated, at a risk of alpha over all looks."
+        return self.best >= math.log(1 / self.alpha)
+
+
+def count_answers(
+    state: Shift,
+    new: np.ndarray,       # (n,) answers of one window: probability, class number or number
+    old: np.ndarray,
+) -> Shift:
+    "One window's answers of both; the first window of the old model only says where the parts lie."
+    new, old = new[np.isfinite(new)], old[np.isfinite(old)]
+    if not state.bets:
+        if len(old) < 2 * TENTHS:
+            return state
+        edges = np.unique(np.quantile(old, np.arange(1, TENTHS) / TENTHS))
+        return replace(state, edges=tuple(map(float, edges)), bets=(Bet((1 + state.most) / 2, False, state.alpha),) * (2 * len(edges) + 1))
+    if not len(new) or not len(old):
+        return state
+    bets = tuple(place(bet, as_unit(matched((_part(new, state.edges) == i).astype(float), (_part(old, state.edges) == i).astype(float))))
+                 for i, bet in enumerate(state.bets))
+    top = max(b.log_wealth for b in bets)
+    wealth = top + math.log(sum(math.exp(b.log_wealth - top) for b in bets) / len(bets))
+    return replace(state, bets=bets, best=max(state.best, wealth))
+
+
+def _part(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
+    "Which part a value lies in; an edge is a part of its own, so that one class or one constant is."
+    return np.searchsorted(edges, values, "left") + np.searchsorted(edges, values, "right")
+
+
+def as_unit(difference: np.ndarray) -> np.ndarray:
+    "A difference in [−1, 1] as a value in [0, 1]."
+    return (np.clip(difference, -1, 1) + 1) / 2
+
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #a3d73b0d
+CLOSE = 100.0     # how close to the asked share the mixture lies; Lindon and Malek's k
+
+
+@dataclass(frozen=True)
+class Split:
+    "Evidence that the split of subjects is not the one that was asked for."
+
+    alpha: float
+    share: float            # asked, percent
+    new: int = 0            # subjects
+    old: int = 0
+    best: float = 0.0
+
+    @property
+    def evidence(self) -> float:
+        return math.exp(min(self.best, 700.0))
+
+    @property
+    def rejected(self) -> bool:
+        "Some are lost, at a risk of alpha over all looks."
+        return self.best >= math.log(1 / self.alpha)
+
+
+def count_subjects(
+    state: Split,
+    new: int,               # subjects seen for the first time in this stage
+    old: int,
+) -> Split:
+    "More subjects; at 0 or 100 % there is nothing to test."
+    state = replace(state, new=state.new + new, old=state.old + old)
+    asked = state.share / 100
+    if not 0 < asked < 1:
+        return state
+    a, b = CLOSE * asked, CLOSE * (1 - asked)
+    log = (_log_beta(a + state.new, b + state.old) - _log_beta(a, b) - state.new * math.log(asked) - state.old * math.log(1 - asked))
+    return replace(state, best=max(state.best, log))
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #8425dbdd
+@dataclass(frozen=True)
+class Uplift:
+    "The difference of a KPI, new minus old, with an interval and a p-value that hold at every look."
+
+    alpha: float
+    scale: float                                     # differences of this size and more count as this
+    mean: Mean = field(default_factory=lambda: Mean(0.05))
+    above: Bet = field(default_factory=lambda: Bet(0.5, False, 0.025))
+    below: Bet = field(default_factory=lambda: Bet(0.5, True, 0.025))
+
+    @property
+    def value(self) -> float:
+        return self.scale * (2 * self.mean.value - 1)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        "Low and high end of the difference."
+        return self.scale * (2 * self.mean.low - 1), self.scale * (2 * self.mean.high - 1)
+
+    @property
+    def p(self) -> float:
+        "The chance, at most, of evidence like this at any look if there were no difference."
+        return min(1.0, 2 * math.exp(-max(self.above.best, self.below.best)))
+
+
+def new_uplift(
+    alpha: float,
+    scale: float,
+) -> Uplift:
+    "A KPI before its first value."
+    return Uplift(alpha, scale, Mean(alpha), Bet(0.5, False, alpha / 2), Bet(0.5, True, alpha / 2))
+
+
+def count_kpi(
+    state: Uplift,
+    differences: np.ndarray,       # (n,) of matched groups, each subject in one of them
+) -> Uplift:
+    "More differences."
+    units = as_unit(differences / state.scale)
+    return replace(state, mean=observe(state.mean, units), above=place(state.above, units), below=place(state.below, units))
 
 # %% ../../nbs/lib/rollout/02_sequential.ipynb #ff12bf95
 def budget(
-    alpha: float,              # for everything together
-    tests: Sequence[str],      # their names
+    alpha: float,                                   # for everything together
+    tests: Sequence[str] | Mapping[str, float],     # their names, with weights or alike
 ) -> dict[str, float]:
-    "Equal parts (Bonferroni: valid whatever the tests have to do with each other)."
-    return dict.fromkeys(tests, alpha / len(tests))
+    "Each test's part (Bonferroni: valid whatever the tests have to do with each other)."
+    weights = dict(tests) if isinstance(tests, Mapping) else dict.fromkeys(tests, 1.0)
+    return {name: alpha * weight / sum(weights.values()) for name, weight in weights.items()}
 
 # %% ../../nbs/lib/rollout/02_sequential.ipynb #1289269b
 def losses(
@@ -150,7 +369,13 @@ def losses(
     truth[np.arange(len(target)), target.astype(int)] = 1
     return np.clip(((answer - truth) ** 2).sum(axis=1) / 2, 0, 1)
 
-
-def as_unit(difference: np.ndarray) -> np.ndarray:
-    "A difference in [−1, 1] as a value in [0, 1]."
-    return (np.clip(difference, -1, 1) + 1) / 2
+# %% ../../nbs/lib/rollout/02_sequential.ipynb #38c86fd9
+def revived(
+    kind: type,                 # Bet, Mean, Errors, Shift, Split, Uplift
+    told: dict[str, Any],       # what `asdict` made of it, by way of JSON
+) -> Any:
+    "A state from its JSON."
+    inner = {"mean": Mean, "above": Bet, "below": Bet}
+    made = {k: tuple(Bet(**b) for b in v) if k == "bets" else tuple(v) if isinstance(v, list) else inner[k](**v) if k in inner and isinstance(v, dict) else v
+            for k, v in told.items()}
+    return kind(**made)

@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/rollout/01_traffic.ipynb #c259e1b1
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,20 +13,12 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError, suggest
+from ..deploy.versions import point
 
 # %% auto #0
-__all__ = ['point', 'points', 'routed', 'in_slice', 'subjects_of', 'split_table']
+__all__ = ['points', 'routed', 'in_slice', 'subjects_of', 'split_table']
 
 # %% ../../nbs/lib/rollout/01_traffic.ipynb #a09b8474
-def point(
-    subject: Any,     # what sticks to a version
-    salt: str,        # the rollout's name
-) -> float:           # in [0, 1)
-    "Where a subject stands, the same in every process and for ever."
-    digest = hashlib.blake2b(str(subject).encode("utf-8", "replace"), digest_size=8, key=salt.encode()[:64]).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 def points(
     subjects: pl.Series,
     salt: str,

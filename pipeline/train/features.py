@@ -186,6 +186,11 @@ class Encoder:
         return [name for coding in self.codings for name in coding.features]
 
     @property
+    def coders(self) -> dict[str, Callable[[Any], tuple[float, ...]]]:
+        "What turns a column's value, as its type has it, into features."
+        return dict(self._coders)  # type: ignore[attr-defined]
+
+    @property
     def sizes(self) -> list[int]:
         "A feature's number of levels; 0 for a number."
         return [n for c in self.codings for n in ([len(c.levels)] if c.type == "category" else [0] * len(c.features))]

@@ -5,7 +5,9 @@
 # %% ../../nbs/lib/train/05_nets.ipynb #e54a2f2a
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,20 +16,19 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import InputError
+from . import dense
+from .dense import BEND, OUT, Packed
 from .linear import Design, learn_design
 from .protocol import Fitting, OutOfTime, Shape, check_answer, even_weights, pick_rows, probabilities
 
 # %% auto #0
-__all__ = ['DEFAULT', 'LEVELS', 'WAVED', 'OUT', 'BEND', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'learn_scales',
-           'check_weights', 'fit']
+__all__ = ['DEFAULT', 'LEVELS', 'WAVED', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'learn_scales', 'check_weights', 'fit']
 
 # %% ../../nbs/lib/train/05_nets.ipynb #71dcb618
 DEFAULT: dict[str, Any] = {"hidden": 128, "layers": 2, "batch": 512, "rate": 0.008, "dropout": 0.1, "decay": 0.01, "samples": 300_000,
                            "waves": 16, "spread": 0.3}
 LEVELS = 150    # embedded for a category, at most
 WAVED = 100     # numbers at most that get waves; a wider table goes without
-OUT = 3         # what the waves of a number become
-BEND = 3.0      # quartile-scaled units at which a number begins to be bent
 
 
 def rows_and_epochs(
@@ -50,41 +51,31 @@ class Net:
     spread: float = 1.0
     steps: int = 0           # epochs
 
+    @functools.cached_property
+    def packed(self) -> Packed:
+        "Its arrays, checked, as the loops read them."
+        sizes = {i: min(self.shape.sizes[i], LEVELS) + 1 for i in self.shape.categories}
+        return dense.pack(len(self.shape.sizes), sizes, self.design.numbers, self.design.mean, self.design.scale, self.design.flagged, self.weights)
+
+    def prepare(self) -> None:
+        "Get ready for many questions: machine code from the first row on, with the same bits."
+        self.__dict__["ready"] = dense.compiled() is not None
+        dense.score_rows(self.packed, np.zeros((1, len(self.shape.sizes))), ready=self.__dict__["ready"])
+
     def score(self, matrix: np.ndarray) -> np.ndarray:
         "(rows, scores) before they become probabilities."
-        parts = [self._score(matrix[i:i + 4096]) for i in range(0, max(1, len(matrix)), 4096)]
-        score = np.concatenate(parts)
-        if not np.isfinite(score).all():
+        self.__dict__["asked"] = self.__dict__.get("asked", 0) + len(matrix)
+        ready = self.__dict__.setdefault("ready", False) or dense.pays(self.__dict__["asked"], self.packed.layers.size)
+        score = dense.score_rows(self.packed, np.asarray(matrix), ready)
+        if not math.isfinite(score.sum()):
             check_weights(self.weights)
         return score
 
     def layers_of(self, matrix: np.ndarray) -> list[tuple[str, float]]:
         "How large the output of each layer is, so that an answer can be followed; the last is the score."
-        seen: list[tuple[str, float]] = []
-        self._score(matrix, seen)
-        return seen
-
-    def _score(self, matrix: np.ndarray, seen: list[tuple[str, float]] | None = None) -> np.ndarray:
-        numbers, codes = inputs(self.shape, self.design, matrix)
-        tables = [self.weights[f"embed.{i}"][codes[:, i]] for i in range(codes.shape[1])]
-        state = np.concatenate([numbers, *tables, *self._waves(numbers)], axis=1, dtype=np.float64)   # one row and many agree to 1e-12
-        depth = sum(name.startswith("layer.") and name.endswith(".bias") for name in self.weights)
-        for i in range(depth):
-            state = state @ self.weights[f"layer.{i}.weight"].T + self.weights[f"layer.{i}.bias"]
-            if i < depth - 1:
-                state = state / (1 + np.exp(-np.clip(state, -60, 60)))
-            if seen is not None:
-                told = [f"layer {i + 1}: mean size of {state.shape[1]} outputs"] if i < depth - 1 else [f"layer {i + 1}: score {k + 1}" for k in range(state.shape[1])]
-                seen += zip(told, [float(np.abs(state).mean())] if i < depth - 1 else state[0].tolist())
-        return state.astype(float)
-
-    def _waves(self, numbers: np.ndarray) -> list[np.ndarray]:
-        if "wave.frequency" not in self.weights:
-            return []
-        frequency, phase, mix = (self.weights[f"wave.{name}"].astype(float) for name in ("frequency", "phase", "mix"))
-        waves = np.cos(2 * np.pi * numbers[:, :len(frequency), None] * frequency + phase)
-        mixed = np.matmul(waves.transpose(1, 0, 2), mix).transpose(1, 0, 2) + self.weights["wave.offset"]
-        return [np.maximum(mixed, 0).reshape(len(numbers), mixed.shape[1] * OUT)]
+        *hidden, score = dense.states_of(self.packed, np.asarray(matrix, float))
+        told = [(f"layer {i + 1}: mean size of {state.shape[1]} outputs", float(np.abs(state).mean())) for i, state in enumerate(hidden)]
+        return told + [(f"layer {len(hidden) + 1}: score {k + 1}", float(value)) for k, value in enumerate(score[0])]
 
     def predict(self, matrix: np.ndarray, steps: int | None = None) -> np.ndarray:
         "Probabilities or numbers."
@@ -126,7 +117,7 @@ def inputs(
     numbers = scaled / np.sqrt(1 + (scaled / BEND) ** 2)
     flags = np.isnan(coded[:, design.flagged])
     codes = np.nan_to_num(coded[:, shape.categories], nan=-1).astype(np.int64) + 1
-    codes[codes > LEVELS] = 0   # levels stand in order of their count: the rare ones are too few to embed
+    codes[(codes > LEVELS) | (codes > np.array([shape.sizes[i] for i in shape.categories], int))] = 0   # levels stand in order of their count: the rare ones are too few to embed
     return np.concatenate([numbers, flags], axis=1, dtype=np.float32), codes
 
 
