@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import datetime as dt
 import json
 import os
 import random
@@ -15,7 +16,11 @@ import pytest
 import deploy_world as world
 from pipeline.core import audit
 from pipeline.core.errors import InputError, IntegrityError
+from pipeline.core.errors import EnvironmentFault
+from pipeline.core.store import digest_bytes
+from pipeline.deploy.first_load import check_loads
 from pipeline.deploy.package import KEY, MANIFEST, SIGNATURE, Contents, load_package, package_of, release, released, verify_package
+from pipeline.deploy.sbom import SERVING, check_sbom, installed, make_sbom, read_lock, serving_lock
 from pipeline.deploy.schema import make_schema
 from pipeline.data.contract import target_values
 from pipeline.train.models import train_model
@@ -147,3 +152,88 @@ def test_no_path_that_loads_can_run_code() -> None:
                 else []
             )
             assert not {n.split(".")[0] for n in names} & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}, path
+
+
+def damaged(made: tuple[Path, Path], place: Path, old: bytes, new: bytes) -> Path:
+    "A package whose model was damaged before anybody digested or signed it."
+    model = shutil.copytree(made[0] / "model", place / "model")
+    text = (model / "model.txt").read_bytes()
+    assert old in text and len(old) == len(new)
+    (model / "model.txt").write_bytes(text.replace(old, new, 1))
+    told = json.loads((model / "digests.json").read_text())
+    told["files"]["model.txt"] = digest_bytes((model / "model.txt").read_bytes())
+    (model / "digests.json").write_text(json.dumps(told))
+    return release(made[0] / "store", place / "work", "tiny", model, contents(world.contract("binary"), f"# {old!r}\n"))
+
+
+def test_a_model_that_kills_its_reader_kills_a_child(made: tuple[Path, Path], tmp_path: Path) -> None:
+    key = audit.public_key(made[0] / "store", KEY)
+    package = damaged(made, tmp_path, b"num_leaves=15", b"num_leaves=99")
+    verify_package(package, key)
+    with pytest.raises(IntegrityError, match=r"dies with SIG(ABRT|SEGV|BUS).*nothing was loaded here"):
+        check_loads(package, key)
+    assert check_loads(made[1], key)["version"] == 1
+    from pipeline.deploy import first_load
+    (digest,) = first_load._loads
+    assert digest == made[1].name, "what has loaded once is not tried again, what has died is"
+    with pytest.raises(EnvironmentFault, match="not loaded within"):
+        first_load._tried(made[1], key, 0, .05, 8000)
+
+
+def test_a_model_that_does_not_hold_together_is_named(made: tuple[Path, Path], tmp_path: Path) -> None:
+    key = audit.public_key(made[0] / "store", KEY)
+    with pytest.raises(IntegrityError, match="points outside its tree"):
+        check_loads(damaged(made, tmp_path, b"split_feature=0", b"split_feature=9"), key)
+    with pytest.raises(IntegrityError, match="version 7 was live already"):
+        check_loads(made[1], key, newest=7)
+
+
+def test_a_package_ends_on_its_last_day(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, told = audit.public_key(made[0] / "store", KEY), contents(world.contract("binary"))
+    dated = Contents(**{**vars(told), "expires_days": 10})
+    monkeypatch.setenv("PILOTHOUSE_NOW", "2026-03-01T23:00:00+00:00")
+    first = release(made[0] / "store", tmp_path / "a", "tiny", made[0] / "model", dated)
+    monkeypatch.setenv("PILOTHOUSE_NOW", "2026-03-11T23:59:00+00:00")
+    assert release(made[0] / "store", tmp_path / "b", "tiny", made[0] / "model", dated) == first, "the same content is the same package to its last day"
+    assert load_package(first, key).version > 1
+    monkeypatch.setenv("PILOTHOUSE_NOW", "2026-03-12T00:00:00+00:00")
+    with pytest.raises(IntegrityError, match="valid until 2026-03-11; nothing was loaded"):
+        load_package(first, key)
+    with pytest.raises(IntegrityError, match="valid until 2026-03-11"):
+        check_loads(first, key)
+    again = release(made[0] / "store", tmp_path / "c", "tiny", made[0] / "model", dated)
+    assert again != first and verify_package(again, key)["expires"] == "2026-03-22"
+    assert verify_package(made[1], key, on=dt.date(2999, 1, 1))["expires"] is None
+    edited = shutil.copytree(first, tmp_path / "edited")
+    (edited / MANIFEST).chmod(0o644)
+    (edited / MANIFEST).write_text((edited / MANIFEST).read_text().replace("2026-03-11", "2036-03-11"))
+    with pytest.raises(IntegrityError, match="not signed by this store's key"):
+        verify_package(edited, key)
+
+
+def test_a_service_needs_nothing_beyond_its_lock(made: tuple[Path, Path]) -> None:
+    "Every library outside the package's lock is hidden; a service must start and answer all the same."
+    locked = serving_lock(read_lock((world.ROOT / "requirements.lock").read_text()))
+    names = {one.name for one in locked}
+    assert check_sbom(make_sbom("tiny", {"family": "trees", "digest": "ab" * 32}, locked, "cpython 3.11.7", {})) == len(installed(locked, "cpython 3.11.7")) + 1
+    assert set(SERVING) <= names and not names & {"jupyterlab", "pytest", "playwright", "torch", "wandb"}
+    code = """
+import sys
+from importlib.metadata import packages_distributions
+names = set(sys.argv[3].split(",")) | {"pilothouse", "setuptools"}
+hidden = {module for module, owners in packages_distributions().items() if not {o.lower().replace("_", "-").replace(".", "-") for o in owners} & names}
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+from pathlib import Path
+from pipeline.core import audit
+from pipeline.deploy.package import KEY
+from pipeline.deploy.first_load import probe_package
+import granian.server, pipeline.deploy.handler, pipeline.deploy.service, pipeline.deploy.versions
+pipeline.deploy.versions.Plans(pipeline.deploy.registry.Registry(Path(sys.argv[2])))
+print(probe_package(sys.argv[1], audit.public_key(Path(sys.argv[2]), KEY))["rows"], "pandas" in hidden)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(made[1]), str(made[0] / "store"), ",".join(names)], capture_output=True, text=True, cwd=world.ROOT)
+    assert done.stdout.split() == ["16", "True"], done.stderr

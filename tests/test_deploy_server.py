@@ -1,28 +1,41 @@
 """A real server: granian in a process of its own, asked over sockets."""
 from __future__ import annotations
 
+import datetime as dt
+import gzip
+import ipaddress
 import json
 import os
 import signal
 import socket
+import ssl
+import threading
+import time
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import psutil
 import pytest
+from serving_kit import Running, load, running, until
 
 import deploy_world as world
 from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault
 from pipeline.data.contract import target_values
+from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, Contents, load_package, release
 from pipeline.deploy.requests import Limits
 from pipeline.deploy.schema import make_schema
 from pipeline.deploy.service import free_port
+from pipeline.deploy.shedding import Queue
 from pipeline.deploy.staging import Staged, as_rows, await_ready, bodies, compare, replay, staged
+from pipeline.deploy.tokens import make_token
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -220,3 +233,211 @@ def test_a_served_run_answers_and_stops_by_ctrl_c(run_folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     process.stdout.close()
+
+
+# A guarded service: TLS, tokens with roles, two workers, on IPv6.
+
+def certificate(place: Path) -> tuple[Path, Path]:
+    "A certificate for this machine, and its key."
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("::1"))])
+    made = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(7)
+            .not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1)).add_extension(names, False)
+            .add_extension(x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256()))
+    (place / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (place / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return place / "cert.pem", place / "key.pem"
+
+
+class Guarded:
+    "The service, and the tokens of four people."
+
+    def __init__(self, server: Running, store: Path, file: Path, tokens: dict[str, str], body: bytes):
+        self.server, self.store, self.file, self.tokens, self.body = server, store, file, tokens, body
+
+    def ask(self, who: str, method: str, path: str, **headers: str) -> int:
+        authorization = {"authorization": f"Bearer {self.tokens.get(who, who)}"} if who else {}
+        body = self.body if method == "POST" else None
+        return self.server.ask(method, path, body, **authorization, **headers)[0]
+
+
+@pytest.fixture(scope="module")
+def guarded(package: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    place = tmp_path_factory.mktemp("guarded")
+    cert, key = certificate(place)
+    tokens = {who: make_token(place / "tokens", who, [role], rate) for who, role, rate in [
+        ("shop", "caller", 0.0), ("grafana", "observer", 0.0), ("ann", "operator", 0.0), ("greedy", "caller", 2.0)]}
+    predictor = load_package(package[1], audit.public_key(package[0], KEY))
+    body = json.dumps({"rows": as_rows(world.rows("binary", 20, seed=5), predictor.schema.names)[:1]}).encode()
+    with running(package[0], package[1], cert, host="::1", tls_cert=str(cert), tls_key=str(key), tokens=str(place / "tokens"),
+                 workers=2, store=str(package[0]), drain_s=0.4) as server:
+        yield Guarded(server, package[0], place / "tokens", tokens, body)
+
+
+def test_it_speaks_tls_of_today_and_nothing_in_the_clear(guarded: Guarded) -> None:
+    def handshake(version: ssl.TLSVersion) -> str | None:
+        context = ssl.create_default_context(cafile=str(guarded.file.parent / "cert.pem"))
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        context.minimum_version = context.maximum_version = version
+        with socket.create_connection((guarded.server.host, guarded.server.port)) as plain, context.wrap_socket(plain, server_hostname="localhost") as wrapped:
+            return wrapped.version()
+
+    assert handshake(ssl.TLSVersion.TLSv1_2) == "TLSv1.2" and handshake(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    with pytest.warns(DeprecationWarning), pytest.raises(OSError):
+        handshake(ssl.TLSVersion.TLSv1_1)
+    with socket.create_connection((guarded.server.host, guarded.server.port), timeout=10) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert not plain.recv(100).startswith(b"HTTP")
+    with pytest.raises(ssl.SSLCertVerificationError):    # a client that does not know this certificate
+        ssl.create_default_context().wrap_socket(socket.create_connection((guarded.server.host, guarded.server.port)), server_hostname="localhost")
+
+
+def test_each_role_gets_its_own_routes(guarded: Guarded) -> None:
+    asked = [("POST", "/predict"), ("GET", "/openapi.json"), ("GET", "/metrics"), ("POST", "/operate/back"), ("GET", "/health")]
+    found = {who: [guarded.ask(who, *what) for what in asked] for who in ("shop", "grafana", "ann", "guess", "")}
+    assert found["shop"] == [200, 200, 403, 403, 200] and found["grafana"] == [403, 403, 200, 403, 200]
+    assert found["ann"] == [200, 200, 200, 404, 200]    # the page is another room's
+    assert found["guess"] == found[""] == [401, 401, 401, 401, 200]
+
+
+def test_every_route_but_health_is_closed_to_strangers(guarded: Guarded) -> None:
+    described = json.loads(guarded.server.ask("GET", "/openapi.json", authorization=f"Bearer {guarded.tokens['ann']}")[2])
+    closed = [(method.upper(), path) for path, methods in described["paths"].items() for method in methods if "health" not in path and path != "/ready"]
+    assert len(closed) >= 3 and {guarded.ask("", *what) for what in closed} == {401}
+
+
+def test_a_caller_is_held_to_his_rate_and_told_when_to_come_back(guarded: Guarded) -> None:
+    headers = {"authorization": f"Bearer {guarded.tokens['greedy']}"}
+    found = [guarded.server.ask("POST", "/predict", guarded.body, **headers) for _ in range(12)]
+    refused = [f for f in found if f[0] == 429]
+    assert 200 in {f[0] for f in found} and refused and all(f[1]["retry-after"].isdecimal() for f in refused)
+    assert guarded.ask("shop", "POST", "/predict") == 200      # others do not pay for it
+
+
+def test_a_token_that_is_taken_out_stops_working(guarded: Guarded) -> None:
+    assert guarded.ask("shop", "POST", "/predict") == 200
+    made = make_token(guarded.file, "late", ["caller"])
+    assert until(lambda: all(guarded.ask(made, "POST", "/predict") == 200 for _ in range(6)))
+    kept = "\n".join(line for line in guarded.file.read_text().splitlines() if '"late"' not in line)
+    guarded.file.write_text(kept)
+    assert until(lambda: all(guarded.ask(made, "POST", "/predict") == 401 for _ in range(6)))
+
+
+def test_the_numbers_of_both_workers_are_on_one_page(guarded: Guarded) -> None:
+    def rows() -> float:
+        page = guarded.server.ask("GET", "/metrics", authorization=f"Bearer {guarded.tokens['grafana']}")[2].decode()
+        return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith("pilothouse_rows_total"))
+
+    time.sleep(1.2)      # a page is left once a second
+    before = rows()
+    assert {guarded.ask("shop", "POST", "/predict") for _ in range(20)} == {200}
+    assert until(lambda: rows() == before + 20)
+
+
+def test_a_killed_worker_takes_only_its_own_requests_along(guarded: Guarded) -> None:
+    with load(guarded.server, [guarded.body], 4, 0.01, authorization=f"Bearer {guarded.tokens['shop']}") as seen:
+        assert until(lambda: len(seen.answers) > 40)
+        victim = guarded.server.workers()[0]
+        victim.kill()
+        assert until(lambda: len(guarded.server.workers()) == 2 and victim.pid not in [w.pid for w in guarded.server.workers()])
+        killed = len(seen.answers)
+        assert until(lambda: len(seen.answers) > killed + 40)
+    assert len(seen.faults) <= 4 and {a[1] for a in seen.answers} == {200}
+
+
+def test_it_ends_without_dropping_a_request(guarded: Guarded) -> None:
+    "The last one of this service: it is told to stop while clients ask, and while a body is still arriving."
+    server, family = guarded.server, [psutil.Process(guarded.server.process.pid), *guarded.server.workers()]
+    token = guarded.tokens["shop"]
+    slow = ssl.create_default_context(cafile=str(guarded.file.parent / "cert.pem")).wrap_socket(
+        socket.create_connection((server.host, server.port), timeout=20), server_hostname="localhost")
+    head = f"POST /predict HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {token}\r\ncontent-length: {len(guarded.body)}\r\n\r\n"
+    slow.sendall(head.encode() + guarded.body[:20])
+    statuses: list[int] = []
+    closed = threading.Event()
+
+    def client() -> None:
+        connection = server.connect()
+        while not closed.is_set():
+            connection.request("POST", "/predict", guarded.body, {"authorization": f"Bearer {token}"})
+            response = connection.getresponse()
+            response.read()
+            statuses.append(response.status)
+            if response.headers.get("connection") == "close":     # told so: it asks elsewhere from now on
+                closed.set()
+        connection.close()
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert until(lambda: len(statuses) > 5)
+    server.process.send_signal(signal.SIGTERM)
+    assert closed.wait(20)
+    slow.sendall(guarded.body[20:])
+    assert slow.recv(4000).startswith(b"HTTP/1.1 200")
+    slow.close()
+    thread.join()
+    assert set(statuses) == {200} and server.process.wait(20) == 0 and not psutil.wait_procs(family, timeout=10)[1]
+    read = read_inferences(guarded.store, "tiny")
+    assert len(read.filter(pl.col("status") == 200)) >= len(statuses) + 1     # the last of them, too, are in the log
+
+
+class Collector(BaseHTTPRequestHandler):
+    "Takes OpenTelemetry's spans."
+
+    spans: list[Any] = []
+
+    def do_POST(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/v1/traces":
+            told = ExportTraceServiceRequest.FromString(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            self.spans.extend(s for r in told.resource_spans for scope in r.scope_spans for s in scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_more_than_can_be_answered_is_refused_and_the_rest_is_answered(package: tuple[Path, Path]) -> None:
+    predictor = load_package(package[1], audit.public_key(package[0], KEY))
+    rows = as_rows(world.rows("binary", 300, seed=5), predictor.schema.names)
+    one, body = (json.dumps({"rows": part}).encode() for part in (rows[:1], rows))
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    with running(package[0], package[1], environment=traced, wait_s=0.02, log=False) as server:
+        parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        assert server.ask("POST", "/predict", one, traceparent=parent, prefer="handling=lenient")[0] == 200
+        assert until(lambda: [s for s in Collector.spans if s.trace_id.hex() == parent[3:35] and s.name == "POST /predict"])
+        with load(server, [body], 24, prefer="handling=lenient") as seen:
+            assert until(lambda: sum(a[1] == 200 for a in seen.answers) > 60 and any(a[1] == 429 for a in seen.answers))
+            assert server.ask("GET", "/health")[0] == 200
+        assert {a[1] for a in seen.answers} == {200, 429} and not seen.faults
+        page = server.ask("GET", "/metrics")[2].decode()
+        assert float(page.partition("\npilothouse_shed_total ")[2].split()[0]) > 0
+        family = server.workers()
+        os.kill(server.process.pid, signal.SIGKILL)       # its workers do not stay behind
+        assert family and not psutil.wait_procs(family, timeout=20)[1]
+    collector.shutdown()
+
+
+def test_bodies_that_arrive_slowly_cannot_fill_the_memory() -> None:
+    from pipeline.deploy.requests import Refused
+
+    queue = Queue(bytes_most=10_000_000)
+    queue.hold(8_000_000)
+    with pytest.raises(Refused, match="ask again later"):
+        queue.hold(8_000_000)
+
+
+def test_others_are_not_served_in_the_clear(run_folder: Path) -> None:
+    refused = start(run_folder, "0.0.0.0", "0", "env:A_TOKEN", A_TOKEN="0123456789abcdef")
+    assert refused.returncode == 3 and "without TLS" in refused.stderr

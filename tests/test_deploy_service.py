@@ -24,6 +24,7 @@ from pipeline.deploy.handler import OPEN, Service
 from pipeline.deploy.requests import Limits
 from pipeline.deploy.service import check_binding, read_secret
 from pipeline.deploy.staging import answers_frame, as_rows, compare
+from pipeline.deploy.versions import Plan, Served, Traffic
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -286,3 +287,308 @@ def test_numbers_survive_csv_and_json(numbers: list[float | None]) -> None:
     assert [row["x"] for row in json.loads(json.dumps(as_rows(frame, ["x"])))] == numbers
     text = frame.select(pl.col("x").map_elements(repr, return_dtype=pl.String))
     assert np.array_equal(check_frame(text, schema)["x"].fill_null(0).to_numpy(), frame["x"].fill_null(0).to_numpy())
+
+
+# -- the quick way, other formats, several versions
+
+
+def thorough(made: Predictor) -> Service:
+    "A service without the quick way."
+    service = Service(made)
+    for answerer in service._answerers(service.traffic.routing).values():
+        answerer._quick = None
+    return service
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_the_quick_way_says_what_the_thorough_way_says(task: str) -> None:
+    made = predictor(task)
+    quick, slow = Service(made), thorough(made)
+    rows = as_rows(world.rows(task, 300, seed=4), made.schema.names)
+    chance = random.Random(3)
+    odd = [None, True, 0, 1, -1.5, 180, 180.0, "UA", " UA ", "日航", "ZZ", "", "2004-05-06", "2004-05-06T10:00:00+02:00", 1e300, 2**53, 5, 23, 4.999999, "nan"]
+    answered = 0
+    for number in range(600):
+        some = [dict(chance.choice(rows)) for _ in range(chance.choice([1, 1, 1, 2, 40]))]
+        if number % 2:
+            chance.choice(some)[chance.choice(list(GOOD))] = chance.choice(odd)
+        body, headers = json.dumps({"rows": some}), {"x-request-id": "same", "prefer": "handling=lenient" if number % 3 else ""}
+        first, second = ask(quick, body, **headers), ask(slow, body, **headers)
+        assert first == second, body
+        answered += first[0] == 200
+    assert 300 < answered < 600
+
+
+def test_a_table_is_answered_with_a_table(service: Service) -> None:
+    import io
+
+    import pyarrow as pa
+
+    from pipeline.deploy.answers import ARROW
+
+    made = service.predictor
+    frame = world.rows("binary", 50, seed=5).select(made.schema.names)
+    out = io.BytesIO()
+    with pa.ipc.new_stream(out, frame.to_arrow().schema) as writer:
+        writer.write_table(frame.to_arrow())
+    status, headers, body = service.handle("POST", "/predict", {"content-type": ARROW, "prefer": "handling=lenient"}, out.getvalue())
+    found = pa.ipc.open_stream(body).read_all()
+    assert status == 200 and dict(headers)["content-type"] == ARROW and found.schema.metadata[b"version"] == b"3"
+    assert pl.from_arrow(found).equals(made.predict(frame))    # type: ignore[union-attr]
+    bad = frame.to_arrow().set_column(0, "hour", pa.array(["late"] * 50))
+    out = io.BytesIO()
+    with pa.ipc.new_stream(out, bad.schema) as writer:
+        writer.write_table(bad)
+    status, _, body = service.handle("POST", "/predict", {"content-type": ARROW}, out.getvalue())
+    assert status == 422 and json.loads(body)["errors"][0]["field"] == "hour"
+
+
+def test_damaged_tables_are_never_a_fault_of_ours(service: Service) -> None:
+    import io
+
+    import pyarrow as pa
+
+    from pipeline.deploy.answers import ARROW
+
+    table = world.rows("binary", 5, seed=5).select(service.predictor.schema.names).to_arrow()
+    out = io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    chance, whole = random.Random(5), out.getvalue()
+    for _ in range(1500):
+        body = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            body[chance.randrange(len(body))] = chance.randrange(256)
+        if chance.random() < .2:
+            del body[chance.randrange(len(body)):]
+        assert service.handle("POST", "/predict", {"content-type": ARROW, "prefer": "handling=lenient"}, bytes(body))[0] in (200, 400, 413, 422)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_contributions_add_up_to_the_score(task: str) -> None:
+    made = predictor(task)
+    service = Service(made)
+    status, answer = ask(service, json.dumps({"rows": [GOOD, {**GOOD, "hour": 22.0}]}), prefer="explain")
+    assert status == 200 and len(answer["explanations"]) == 2
+    for told, found in zip(answer["explanations"], answer["predictions"]):
+        assert set(told["contributions"]) == set(GOOD) and abs(told["base"] + sum(told["contributions"].values()) - told["score"]) < 1e-9
+        if task == "binary":
+            assert abs(1 / (1 + np.exp(-told["score"])) - found["p"]["true"]) < 1e-9 and told["of"] == "true"
+        elif task == "regression":
+            assert abs(told["score"] - found["prediction"]) < 1e-9
+        else:
+            assert told["of"] == found["prediction"]
+    assert ask(service, json.dumps({"rows": [GOOD] * 101}), prefer="explain")[0] == 413
+    assert "explanations" not in ask(service, json.dumps({"rows": [GOOD]}))[1]
+
+
+def test_the_documentation_page_needs_nothing_from_outside(service: Service) -> None:
+    status, headers, body = service.handle("GET", "/docs", {})
+    page = body.decode()
+    assert status == 200 and "default-src 'none'" in dict(headers)["content-security-policy"]
+    assert "<script" not in page and "http" not in page.replace("http://127.0.0.1:8000/predict", "") and all(name in page for name in GOOD)
+    sent = json.loads(page.split("-d '")[1].split("' \\")[0].replace("&quot;", '"'))
+    assert ask(service, json.dumps(sent))[0] == 200      # the example may be copied as it stands
+
+
+def test_prometheus_reads_latency_and_predictions_by_version(service: Service) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    counted = Service(service.predictor)
+    for rows in ([GOOD], [GOOD] * 3, [{**GOOD, "carrier": "ZZ"}]):
+        ask(counted, json.dumps({"rows": rows}))
+    families = {family.name: family for family in text_string_to_metric_families(counted.handle("GET", "/metrics", {})[2].decode())}
+    found = {name: {s.name.rpartition("_")[2]: s.value for s in families[name].samples if s.labels.get("le", "+Inf") == "+Inf" and s.labels["version"] == "3"}
+             for name in ("pilothouse_predict_seconds", "pilothouse_prediction")}
+    assert found["pilothouse_predict_seconds"]["count"] == 3 == found["pilothouse_predict_seconds"]["bucket"] and found["pilothouse_prediction"]["count"] == 4
+    assert {s.labels["status"]: s.value for s in families["pilothouse_answers"].samples} == {"200": 2, "422": 1}
+
+
+class Notes:
+    "A recorder that keeps everything."
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+
+    def add(self, *record: Any) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(scope="module")
+def two() -> tuple[Served, Served]:
+    import dataclasses
+
+    old = predictor("binary")
+    return Served(old, "a" * 64), Served(dataclasses.replace(predictor("binary", "linear"), version=4), "b" * 64)
+
+
+def test_each_request_is_answered_by_one_version(two: tuple[Served, Served]) -> None:
+    traffic = Traffic(two[0], {"b" * 64: two[1]}.__getitem__)
+    notes = Notes()
+    service = Service(traffic, recorder=notes)
+    plan = Plan("tiny", "a" * 64, "b" * 64, share=30.0, slice={"carrier": "UA"}, subject="tailnum", salt="t")
+    assert traffic.apply(plan)
+    expected = {served.version: [ask(Service(served.predictor), json.dumps({"rows": [{**GOOD, "carrier": c}]}))[1]["predictions"] for c in ("UA", "B6")] for served in two}
+    seen: dict[str, int] = {}
+    for number in range(400):
+        tail, place = f"N{number % 80}", number % 2
+        status, headers, out = service.handle("POST", "/predict", {}, json.dumps({"rows": [{**GOOD, "carrier": ("UA", "B6")[place], "tailnum": tail}]}).encode())
+        answer = json.loads(out)
+        assert status == 200 and dict(headers)["x-model-version"] == str(answer["version"]) and "warnings" not in answer
+        assert answer["predictions"] == expected[answer["version"]][place]
+        assert seen.setdefault(f"{tail}{place}", answer["version"]) == answer["version"]     # sticky
+        assert place == 0 or answer["version"] == 3                                          # the slice alone
+    share = sum(version == 4 for key, version in seen.items() if key.endswith("0")) / sum(key.endswith("0") for key in seen)
+    assert .1 < share < .5
+    mixed = json.dumps({"rows": [{**GOOD, "tailnum": t} for t in {k[:-1] for k in seen}]}).encode()
+    assert json.loads(service.handle("POST", "/predict", {}, mixed)[2])["version"] == 3       # not every subject is on trial
+    assert len(notes.records) == 401 and {(r[2], r[3]) for r in notes.records} == {(3, "live"), (4, "canary")}
+    text = service.handle("GET", "/metrics", {})[2].decode()
+    assert 'role="canary"' in text and f'pilothouse_rows_total{{version="4",role="canary"}} {sum(r[2] == 4 for r in notes.records)}' in text
+    assert ask(service, json.dumps({"rows": [{**GOOD, "tailnum": "N1", "hour": "x"}]}))[0] == 422
+
+
+def test_the_shadow_answers_behind_the_callers_back(two: tuple[Served, Served]) -> None:
+    traffic = Traffic(two[0], {"b" * 64: two[1]}.__getitem__)
+    notes = Notes()
+    service = Service(traffic, recorder=notes)
+    assert traffic.apply(Plan("tiny", "a" * 64, "b" * 64, shadow=True))
+    for _ in range(20):
+        assert ask(service, json.dumps({"rows": [GOOD]}))[1]["version"] == 3
+    service.close()
+    told = [json.loads(r[7]) for r in notes.records if r[3] == "shadow"]
+    assert len(told) == 20 == sum(r[3] == "live" for r in notes.records) and all(answer["version"] == 4 for answer in told)
+    assert {r[1] for r in notes.records if r[3] == "shadow"} == {r[1] for r in notes.records if r[3] == "live"}
+    assert told[0]["predictions"] == ask(Service(two[1].predictor), json.dumps({"rows": [GOOD]}))[1]["predictions"]
+
+
+def test_requests_in_flight_keep_their_version_through_swaps(two: tuple[Served, Served]) -> None:
+    import threading
+
+    traffic = Traffic(two[0], {"a" * 64: two[0], "b" * 64: two[1]}.__getitem__)
+    service, body = Service(traffic), json.dumps({"rows": [GOOD]}).encode()
+    expected = {served.version: json.loads(Service(served.predictor).handle("POST", "/predict", {}, body)[2])["predictions"] for served in two}
+    ended, wrong = threading.Event(), []
+
+    def swap() -> None:
+        for number in range(200):
+            traffic.apply(Plan("tiny", ("a", "b")[number % 2] * 64, revision=number + 1))
+        ended.set()
+
+    worker = threading.Thread(target=swap)
+    worker.start()
+    asked = 0
+    while not ended.is_set() or asked < 200:
+        answer = json.loads(service.handle("POST", "/predict", {}, body)[2])
+        asked += 1
+        if answer["predictions"] != expected.get(answer["version"]):
+            wrong.append(answer)
+    worker.join()
+    assert not wrong and asked >= 200
+
+
+def test_late_outcomes_are_handed_over(service: Service) -> None:
+    taken: list[Any] = []
+
+    def take(outcomes: Any) -> int:
+        if not isinstance(outcomes, list):
+            raise InputError("outcomes is no list")
+        taken.extend(outcomes)
+        return len(outcomes)
+
+    told = Service(service.predictor, outcomes=take)
+    sent = {"outcomes": [{"request_id": "abc", "row": 0, "value": "true"}]}
+    assert told.handle("POST", "/outcomes", {}, json.dumps(sent).encode())[::2] == (200, b'{"noted":1}') and taken == sent["outcomes"]
+    for wrong in (b"[]", b'{"outcomes": 7}', b'{"outcomes": [], "more": 1}', b"{"):
+        assert told.handle("POST", "/outcomes", {}, wrong)[0] in (400, 422)
+    assert service.handle("POST", "/outcomes", {}, b"{}")[0] == 404
+
+
+def test_a_client_of_the_inference_protocol_is_understood(service: Service) -> None:
+    "Triton's own client, JSON and binary, against the handler behind the standard library's server."
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    httpclient = pytest.importorskip("tritonclient.http")
+
+    class Carrier(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, headers, out = service.handle(self.command, self.path.partition("?")[0], {k.lower(): v for k, v in self.headers.items()}, body)
+            self.send_response(status)
+            for name, value in [*headers, ("content-length", str(len(out)))]:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(out)
+
+        do_GET = do_POST = _any
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Carrier)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        client = httpclient.InferenceServerClient(f"127.0.0.1:{server.server_address[1]}")
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("tiny") and client.get_server_metadata()["name"] == "pilothouse"
+        kinds = {tensor["name"]: tensor["datatype"] for tensor in client.get_model_metadata("tiny")["inputs"]}
+        rows = [GOOD, {**GOOD, "hour": 21.0, "carrier": "B6"}]
+        numpy = {"FP64": np.float64, "INT64": np.int64, "BOOL": np.bool_, "BYTES": np.object_}
+        for binary in (False, True):
+            inputs = []
+            for name, kind in kinds.items():
+                values = np.array([row[name] for row in rows], dtype=numpy[kind])
+                inputs.append(httpclient.InferInput(name, list(values.shape), kind))
+                inputs[-1].set_data_from_numpy(values, binary_data=binary)
+            answer = client.infer("tiny", inputs, request_id="r-9")
+            expected = service.predictor.predict_rows(rows).frame
+            assert expected is not None and answer.as_numpy("p_true").tolist() == expected["p_true"].to_list()
+            assert [str(v) for v in answer.as_numpy("prediction")] == expected["prediction"].to_list() and answer.get_response()["id"] == "r-9"
+        with pytest.raises(Exception, match="rows refused|not known|hour"):
+            client.infer("tiny", inputs[1:])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _odd_json(chance: random.Random, depth: int = 0) -> Any:
+    kind = chance.randrange(9 if depth < 4 else 6)
+    if kind < 6:
+        return [None, True, chance.uniform(-1e9, 1e9), chance.randint(-2**70, 2**70), chance.choice(["UA", "", "\u202e", "x" * 300, "2004-05-06", "NaN"]), chance.random() < .5][kind]
+    if kind == 6:
+        return [_odd_json(chance, depth + 1) for _ in range(chance.randrange(4))]
+    return {chance.choice([*GOOD, "rows", "inputs", "name", "data", "late", "", "\x00", "__row"]): _odd_json(chance, depth + 1) for _ in range(chance.randrange(5))}
+
+
+def test_ten_thousand_odd_bodies_meet_no_fault_of_ours(service: Service) -> None:
+    "JSON of any form, rows with odd values, tensors, and bytes that were hit: each is answered with 200 or a 4xx that explains itself."
+    chance, fuzzed = random.Random(11), Service(service.predictor)
+    good = json.dumps({"rows": [GOOD, GOOD]}).encode()
+    tensors = [{"name": name, "shape": [1], "datatype": "FP64", "data": [value]} for name, value in GOOD.items()]
+    statuses: dict[int, int] = {}
+    for number in range(10_000):
+        path, kind = "/predict", number % 5
+        headers = {"prefer": chance.choice(["", "handling=lenient", "explain", "handling=lenient, explain"])} if number % 7 == 0 else {}
+        if kind == 0:
+            body = json.dumps(_odd_json(chance)).encode()
+        elif kind == 1:
+            body = json.dumps({"rows": [{**GOOD, chance.choice([*GOOD, "late", "nope"]): _odd_json(chance)} for _ in range(chance.randint(1, 3))]}).encode()
+        elif kind == 2:
+            hit = bytearray(good)
+            for _ in range(chance.randint(1, 5)):
+                hit[chance.randrange(len(hit))] = chance.randrange(256)
+            body = bytes(hit)
+        elif kind == 3:
+            path = "/v2/models/tiny/infer"
+            body = json.dumps({"inputs": [{**t, **({chance.choice(list(t)): _odd_json(chance)} if chance.random() < .3 else {})} for t in tensors]}).encode()
+            headers |= {"inference-header-content-length": chance.choice(["", str(len(body)), "7", "-1", "x", "99999999"])} if chance.random() < .2 else {}
+        else:
+            body = chance.randbytes(chance.randrange(60)) if number % 2 else good[:chance.randrange(len(good))]
+        status, _, out = fuzzed.handle("POST", path, headers, body)
+        statuses[status] = statuses.get(status, 0) + 1
+        assert status in (200, 400, 413, 422), (path, headers, body, out)
+        if status != 200:
+            assert json.loads(out)["detail"] and len(out) < 60_000
+    assert statuses[200] > 300 and statuses[422] > 1000 and statuses[400] > 1000

@@ -50,6 +50,9 @@ def test_a_binary_table_from_csv_to_verdict_served_verified_and_reproduced(pilot
     answers = pl.read_csv(project / "scored.csv")
     assert answers.height == 50 and answers.columns[0] == "prediction" and len([c for c in answers.columns if c.startswith("p_")]) == 2
 
+    compared = pilothouse("models", "binary", "--compare", "--json")
+    assert compared.returncode == 0 and json.loads(compared.stdout)["candidates"][0]["candidate"] == json.loads(compared.stdout)["best"], tell(compared)
+
     reproduced = pilothouse("reproduce", "outputs/binary/main")
     assert reproduced.returncode == 0, tell(reproduced)
 

@@ -94,6 +94,19 @@ def test_a_failed_gate_cannot_be_promoted(world):
     assert registry.entries() == before
 
 
+def test_an_older_package_is_not_a_new_one(world):
+    registry, _, _ = world
+    up(registry, 2, "staging", "canary", "production")
+    up(registry, 1, "staging")
+    before = registry.entries()
+    with pytest.raises(IntegrityError, match="older than v2, which was in production"):
+        registry.move("late", 1, "canary", "it is new, believe me")
+    assert registry.entries() == before and registry.newest("late") == 2
+    registry.move("late", 1, "canary", "the auditors ask for it", by="bob", downgrade=True)
+    told = audit.entries(registry.store)[-1]["details"]
+    assert (told["to"], told["by"], told["reason"]) == ("canary", "bob", "downgrade below v2: the auditors ask for it")
+
+
 def test_a_changed_package_is_not_registered(world):
     registry, _, packages = world
     model = packages[0] / "model" / "model.txt"

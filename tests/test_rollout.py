@@ -271,6 +271,6 @@ def test_a_handful_of_requests_is_inconclusive(tmp_path: Path) -> None:
 
 
 def test_rules_survive_a_claims_record() -> None:
-    from pipeline.rollout.evidence import rules_of
+    from pipeline.rollout.canary import rules_of
 
     assert rules_of(json.loads(json.dumps(asdict(RULES)))) == RULES

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,9 +19,12 @@ from .run import drawn_pages, run_named, run_problem
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'advice', 'say', 'new', 'contract', 'run', 'status', 'why', 'verify',
-           'reproduce', 'lineage', 'versions', 'diff', 'report', 'readiness', 'audit_verify', 'audit_log', 'models',
-           'advise_hosting', 'predict', 'explain_row', 'serve', 'lab', 'doctor']
+__all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'rollouts', 'Problem', 'Reason', 'advice', 'deployments', 'Place', 'Token',
+           'say', 'new', 'contract', 'run', 'status', 'why', 'verify', 'reproduce', 'lineage', 'versions', 'diff',
+           'report', 'readiness', 'audit_verify', 'audit_log', 'models', 'rollout_start', 'rollout_status',
+           'rollout_hold', 'rollout_resume', 'rollout_promote', 'rollout_back', 'rollout_run', 'advise_hosting',
+           'predict', 'explain_row', 'serve', 'lab', 'doctor', 'deploy_up', 'deploy_back', 'deploy_status',
+           'deploy_stop', 'deploy_serve', 'deploy_smoke', 'deploy_ping']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
 app = typer.Typer(
@@ -335,14 +340,18 @@ def models(
     to: Annotated[str, typer.Option("--to", help="candidate, staging, canary, production or retired.")] = "",
     back: Annotated[bool, typer.Option("--back", help="Bring back what was in production before.")] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why; goes into the audit trail.")] = "",
+    downgrade: Annotated[bool, typer.Option("--downgrade", help="Yes, a package older than one that was in production.")] = False,
     history: Annotated[bool, typer.Option("--history", help="Every move instead of every package.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Which is the most balanced: performance, repeatability, openness, monitoring.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    "The packages of the registry and their states; one of them moved, or the one before brought back."
+    "The packages of the registry and their states; one of them moved, the one before brought back, or all compared."
     from pipeline.core.settings import load_settings
     from pipeline.deploy.registry import Registry
 
+    if compare:
+        return _compare_models(problem, as_json)
     if (move or back or to) and not problem:
         raise InputError("moving a package needs the problem's name; for example: pilothouse models flights --move 3 --to staging --reason '…'")
     if bool(move) != bool(to) or (move and back):
@@ -352,7 +361,9 @@ def models(
     settings = load_settings()
     registry = Registry(settings.store, settings.database)
     try:
-        moved = registry.rollback(problem, reason) if back else registry.move(problem, move, to, reason) if move else None
+        if back:
+            from pipeline.rollout.desk import production_back    # the traffic follows the registry
+        moved = production_back(registry, problem, reason) if back else registry.move(problem, move, to, reason, downgrade=downgrade) if move else None
         rows = [vars(e) for e in (registry.moves(problem or None) if history else registry.entries(problem or None))]
     finally:
         registry.close()
@@ -360,6 +371,175 @@ def models(
     told = f"{moved.name} v{moved.version} is {moved.state}" if moved else "nothing is registered yet; a deploy phase registers its package"
     shown = [{k: v for k, v in row.items() if k not in ("digest", "revision", "number")} for row in rows]
     say(rows, told if moved or not rows else partial(_show_rows, shown), as_json)
+    return 0
+
+
+def _compare_models(problem: str, as_json: bool) -> int:
+    from pipeline.core.run import read_saved
+    from pipeline.core.settings import load_settings
+    from pipeline.deploy.registry import Registry
+    from pipeline.report.scorecard import select_balanced
+
+    if not problem:
+        raise InputError("comparing needs the problem's name; for example: pilothouse models flights --compare")
+    settings = load_settings()
+    registry = Registry(settings.store, settings.database)
+    try:
+        entries = registry.entries(problem)
+    finally:
+        registry.close()
+    cards = {f"v{e.version}": card for e in entries if (card := read_saved(settings.outputs / e.run, "report/scorecard")) is not None}
+    if not cards:
+        raise InputError(f"no registered version of {problem} has a scorecard ({len(entries)} registered); a run's report phase makes one")
+    found = select_balanced(cards)
+    rows = found.board.to_dicts()
+
+    def show() -> None:
+        print(f"the most balanced: {found.name}")
+        _show_rows([{k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+
+    say({"best": found.name, "candidates": rows}, show, as_json)
+    return 0
+
+# %% ../../nbs/lib/cli/04_verbs.ipynb #9b31757b
+rollouts = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Bring a model to its traffic by stages, and back.",
+                       epilog="Example: pilothouse rollout start flights --version 3 --reason 'better on validation'")
+app.add_typer(rollouts, name="rollout")
+Problem = Annotated[str, typer.Argument(metavar="PROBLEM", help="The problem's name, such as flights.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the audit trail.")]
+
+
+@contextmanager
+def _steering(problem: str) -> Iterator[tuple[Any, Any]]:
+    from pipeline.cli.run import problem_file
+    from pipeline.core.problem import load_problem
+    from pipeline.core.settings import load_settings
+    from pipeline.deploy.registry import Registry
+    from pipeline.rollout.controller import Steering
+
+    settings = load_settings()
+    found = load_problem(problem_file(problem, settings))
+    registry = Registry(settings.store, settings.database)
+    try:
+        yield Steering(registry), found
+    finally:
+        registry.close()
+
+
+def _show_rollout(rollout: Any, as_json: bool) -> int:
+    from pipeline.rollout.controller import describe
+
+    told = describe(rollout)
+    difference = "no outcome known yet" if told["difference"] is None else f"loss {told['difference']:+.4f} on {told['outcomes']:,} outcomes"
+
+    def show() -> None:
+        print(f"{told['name']} v{told['version']}: {told['status']} at {told['share']:g} %, review {told['reviews_of_stage']} of at least {told['reviews_a_stage']} in this stage")
+        print(f"  {told['served']:,} requests answered, {difference}; {told['outcomes_known']:,} of {told['outcomes_due']:,} outcomes that are due have come")
+        print(f"  {told['by']}: {told['why']}")
+        _show_rows([{"test": t["test"], "evidence": "" if t["evidence"] is None else f"{t['evidence']:.3g}", "acts at": "" if t["boundary"] is None else f"{t['boundary']:.3g}",
+                     "now": "" if t["estimate"] is None else f"{t['estimate']:.4g}", "tolerated": "" if t["tolerated"] is None else f"{t['tolerated']:.4g}", "then": t["does"]}
+                    for t in told["tests"]])
+
+    say(told, show, as_json)
+    return 0
+
+
+@rollouts.command("start", epilog="Example: pilothouse rollout start flights --version 3 --reason 'better on validation'")
+def rollout_start(
+    problem: Problem,
+    version: Annotated[int, typer.Option("--version", min=1, help="The version to try; it must be in staging.")],
+    reason: Reason,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Try a version on the first share of the traffic, by the rules of the problem file."
+    with _steering(problem) as (steering, found):
+        from pipeline.rollout.controller import begin_rollout
+
+        return _show_rollout(begin_rollout(steering.registry, found, version, reason), as_json)
+
+
+@rollouts.command("status", epilog="Example: pilothouse rollout status flights --history")
+def rollout_status(
+    problem: Problem,
+    history: Annotated[bool, typer.Option("--history", help="Every event with its reason.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Where a rollout stands: stage, traffic, and each test with the evidence at which it acts."
+    with _steering(problem) as (steering, found):
+        name = found.problem.name
+        last = steering.rollouts.current(name)
+        if last is None:
+            raise InputError(f"nothing of {name} was ever rolled out; start with: pilothouse rollout start {name} --version N --reason '…'")
+        if not history:
+            return _show_rollout(last, as_json)
+        events = [vars(e) for e in steering.rollouts.events(name)]
+        rows = [{"at": f"{e['at']:%Y-%m-%d %H:%M:%S}", **{k: e[k] for k in ("version", "event", "share", "by", "reason")}} for e in events]
+        say(events, partial(_show_rows, rows), as_json)
+        return 0
+
+
+@rollouts.command("hold", epilog="Example: pilothouse rollout hold flights --reason 'the fair is on'")
+def rollout_hold(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
+    "Stop the way forward until `resume`; a model that fails goes back all the same."
+    with _steering(problem) as (steering, found):
+        return _show_rollout(steering.hold(found.problem.name, reason), as_json)
+
+
+@rollouts.command("resume", epilog="Example: pilothouse rollout resume flights --reason 'the fair is over'")
+def rollout_resume(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
+    "Go on after a hold."
+    with _steering(problem) as (steering, found):
+        return _show_rollout(steering.resume(found.problem.name, reason), as_json)
+
+
+@rollouts.command("promote", epilog="Example: pilothouse rollout promote flights --reason 'the owner has decided'")
+def rollout_promote(
+    problem: Problem,
+    reason: Reason,
+    whole: Annotated[bool, typer.Option("--whole", help="To all traffic at once instead of the next stage.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "One stage further on a person's word."
+    with _steering(problem) as (steering, found):
+        return _show_rollout(steering.promote(found.problem.name, reason, whole=whole), as_json)
+
+
+@rollouts.command("back", epilog="Example: pilothouse rollout back flights --reason 'complaints since noon'")
+def rollout_back(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
+    "To the version that was live before, now; one that came to production by hand too."
+    with _steering(problem) as (steering, found):
+        name = found.problem.name
+        if steering.rollouts.current(name) is not None:
+            return _show_rollout(steering.back(name, reason), as_json)
+        from pipeline.rollout.desk import production_back
+
+        entry = production_back(steering.registry, name, reason)
+        say({"name": name, "version": entry.version, "state": entry.state}, f"{name} v{entry.version} is {entry.state}", as_json)
+        return 0
+
+
+@rollouts.command("run", epilog="Example: pilothouse rollout run flights --once")
+def rollout_run(
+    problem: Problem,
+    once: Annotated[bool, typer.Option("--once", help="End with the rollout.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Lead the rollouts of a problem until stopped: review by review, forward or back; of several controllers one leads."
+    import threading
+    from dataclasses import asdict
+
+    with _steering(problem) as (steering, found):
+        from pipeline.rollout.controller import lead
+
+        def told(decision: Any) -> None:
+            say({"event": "reviewed", **asdict(decision)}, f"{decision.share:g} %, {decision.new:,} and {decision.old:,} requests: {decision.decision}, {decision.why}", as_json)
+            sys.stdout.flush()
+
+        lead(steering.registry, found.problem.name).run(threading.Event(), once=once, told=told, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #27699cb0
@@ -393,10 +573,12 @@ def predict(
     name: RunName = "",
     data: Annotated[str, typer.Option("--data", help="Rows to answer: .csv, .parquet, .jsonl or .xlsx.")] = "",
     out: Annotated[str, typer.Option("--out", help="Where the answers go: .csv, .xlsx or .parquet.")] = "",
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray: on the nodes of a Ray cluster.")] = "local",
+    address: Annotated[str, typer.Option("--address", help="The cluster, host:port or auto; without one, Ray starts on this machine.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    "One answer for each row, in order, from a run's verified package."
+    "One answer for each row, in order, from a run's verified package, however long the file; a batch that was stopped goes on."
     from pipeline.core.settings import load_settings
 
     if not data or not out:
@@ -404,7 +586,7 @@ def predict(
     run = run_named(name, load_settings())
     from pipeline.deploy.batch import predict_file
 
-    rows = predict_file(run, data, out)
+    rows = predict_file(run, data, out, engine, address)
     say({"rows": rows, "out": out}, f"{rows} answers in {out}", as_json)
     return 0
 
@@ -442,18 +624,42 @@ def explain_row(
 def serve(
     name: RunName = "",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8000,
-    host: Annotated[str, typer.Option("--host", help="Another host than this machine needs --token.")] = "127.0.0.1",
-    token: Annotated[str, typer.Option("--token", help="env:NAME of the secret that callers must present.")] = "",
+    host: Annotated[str, typer.Option("--host", help="Another host than this machine needs a token and TLS.")] = "127.0.0.1",
+    token: Annotated[str, typer.Option("--token", help="env:NAME of one secret with all roles.")] = "",
+    tokens: Annotated[str, typer.Option("--tokens", metavar="FILE", help="Tokens by line, with names and roles; see --new-token.")] = "",
+    new_token: Annotated[str, typer.Option("--new-token", metavar="NAME=ROLE", help="Add a token to the file (caller, observer or operator), show it once, serve nothing.")] = "",
+    tls_cert: Annotated[str, typer.Option("--tls-cert", metavar="FILE", help="PEM certificate: TLS 1.2 or newer is spoken.")] = "",
+    tls_key: Annotated[str, typer.Option("--tls-key", metavar="FILE", help="Its PEM key.")] = "",
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that answer; one a core.")] = 1,
+    rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second that each caller may ask; 0: no limit.")] = 0.0,
+    wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds that a request may wait for others; then it gets a 429.")] = 0.5,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds between saying that it ends and ending.")] = 0.5,
+    downgrade: Annotated[str, typer.Option("--downgrade", help="Why a package older than one that was in production may answer.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    "Answer over HTTP from a run's verified package until stopped; one JSON line a request."
+    "Answer over HTTP from a run's verified package, and follow the traffic's plans, until stopped; one JSON line a request."
+    if new_token:
+        from pipeline.deploy.tokens import make_token
+
+        who, _, role = new_token.partition("=")
+        if not tokens:
+            raise InputError("a new token needs the file that keeps its hash; for example: pilothouse serve --tokens tokens.jsonl --new-token shop=caller")
+        made = make_token(tokens, who, [role])
+        say({"name": who, "role": role, "token": made}, f"{made}\nthis is the token of {who} ({role}); it is shown once, {tokens} keeps its hash", as_json)
+        return 0
+    from pipeline.core.problem import load_problem
     from pipeline.core.settings import load_settings
 
-    run = run_named(name, load_settings())
+    settings = load_settings()
+    run = run_named(name, settings)
+    from pipeline.cli.run import problem_file
     from pipeline.deploy.service import serve as serve_run
 
-    serve_run(run, host, port, token or None)
+    problem = load_problem(problem_file(run.parent.name, settings))
+    serve_run(run, host, port, token or None, downgrade, database=settings.database, tokens=tokens or None, tls_cert=tls_cert or None, tls_key=tls_key or None,
+              workers=workers, rate=rate, wait_s=wait, drain_s=drain, log_inputs=problem.deploy.log_inputs, subject=problem.comply.subject, keyed=problem.comply.encrypt,
+              extensions="pipeline.rollout.desk:extensions")
     return 0
 
 
@@ -494,3 +700,132 @@ def doctor(as_json: Json = False, debug: Debug = False) -> int:
     lines = [f"{'✔' if f.ok else '✘'} {f.what:<18} {f.found}{f'; {f.todo}' if f.todo else ''}" for f in findings]
     say([asdict(f) for f in findings], "\n".join(lines), as_json)
     return 0 if all(f.ok for f in findings) else 4
+
+# %% ../../nbs/lib/cli/04_verbs.ipynb #0eca51ef
+deployments = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="A package live on a machine.", epilog="Example: pilothouse deploy up flights/main --to live/flights")
+app.add_typer(deployments, name="deploy")
+Place = Annotated[Path, typer.Option("--to", help="The deployment's own folder.")]
+Token = Annotated[str, typer.Option("--token", help="env:NAME of the secret that callers must present.")]
+
+
+@deployments.command("up", epilog="Example: pilothouse deploy up flights/main --to live/flights --port 8000")
+def deploy_up(
+    to: Place,
+    name: RunName = "",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where callers ask, on this machine; 0: a free one.")] = 8000,
+    token: Token = "",
+    downgrade: Annotated[str, typer.Option("--downgrade", help="Why a package older than one that was in production may answer; audited.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Put a run's package live: started beside the old one, smoke-tested, switched to; again it changes nothing."
+    from pipeline.core import audit
+    from pipeline.core.settings import load_settings
+    from pipeline.deploy.admission import admit
+    from pipeline.deploy.deployment import deploy
+    from pipeline.deploy.package import package_of
+    from pipeline.deploy.provision import files_of
+    from pipeline.deploy.registry import who
+
+    settings = load_settings()
+    run = run_named(name, settings)
+    folder, key = package_of(run)
+    admit(settings.store, settings.database, folder, downgrade, load=False)
+    done = deploy(to, folder, key, port, token or None, files_of(run), by=who())
+    if done.changed:
+        audit.append(settings.store, "package.deployed", {"name": done.name, "version": done.version, "release": done.release, "to": to.name, "by": who()})
+    return _tell_deployed(done, as_json)
+
+
+@deployments.command("back", epilog="Example: pilothouse deploy back --to live/flights")
+def deploy_back(to: Place, token: Token = "", as_json: Json = False, debug: Debug = False) -> int:
+    "Bring back the release that was live before, started and tested like a new one."
+    from pipeline.deploy.deployment import go_back
+    from pipeline.deploy.registry import who
+
+    return _tell_deployed(go_back(to, token or None, by=who()), as_json)
+
+
+@deployments.command("status", epilog="Example: pilothouse deploy status --to live/flights")
+def deploy_status(to: Place, as_json: Json = False, debug: Debug = False) -> int:
+    "Every attempt to put something live at a place, oldest first."
+    from pipeline.deploy.deployment import history
+
+    rows = history(to)
+    say(rows, partial(_show_rows, rows) if rows else f"nothing was ever deployed to {to.name}", as_json)
+    return 0
+
+
+@deployments.command("stop", epilog="Example: pilothouse deploy stop --to live/flights")
+def deploy_stop(to: Place, as_json: Json = False, debug: Debug = False) -> int:
+    "Stop what is live at a place; its releases stay."
+    from pipeline.deploy.deployment import stop_all
+
+    stop_all(to)
+    say({"stopped": to.name}, f"{to.name} is stopped", as_json)
+    return 0
+
+
+@deployments.command("serve", epilog="Example: pilothouse deploy serve live/flights/releases/0123456789abcdef --port 8001")
+def deploy_serve(
+    release: Annotated[Path, typer.Argument(help="A release's folder.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="Another host than this machine needs tokens and TLS.")] = "127.0.0.1",
+    token: Token = "",
+    tokens: Annotated[str, typer.Option("--tokens", help="A file of tokens with their roles.")] = "",
+    tls_cert: Annotated[str, typer.Option("--tls-cert", help="PEM.")] = "",
+    tls_key: Annotated[str, typer.Option("--tls-key", help="PEM.")] = "",
+    workers: Annotated[int, typer.Option("--workers", min=1)] = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Answer from a release until stopped: what a container and a unit start."
+    from pipeline.deploy.deployment import serve_release
+
+    serve_release(release, host, port, token_ref=token or None, tokens=tokens or None, tls_cert=tls_cert or None, tls_key=tls_key or None, workers=workers)
+    return 0
+
+
+@deployments.command("smoke", epilog="Example: pilothouse deploy smoke live/flights/releases/0123456789abcdef --port 8001")
+def deploy_smoke(
+    release: Annotated[Path, typer.Argument(help="The release that answers.")],
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    tls: Annotated[bool, typer.Option("--tls/--plain")] = False,
+    token: Token = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Ask a service on this machine for a row and hold its answer against the package (exit 3 where it differs)."
+    from pipeline.core.settings import secret
+    from pipeline.deploy.deployment import smoke
+
+    try:
+        seen = smoke(release, port, secret(token) if token else None, tls)
+    except OSError as error:
+        raise EnvironmentFault(f"nobody answers at 127.0.0.1:{port} ({error}); is the service started?") from error
+    say(seen, f"version {seen['version']} answers as its package does", as_json)
+    return 0
+
+
+@deployments.command("ping", epilog="Example: pilothouse deploy ping --port 8000 --tls")
+def deploy_ping(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    tls: Annotated[bool, typer.Option("--tls/--plain")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Is the service on this machine ready? Exit 0, or 4: what a container's health check asks."
+    from pipeline.deploy.deployment import ask
+
+    try:
+        status, _ = ask(port, "GET", "/ready", tls=tls)
+    except OSError as error:
+        raise EnvironmentFault(f"nobody answers at 127.0.0.1:{port} ({error}); is the service started?") from error
+    say({"status": status}, f"answered with {status}", as_json)
+    return 0 if status == 200 else 4
+
+# %% ../../nbs/lib/cli/04_verbs.ipynb #e3026c68
+def _tell_deployed(done: Any, as_json: bool) -> int:
+    state = "is live" if done.changed else "was live already"
+    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release})", as_json)
+    return 0

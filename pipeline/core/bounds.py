@@ -13,7 +13,8 @@ import numpy as np
 from .errors import InputError
 
 # %% auto #0
-__all__ = ['wilson', 'student', 'share_bounds', 'studentized', 'expanded', 'acceleration', 'accelerated', 'inverted']
+__all__ = ['wilson', 'student', 'share_bounds', 'studentized', 'studentized_rest', 'expanded', 'acceleration', 'accelerated',
+           'inverted']
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #7ff89e75
 def wilson(
@@ -72,8 +73,27 @@ def studentized(
         return value, value
     if usable.sum() < 0.5 * len(drawn):
         raise InputError(f"{len(drawn) - int(usable.sum())} of {len(drawn)} draws do not define the metric; measure more rows or draw by smaller blocks")
-    low, high = np.quantile((drawn[usable] - value) / errors[usable], [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile((drawn[usable] - value) / errors[usable], [(1 - level) / 2, (1 + level) / 2], method="weibull")
     return value - max(float(high), 0.0) * error, value - min(float(low), 0.0) * error
+
+
+def studentized_rest(
+    value: float,            # R² on all rows
+    error: float,            # its standard error, by the jackknife
+    drawn: np.ndarray,       # R² on each draw
+    errors: np.ndarray,      # and its standard error on that draw
+    level: float = 0.95,
+) -> tuple[float, float]:
+    "The symmetric studentized bootstrap's interval of R², through the logarithm of 1 − R²; raises `InputError` when most draws are undefined."
+    rest, rests = 1 - value, 1 - drawn
+    usable = np.isfinite(drawn) & np.isfinite(errors) & (rests > 0) & (errors > 1e-9 * error)
+    if error <= 1e-9 * abs(value) or rest <= 0:
+        return value, value
+    if usable.sum() < 0.5 * len(drawn):
+        raise InputError(f"{len(drawn) - int(usable.sum())} of {len(drawn)} draws do not define the metric; measure more rows or draw by smaller blocks")
+    away = np.abs(np.log(rests[usable] / rest)) * rests[usable] / errors[usable]
+    half = float(np.quantile(away, level, method="weibull")) * error / rest
+    return 1 - rest * math.exp(half), 1 - rest * math.exp(-half)
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #90dee88b
 def expanded(
@@ -108,7 +128,7 @@ def accelerated(
     bias = normal.inv_cdf(float(np.clip(below, 0.5 / len(usable), 1 - 0.5 / len(usable))))
     speed, z = acceleration(left), normal.inv_cdf((1 + level) / 2)
     shares = [normal.cdf(bias + (bias + side) / max(1 - speed * (bias + side), 0.1)) for side in (-z, z)]
-    low, high = value + (np.quantile(usable, shares) - value) * expanded(units, level)
+    low, high = value + (np.quantile(usable, shares, method="weibull") - value) * expanded(units, level)
     return float(low), float(high)
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #ef2a5e16
@@ -120,20 +140,20 @@ def inverted(
 ) -> tuple[float, float]:
     "The interval of a calibration error, by test inversion along the line from none to distances like the observed ones."
     seen, spread = float(np.abs(off).sum()), noise.std(axis=0)
-    few = off * (1 + np.maximum(0, 1 - spread**2 / np.where(off == 0, 1, off) ** 2)) / 2
-    many = off + np.where(off < 0, -1, 1) * spread
+    few = off * (3 + np.maximum(0, 1 - spread**2 / np.where(off == 0, 1, off) ** 2)) / 4
+    many = off + np.where(off < 0, -1, 1) * spread / 4
     return _true_error(few, noise, seen, (1 + level) / 2) / rows, _true_error(many, noise, seen, (1 - level) / 2) / rows
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #f8f3b975
 def _true_error(off: np.ndarray, noise: np.ndarray, seen: float, share: float) -> float:
     "The sum of |true distances|, in proportion to `off`, for which `share` of observed sums would lie below the seen one; by bisection."
     size, low, high = float(np.abs(off).sum()), 0.0, 1.0
-    if size == 0 or float(np.quantile(np.abs(noise).sum(1), share)) >= seen:
+    if size == 0 or float(np.quantile(np.abs(noise).sum(1), share, method="weibull")) >= seen:
         return 0.0
-    while float(np.quantile(np.abs(high * off + noise).sum(1), share)) < seen:
+    while float(np.quantile(np.abs(high * off + noise).sum(1), share, method="weibull")) < seen:
         low, high = high, 2 * high
     for _ in range(18):
         middle = (low + high) / 2
-        below = float(np.quantile(np.abs(middle * off + noise).sum(1), share)) < seen
+        below = float(np.quantile(np.abs(middle * off + noise).sum(1), share, method="weibull")) < seen
         low, high = (middle, high) if below else (low, middle)
     return (low + high) / 2 * size

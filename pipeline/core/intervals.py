@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .bounds import accelerated, expanded, inverted, share_bounds, student, studentized, wilson
+from .bounds import accelerated, expanded, inverted, share_bounds, student, studentized, studentized_rest, wilson
 from .errors import InputError
 from .lists import GROUPED
 from .metrics import RANKED, Ranking, Settings, checked, from_sums, metric, predictions_of, rankings, row_parts
@@ -211,7 +211,10 @@ def span(
     for counts in drawn_together(units, seed, draws):
         values.append(_combined(terms, counts))
         errors.append(_errors(terms, counts))
-    return (value, *studentized(value, error, np.concatenate(values), np.concatenate(errors), level))
+    drawn, spreads = np.concatenate(values), np.concatenate(errors)
+    if len(terms) == 1 and first.name == "r2":
+        return (value, *studentized_rest(value, _left_out_error(_combined(terms, _leaving_out(units)), units), drawn, spreads, level))
+    return (value, *studentized(value, error, drawn, spreads, level))
 
 
 def interval(
@@ -228,7 +231,7 @@ def interval(
         raise InputError(f"{units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
     if not unbiased:
         usable = usable - (usable.mean() - value)
-    ends = np.quantile(usable, [(1 - level) / 2, (1 + level) / 2])
+    ends = np.quantile(usable, [(1 - level) / 2, (1 + level) / 2], method="weibull")
     low, high = value + (ends - value) * expanded(units, level)
     return _inside(value, low, high, within)
 
@@ -256,6 +259,11 @@ def _leaving_out(units: int) -> np.ndarray:
     return (np.arange(units)[None, :] % groups != np.arange(groups)[:, None]).astype(float)
 
 
+def _left_out_error(left: np.ndarray, units: int) -> float:
+    "The jackknife's standard error, from groups of blocks left out in turn."
+    return math.sqrt(float(((left - left.mean()) ** 2).sum()) * (len(left) - 1) / len(left))
+
+
 def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int, level: float) -> tuple[float, float, float]:
     "One calibration error by test inversion; a combination by the spread of its draws around the value without noise."
     first = terms[0][1]
@@ -270,7 +278,7 @@ def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int,
     plain = [(factor, Redrawn("ece", t.units, t.rows, np.delete(t.sums, np.s_[bins:-1], axis=1))) for factor, t in terms if t.sums is not None]
     drawn = np.concatenate([_combined(plain, d) for d in drawn_together(units, seed, draws)])
     clean = value if first.name == "ece_debiased" else value + float(_combined(plain, one)[0] - drawn.mean())
-    ends = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2]) * expanded(units, level)
+    ends = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2], method="weibull") * expanded(units, level)
     return value, clean + float(ends[0]), clean + float(ends[1])
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #8c340feb

@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 from .errors import InputError, suggest
 
 # %% auto #0
-__all__ = ['NAME', 'Name', 'Share', 'Positive', 'NotNegative', 'Task', 'Family', 'Metric', 'MAX_BYTES', 'MAX_DEPTH', 'MAX_NODES',
-           'check_name', 'Section', 'Kpi', 'Statement', 'Source', 'Column', 'Split', 'Waiver', 'Synthetic',
-           'DataSection', 'LabelSection', 'TrainSection', 'Acceptance', 'Rule', 'Mitigation', 'Costs',
+__all__ = ['NAME', 'Name', 'Share', 'Positive', 'NotNegative', 'Task', 'Family', 'Metric', 'MAINTENANCE', 'MAX_BYTES',
+           'MAX_DEPTH', 'MAX_NODES', 'check_name', 'Section', 'Kpi', 'Statement', 'Source', 'Column', 'Split', 'Waiver',
+           'Synthetic', 'DataSection', 'LabelSection', 'TrainSection', 'Acceptance', 'Rule', 'Mitigation', 'Costs',
            'EvaluateSection', 'DeploySection', 'RolloutSection', 'MonitorSection', 'ComplySection', 'Team',
            'ScopeSection', 'Problem', 'Place', 'read_yaml', 'forbidden_columns', 'load_problem', 'parse_problem',
            'Watched', 'plain', 'leaves', 'parse_setting', 'json_schema']
@@ -291,8 +291,14 @@ class DeploySection(Section):
     rss_mb: Positive = 1000.0
     throughput_rps: NotNegative = 0.0
     uptime: Annotated[float, Field(gt=0, le=1)] = 0.99
+    cost_per_1000: NotNegative | None = Field(None, description="money that 1,000 answers may cost in processor time; empty: no limit")
+    soak_s: NotNegative = Field(0.0, description="seconds of load at the promised rate while the worker is killed three times; 0: none")
     target: Literal["server", "edge"] = Field("server", description="edge: one file for a small runtime, checked on one thread")
+    log_inputs: Literal["minimised", "none"] = Field("minimised", description="what the inference log keeps of a request: the fields that the model reads, or nothing")
     expires_days: NotNegative = Field(365.0, description="days after its release on which a package is refused; 0: never")
+
+
+MAINTENANCE = r"^(daily|Mon|Tue|Wed|Thu|Fri|Sat|Sun) ([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$"
 
 
 class RolloutSection(Section):
@@ -305,6 +311,13 @@ class RolloutSection(Section):
     alpha: Share = Field(0.05, description="error budget of all sequential tests together")
     worse_by: NotNegative = Field(0.002, description="loss of the main metric that is tolerated")
     errors_max: Share = 0.01
+    slower_by: Positive = Field(0.25, description="times as long as the live model in the same window, less one, that is tolerated")
+    shift_max: Share = Field(0.2, description="share of all answers by which a tenth of them may grow")
+    outcomes_min: Share = Field(0.5, description="of the outcomes that are due, so many must be known before the share grows")
+    review_minutes: Positive = Field(60.0, description="time between two reviews of live traffic")
+    shadow: bool = Field(True, description="the new model scores the live one's requests too, for the record; false where a prediction changes the outcome")
+    kpi: Literal["none", "outcome", "gain"] = Field("none", description="what is told beside: the outcome itself, or the gain by evaluate.costs")
+    maintenance: list[Annotated[str, Field(pattern=MAINTENANCE)]] = Field([], description="UTC, such as 'Sat 22:00-02:00' or 'daily 03:00-03:30'; the share does not grow meanwhile")
 
     @model_validator(mode="after")
     def _rising(self) -> RolloutSection:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Verdict', 'Bound', 'Estimate', 'Claim', 'Check', 'judge', 'bound_for', 'run_folder', 'phase_folders', 'room_of',
-           'read_receipt', 'read_claims', 'read_checks', 'function_named', 'as_estimate', 'Run', 'open_run',
-           'commit_phase', 'overall', 'clock']
+           'read_receipt', 'read_saved', 'read_claims', 'read_checks', 'function_named', 'as_estimate', 'Run',
+           'open_run', 'commit_phase', 'overall', 'clock']
 
 # %% ../../nbs/lib/core/06_run.ipynb #aa3597e4
 Verdict = Literal["go", "no-go", "inconclusive", "not applicable"]
@@ -155,6 +155,18 @@ def read_receipt(folder: Path) -> dict[str, Any]:
         raise IntegrityError(f"{folder}/receipt.json cannot be read; run phase {folder.name} again") from error
 
 
+def read_saved(
+    folder: Path,     # a run's
+    name: str,        # of an artifact that is not sealed
+) -> Any:
+    "What a run's phases saved under this name; None where none did."
+    for phase in phase_folders(folder):
+        outputs = read_receipt(phase)["outputs"]
+        if name in outputs and not outputs[name]["sealed"]:
+            return read_artifact(phase, Artifact(name=name, **outputs[name]))
+    return None
+
+
 def read_claims(folder: Path) -> list[Claim]:
     "A phase's claims as records."
     return [Claim(**{**c, "of": tuple(c["of"])}) for c in json.loads((folder / "claims.json").read_text(encoding="utf-8"))]
@@ -271,13 +283,7 @@ class Run:
     def recorded(self, name: str) -> Any:
         "What the run that `reproduce` repeats saved under this name; None where none is repeated. It is no input: it says what a clock decided."
         first = os.environ.get("PILOTHOUSE_REPEATS")
-        if not first:
-            return None
-        for folder in phase_folders(Path(first)):
-            outputs = read_receipt(folder)["outputs"]
-            if name in outputs and not outputs[name]["sealed"]:
-                return read_artifact(folder, Artifact(name=name, **outputs[name]))
-        return None
+        return read_saved(Path(first), name) if first else None
 
     def open_sealed(self, name: str, reason: str, look: bool = True) -> pl.DataFrame:
         "Open a sealed artifact. Each look lands in the audit trail; a replay that decides nothing is no look."

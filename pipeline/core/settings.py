@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
                "phase_output_mb": "64", "threads": "0"},
     "tracking": {"mode": "offline", "project": "pilothouse", "entity": ""},
     "store": {"database": ""},
+    "deploy": {"base_image": ""},
     "network": {"hosts": "", "private": "no", "timeout_s": "30", "max_mb": "2000"},
     "prices": {"core_hour": "0.04", "gram_co2e_per_kwh": "350", "watts_per_core": "10"},
 }
@@ -53,6 +54,7 @@ class Settings:
     tracking_mode: str
     tracking_project: str
     tracking_entity: str
+    base_image: str               # of containers: name:tag@sha256:…; empty: no container files are written
     database: str                 # of the registry: an SQLAlchemy url, {env:NAME} for a secret; empty: SQLite in the store
     hosts: tuple[str, ...]        # that data may be fetched from
     private: bool                 # may those be private, loopback or link-local addresses?
@@ -117,6 +119,7 @@ def _typed(root: Path, values: dict[str, dict[str, str]]) -> Settings:
         phase_memory_gb=number("engine", "phase_memory_gb"), phase_output_mb=number("engine", "phase_output_mb"),
         threads=int(number("engine", "threads")) or len(os.sched_getaffinity(0)), tracking_mode=mode,
         tracking_project=values["tracking"]["project"], tracking_entity=values["tracking"]["entity"],
+        base_image=values["deploy"]["base_image"].strip(),
         database=values["store"]["database"].strip(),
         hosts=tuple(host.strip().lower() for host in network["hosts"].split(",") if host.strip()), private=network["private"] == "yes",
         network_timeout_s=number("network", "timeout_s"), network_max_mb=number("network", "max_mb"),

@@ -9,8 +9,9 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,32 @@ SHEET_ROWS, SHEET_COLUMNS, CELL_TEXT = 1_048_576, 16_384, 32_767   # of a workbo
 
 
 def write_export(
-    frame: pl.DataFrame,   # numbers, texts, dates, booleans
-    path: Path | str,      # .csv, .xlsx or .parquet
+    frame: pl.DataFrame | Iterable[pl.DataFrame],   # numbers, texts, dates, booleans; or parts of the same columns, in order, at least one
+    path: Path | str,                               # .csv, .xlsx or .parquet
 ) -> None:
     "A table under its final name when it is whole, safe to open; raises `InputError` for what the format cannot hold."
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in EXPORTS:
         raise InputError(f"{path.name} is no {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]} file; name the output so{suggest(kind, EXPORTS)}")
-    if kind == ".parquet":
+    if kind == ".parquet" and isinstance(frame, pl.DataFrame):
         write_frame(path, frame)
         return
-    nested = [name for name, dtype in frame.schema.items() if dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration)]
+    parts = iter([frame] if isinstance(frame, pl.DataFrame) else frame)
+    first = next(parts)
+    if kind == ".parquet":
+        _write_parts(chain([first], parts), path)
+        return
+    nested = [name for name, dtype in first.schema.items() if dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration)]
     if nested:
-        raise InputError(f"{path.name}: column '{nested[0]}' holds {frame.schema[nested[0]]}, which no cell can; write .parquet, or turn it into texts")
+        raise InputError(f"{path.name}: column '{nested[0]}' holds {first.schema[nested[0]]}, which no cell can; write .parquet, or turn it into texts")
     with _partial(path) as partial:
         if kind == ".csv":
-            _texts(frame).write_csv(partial, quote_style="necessary", float_precision=None)
+            with partial.open("wb") as file:
+                for i, part in enumerate(chain([first], parts)):
+                    _texts(part).write_csv(file, include_header=i == 0, quote_style="necessary", float_precision=None)
         else:
-            _write_workbook(frame, partial, path.name)
+            _write_workbook(pl.concat([first, *parts]), partial, path.name)
 
 # %% ../../nbs/lib/data/13_export.ipynb #a3424e12
 @contextmanager
@@ -91,6 +99,21 @@ def _partial(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _write_parts(parts: Iterable[pl.DataFrame], path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    with _partial(path) as partial:
+        writer = None
+        try:
+            for part in parts:
+                table = part.to_arrow()
+                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd", write_page_checksum=True)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def _texts(frame: pl.DataFrame) -> pl.DataFrame:

@@ -5,19 +5,26 @@
 # %% ../../nbs/lib/deploy/10_batch.ipynb #020bf883
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from ..core.errors import InputError, suggest
-from ..data.export import EXPORTS, write_export
+from ..core.store import digest_file, disk_errors, locked, read_frame, to_json, write_frame, write_whole
+from ..data.export import EXPORTS, SHEET_ROWS, write_export
+from .cluster import Part, answer_on_cluster, answer_rows
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['KINDS', 'AT_ONCE', 'read_rows', 'write_rows', 'predict_file', 'predict_all']
+__all__ = ['KINDS', 'AT_ONCE', 'ENGINES', 'ASKED', 'read_rows', 'stream_rows', 'write_rows', 'predict_file', 'predict_all']
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #41dc06b1
 KINDS = (".csv", ".parquet", ".jsonl", ".xlsx")
@@ -28,24 +35,28 @@ def read_rows(
     path: Path | str,      # .csv, .parquet, .jsonl or .xlsx
 ) -> pl.DataFrame:         # CSV: every column as text
     "A table as it stands; raises `InputError` for a file that is missing, empty or of another kind."
-    path = Path(path)
-    if not path.is_file():
-        near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise InputError(f"no data file {path}{near or '; check the path after --data'}")
-    if path.suffix.lower() not in KINDS:
-        raise InputError(f"{path.name} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; convert it first")
+    path = _there(path)
     if path.suffix.lower() in (".jsonl", ".xlsx"):
         from pipeline.data.sources import read_table
 
         return read_table(path).frame
-    try:
+    with _read_errors(path):
         if path.suffix.lower() == ".parquet":
             return pl.read_parquet(path)
         return pl.read_csv(path, infer_schema=False, null_values=[""])
-    except pl.exceptions.NoDataError as error:
-        raise InputError(f"{path.name} is empty; a header and rows are needed") from error
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{path.name} cannot be read as {path.suffix.lower()[1:]}: {str(error).splitlines()[0][:200]}") from error
+
+
+def stream_rows(
+    path: Path | str,                 # .csv, .parquet, .jsonl or .xlsx
+    columns: Sequence[str],           # that are wanted; all where one of them is not there
+    at_once: int = AT_ONCE,           # rows of a part
+) -> Iterator[Part]:                  # at least one
+    "The same rows in parts; memory is bounded for .csv and .parquet."
+    path, start = _there(path), 0
+    with _read_errors(path):
+        for number, rows in enumerate(_cut(_batches(path, columns, at_once), at_once)):
+            yield Part(number, start, rows)
+            start += rows.height
 
 
 def write_rows(
@@ -55,26 +66,146 @@ def write_rows(
     "A table under its final name when it is whole; texts cannot start a formula."
     write_export(frame, path)
 
+# %% ../../nbs/lib/deploy/10_batch.ipynb #ffd48269
+def _there(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise InputError(f"no data file {path}{near or '; check the path after --data'}")
+    if path.suffix.lower() not in KINDS:
+        raise InputError(f"{path.name} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; convert it first")
+    return path
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except pl.exceptions.NoDataError as error:
+        raise InputError(f"{path.name} is empty; a header and rows are needed") from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{path.name} cannot be read as {path.suffix.lower()[1:]}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _batches(path: Path, columns: Sequence[str], at_once: int) -> Iterator[pl.DataFrame]:
+    "In whatever lengths the reader gives them; an empty table is one batch."
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".xlsx"):
+        yield read_rows(path)
+        return
+    lazy = pl.scan_parquet(path) if kind == ".parquet" else pl.scan_csv(path, infer_schema=False, null_values=[""])
+    known = lazy.collect_schema()
+    wanted = list(columns) if set(columns) <= set(known.names()) else known.names()
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        parquet = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)     # else every page that was read stays in memory
+        found: Iterable[Any] = (pl.from_arrow(batch) for batch in parquet.iter_batches(at_once, columns=wanted))
+    else:
+        found = (batch.select(wanted) for batch in lazy.collect_batches(chunk_size=at_once, maintain_order=True))   # every cell is counted: a line that is too long is an error
+    yield pl.DataFrame(schema={n: known[n] for n in wanted})
+    yield from found
+
+
+def _cut(batches: Iterable[pl.DataFrame], at_once: int) -> Iterator[pl.DataFrame]:
+    "Parts of exactly so many rows but for the last, so that a part is the same one next time; at least one part."
+    held = None
+    for batch in batches:
+        held = batch if held is None or held.is_empty() else pl.concat([held, batch])
+        while held.height > at_once:
+            yield held.head(at_once)
+            held = held.slice(at_once)
+    if held is not None:
+        yield held
+
 # %% ../../nbs/lib/deploy/10_batch.ipynb #f73ed799
+ENGINES = ("local", "ray")
+ASKED = "asked.json"
+
+
 def predict_file(
-    run_folder: Path | str,   # outputs/PROBLEM/RUN
-    data: Path | str,         # .csv, .parquet, .jsonl or .xlsx
-    out: Path | str,          # .csv, .xlsx or .parquet
-) -> int:                     # rows
-    "Answer every row of a file with a run's verified package."
+    run_folder: Path | str,                            # outputs/PROBLEM/RUN
+    data: Path | str,                                  # .csv, .parquet, .jsonl or .xlsx
+    out: Path | str,                                   # .csv, .xlsx or .parquet
+    engine: str = "local",                             # one of ENGINES
+    address: str = "",                                 # of a Ray cluster; empty: this machine
+    tell: Callable[[int], None] | None = None,         # hears how many rows are done
+    at_once: int = AT_ONCE,                            # rows of a part
+) -> int:                                              # rows
+    "Answer every row of a file with a run's verified package; what a stopped batch had done is not done again."
     from pipeline.deploy.package import load_package, package_of
 
     data, out = Path(data), Path(out)
+    if engine not in ENGINES:
+        raise InputError(f"--engine {engine!r} is unknown{suggest(engine, ENGINES)}")
     if out.suffix.lower() not in EXPORTS:
         raise InputError(f"{out.name} is no {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]} file; name the output so")
     if out.resolve() == data.resolve():
         raise InputError(f"{out} would overwrite the data; choose another file after --out")
-    rows = read_rows(data)
-    answers = predict_all(load_package(*package_of(run_folder)), rows)
-    write_rows(answers, out)
-    return len(answers)
+    folder, key = package_of(run_folder)
+    predictor = load_package(folder, key)
+    parts = stream_rows(data, predictor.schema.names, at_once)
+    first = next(parts)
+    second = next(parts, None)
+    if second is None and engine == "local":
+        write_rows(predictor.predict(first.rows), out)
+        return first.rows.height
+    parts = chain([first] if second is None else [first, second], parts)
+    work = out.parent / f".{out.name}.parts"
+    with disk_errors(f"writing {out.name}"):
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(out.parent / f".{out.name}.lock"):
+        _begin(work, {"data": digest_file(data), "package": predictor.digest, "rows": at_once})
+        rows = 0
+        for number, answers in _answered(parts, predictor, folder, key.public_bytes_raw(), work, engine, address):
+            if answers is not None:
+                write_frame(_kept(work, number), answers)
+            rows += at_once
+            if tell:
+                tell(rows)
+        files = sorted(work.glob("*.parquet"))
+        rows = sum(pl.scan_parquet(file).select(pl.len()).collect().item() for file in files)
+        if out.suffix.lower() == ".xlsx" and rows >= SHEET_ROWS:
+            raise InputError(f"{out.name}: {rows:,} rows are more than a sheet holds ({SHEET_ROWS - 1:,}); write .csv or .parquet: what is answered is kept")
+        write_export((read_frame(file) for file in files), out)
+        shutil.rmtree(work)
+    (out.parent / f".{out.name}.lock").unlink(missing_ok=True)
+    return rows
+
+# %% ../../nbs/lib/deploy/10_batch.ipynb #a696b94b
+def _begin(work: Path, asked: dict[str, Any]) -> None:
+    "Parts of another file, package or length are no use."
+    file = work / ASKED
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) == asked:
+        return
+    for left in work.iterdir():
+        left.unlink()
+    write_whole(file, to_json(asked, "batch"))
 
 
+def _kept(work: Path, number: int) -> Path:
+    return work / f"{number:08}.parquet"
+
+
+def _answered(parts: Iterable[Part], predictor: Predictor, folder: Path, key: bytes, work: Path, engine: str, address: str) -> Iterator[tuple[int, pl.DataFrame | None]]:
+    "Each part's number with its answers, or with nothing where they are kept already."
+    done: list[int] = []
+
+    def todo() -> Iterator[Part]:
+        for part in parts:
+            if _kept(work, part.number).exists():
+                done.append(part.number)
+            else:
+                yield part
+
+    if engine == "ray":
+        yield from answer_on_cluster(folder, key, todo(), address)
+    else:
+        for part in todo():
+            yield part.number, answer_rows(predictor, part.rows, part.start)
+    yield from ((number, None) for number in done)
+
+# %% ../../nbs/lib/deploy/10_batch.ipynb #631b0029
 def predict_all(
     predictor: Predictor,
     frame: pl.DataFrame,
@@ -82,4 +213,4 @@ def predict_all(
     "Answers in parts, so that a long table needs no matrix of its own length."
     if len(frame) <= AT_ONCE:
         return predictor.predict(frame)
-    return pl.concat([predictor.predict(part) for part in frame.iter_slices(AT_ONCE)])
+    return pl.concat([answer_rows(predictor, part, i * AT_ONCE) for i, part in enumerate(frame.iter_slices(AT_ONCE))])

@@ -5,33 +5,119 @@
 # %% ../../nbs/lib/deploy/08_handler.ipynb #cc45c60a
 from __future__ import annotations
 
+import json
+import os
 import re
+import threading
 import time
-import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..core.errors import suggest
-from .requests import Counts, Limits, Refused, read_json, request_type, too_large
-from .rows import check_columns, check_rows
-from .schema import Field, Finding, json_schema
+from polars.exceptions import PanicException
+
+from ..core.errors import InputError, suggest
+from .answers import ARROW, MAX_EXPLAINED, Answerer, Found, read_arrow, read_tensors, write_arrow
+from .counts import Counts
+from .openapi import CSP, example_row, openapi, page, tensor_type
+from .requests import Limits, Refused, peek, read_json, too_large
+from .schema import Finding
 from .shedding import Rates
-from .tokens import OPEN, Extension, Holder, Reply, Tokens
-from .versions import Served, Traffic
+from .tokens import ANYBODY, OPEN, Extension, Holder, Reply, Tokens
+from .versions import Routing, Served, Traffic
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from pipeline.deploy.predict import Answer, Predictor
+    from pipeline.deploy.predict import Predictor
 
 MAX_FINDINGS = 100   # a message lists so many, and says how many there were
 
 # %% auto #0
-__all__ = ['MAX_FINDINGS', 'Service', 'predictions', 'tensor_type', 'openapi']
+__all__ = ['MAX_FINDINGS', 'PREDICTS', 'Answer', 'Call', 'Recorder', 'Ids', 'Shadows', 'Service', 'predictions']
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #8bdde095
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(slots=True)
+class Call:
+    "One request."
+
+    request: str                       # its id
+    headers: Mapping[str, str]         # names in lower case
+    body: bytes
+    path: str
+    holder: Holder = ANYBODY
+    version: int | None = None         # of the model that answers; None: none was asked
+    role: str = "live"                 # or canary
+    kept: bytes | None = None          # the body as the record keeps it, where that is another
+
+
+class Recorder(Protocol):
+    "Where answered requests are noted; `deploy.inference_log` has one."
+
+    def add(self, at: float, request_id: str, version: int, role: str, status: int, ms: float, body: bytes, out: bytes) -> None:
+        "Note one; never fails, never waits."
+
+
+class Ids:
+    "Request ids that nobody can guess, 128 random bits each; drawn from the system many at a time."
+
+    def __init__(self) -> None:
+        self._drawn: list[str] = []
+
+    def __call__(self) -> str:
+        try:
+            return self._drawn.pop()
+        except IndexError:
+            digits = os.urandom(16 * 256).hex()
+            self._drawn.extend(digits[i:i + 32] for i in range(0, len(digits), 32))
+            return self()
+
+# %% ../../nbs/lib/deploy/08_handler.ipynb #a0be3fb5
+class Shadows:
+    "Work for later, in a thread of its own that starts with the first."
+
+    def __init__(self, most: int = 256) -> None:
+        self.most, self._work = most, deque[Callable[[], None]]()
+        self._wake, self._ended = threading.Event(), False
+        self._thread: threading.Thread | None = None
+
+    def add(self, work: Callable[[], None]) -> bool:     # False: the list is full
+        "Keep it for later."
+        if len(self._work) >= self.most:
+            return False
+        self._work.append(work)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
+            self._thread.start()
+        self._wake.set()
+        return True
+
+    def close(self) -> None:
+        "Do what is on the list, and end."
+        self._ended = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._work:
+                self._work.popleft()()
+            if self._ended:
+                return
+
+# %% ../../nbs/lib/deploy/08_handler.ipynb #f225199b
+_COMMON = [("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
+_JSON = ("content-type", "application/json")
+PREDICTS = ("/predict", "/v2/infer")
+Answer = Callable[[Call], Reply]
 
 
 @dataclass
@@ -47,26 +133,30 @@ class Service:
     tokens: Tokens | None = None                              # who may ask for what; by default what `token` says
     rates: Rates = field(default_factory=Rates)               # how often each may ask
     extensions: Mapping[tuple[str, str], Extension] = field(default_factory=dict)   # (method, path): routes of other rooms
+    more_pages: Sequence[Callable[[], str]] = ()              # Prometheus text of what stands around this service
+    shared_page: Callable[[], str] | None = None              # the page of all workers, where there are several
+    recorder: Recorder | None = None                          # notes what was asked and answered
+    outcomes: Callable[[Sequence[Any]], int] | None = None    # takes late outcomes, says how many; raises `InputError`
 
     def __post_init__(self, answers: Predictor | Traffic) -> None:
         import msgspec
 
         self.tokens = self.tokens or Tokens(self.token)
         self.traffic = answers if isinstance(answers, Traffic) else Traffic(Served(answers, answers.digest))
-        self._decoder: Any = msgspec.json.Decoder(request_type(self.predictor.schema))
+        self.shadows = Shadows()
+        self._ids = Ids()
         self._encode = msgspec.json.Encoder().encode
-        self._astuple = msgspec.structs.astuple
-        model = f"/v2/models/{self.predictor.name}"
-        self._routes: dict[str, tuple[str, str, Callable[..., Reply]]] = {
+        self._prepared: tuple[Routing | None, dict[int, Answerer]] = (None, {})
+        self._routes: dict[str, tuple[str, str, Answer]] = {
             "/health": ("GET", "/health", self._health), "/ready": ("GET", "/ready", self._ready),
-            "/metrics": ("GET", "/metrics", self._metrics), "/openapi.json": ("GET", "/openapi.json", self._openapi),
+            "/metrics": ("GET", "/metrics", self._metrics), "/openapi.json": ("GET", "/openapi.json", self._openapi), "/docs": ("GET", "/docs", self._docs),
             "/predict": ("POST", "/predict", self._predict),
             "/v2": ("GET", "/v2", self._v2), "/v2/health/live": ("GET", "/v2/health", self._v2_live),
             "/v2/health/ready": ("GET", "/v2/health", self._v2_live),
         }
-        for path in (model, f"{model}/versions/{self.predictor.version}"):
-            self._routes |= {path: ("GET", "/v2/model", self._v2_model), f"{path}/ready": ("GET", "/v2/model", self._v2_ready),
-                             f"{path}/infer": ("POST", "/v2/infer", self._v2_infer)}
+        if self.outcomes is not None:
+            self._routes["/outcomes"] = ("POST", "/outcomes", self._outcomes)
+        self._answerers(self.traffic.routing)
 
     @property
     def predictor(self) -> Predictor:
@@ -76,7 +166,17 @@ class Service:
     @property
     def routes(self) -> list[tuple[str, str]]:
         "Every method and path that is answered."
-        return [(method, path) for path, (method, _, _) in self._routes.items()]
+        model = f"/v2/models/{self.predictor.name}"
+        named = [(verb, f"{path}{what}") for path in (model, f"{model}/versions/{self.predictor.version}") for verb, what in (("GET", ""), ("GET", "/ready"), ("POST", "/infer"))]
+        return [(method, path) for path, (method, _, _) in self._routes.items()] + named
+
+    def page(self) -> str:
+        "What this worker counted, in Prometheus' text format."
+        return self.counts.text() + self.traffic.text() + "".join(more() for more in self.more_pages)
+
+    def close(self) -> None:
+        "Finish what is done in the background; after the last request."
+        self.shadows.close()
 
     def handle(
         self,
@@ -87,58 +187,33 @@ class Service:
     ) -> Reply:                       # status, headers, body
         "Answer one request. Whatever a caller sends is his mistake at most: a 4xx."
         start = time.perf_counter()
-        given = headers.get("x-request-id", "")
-        request = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        given = headers.get("x-request-id")
+        call = Call(given if given and _ID.fullmatch(given) else self._ids(), headers, body, path)
         route = "other"
         try:
-            holder, extension = self._admit(method, path, headers, start)
+            call.holder, extension = self._admit(method, path, headers, start)
             if len(body) > self.limits.body_bytes:
                 raise too_large(self.limits)
             if extension is not None:
                 route = path
-                status, extra, out = extension.answer(request, headers, body, holder)
+                status, extra, out = extension.answer(call.request, headers, body, call.holder)
             else:
-                wanted, route, answer = self._found(path)
+                wanted, route, answer = self._routes.get(path) or self._found(path)
                 if method != wanted:
                     raise Refused(405, "method not allowed", f"{path} is asked with {wanted}", headers=[("allow", wanted)])
-                status, extra, out = answer(request, headers, body)
+                status, extra, out = answer(call)
         except Refused as refused:
-            status, extra, out = self.problem(refused, request)
-        except Exception as error:  # a fault of ours: said without its insides, logged with its kind
+            status, extra, out = self.problem(refused, call.request)
+        except (Exception, PanicException) as error:  # a fault of ours: said without its insides, logged with its kind
             status, extra, out = self.problem(
-                Refused(500, "internal error", "this request met a fault of the service; it is logged"), request
+                Refused(500, "internal error", "this request met a fault of the service; it is logged"), call.request
             )
-            self._write({"error": f"{type(error).__name__}: {str(error)[:200]}", "request_id": request})
-        seconds = time.perf_counter() - start
-        self.counts.note(method if method in ("GET", "POST") else "other", route, status, seconds)
-        self._write({"at": round(time.time(), 3), "request_id": request, "method": method[:16], "path": path[:200], "status": status,
-                     "ms": round(seconds * 1000, 3), "bytes": len(body), "version": self.predictor.version})
-        return status, [("x-request-id", request), ("cache-control", "no-store"), ("x-content-type-options", "nosniff"), *extra], out
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log(record)
-
-    def _admit(self, method: str, path: str, headers: Mapping[str, str], now: float) -> tuple[Holder, Extension | None]:
-        if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
-            raise Refused(421, "misdirected request", f"this service answers as {', '.join(self.hosts)}; ask it by one of these names")
-        if self.hosts is not None and "origin" in headers and _host(headers["origin"].partition("://")[2]) not in self.hosts:
-            raise Refused(403, "foreign origin", "a page of another origin may not ask this service")
-        assert self.tokens is not None
-        extension = self.extensions.get((method, path))
-        holder = self.tokens.admit(method, path, headers, "" if extension is None else extension.needs(bool(self.tokens)))
-        if path not in OPEN:
-            self.rates.take(holder.name, holder.rate, now)
-        return holder, extension
-
-    def _found(self, path: str) -> tuple[str, str, Callable[..., Reply]]:
-        found = self._routes.get(path.rstrip("/") or "/")
-        if found is None:
-            raise Refused(404, "no such path", f"{path[:200]!r} is not answered here{suggest(path[:200], self._routes)}")
-        return found
-
-    def _json(self, value: Any, status: int = 200, kind: str = "application/json") -> Reply:
-        return status, [("content-type", kind)], self._encode(value)
+            self._write({"error": f"{type(error).__name__}: {str(error)[:200]}", "request_id": call.request})
+        self._note(method, route, call, status, time.perf_counter() - start, out)
+        told = [("x-request-id", call.request), *_COMMON, *extra]
+        if call.version is not None:
+            told.append(("x-model-version", str(call.version)))
+        return status, told, out
 
     def problem(self, refused: Refused, request: str) -> Reply:
         "A refusal as a problem document (RFC 9457)."
@@ -156,12 +231,169 @@ class Service:
         status, headers, out = self._json(document, refused.status, "application/problem+json")
         return status, headers + refused.headers, out
 
-    # -- what it answers
+    # -- who asks for what, and what is noted of it
 
-    def _health(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    def _admit(self, method: str, path: str, headers: Mapping[str, str], now: float) -> tuple[Holder, Extension | None]:
+        if self.hosts is not None:
+            if _host(headers.get("host", "")) not in self.hosts:
+                raise Refused(421, "misdirected request", f"this service answers as {', '.join(self.hosts)}; ask it by one of these names")
+            if "origin" in headers and _host(headers["origin"].partition("://")[2]) not in self.hosts:
+                raise Refused(403, "foreign origin", "a page of another origin may not ask this service")
+        assert self.tokens is not None
+        extension = self.extensions.get((method, path)) if self.extensions else None
+        holder = self.tokens.admit(method, path, headers, "" if extension is None else extension.needs(bool(self.tokens)))
+        if path not in OPEN:
+            self.rates.take(holder.name, holder.rate, now)
+        return holder, extension
+
+    def _found(self, path: str) -> tuple[str, str, Answer]:
+        found = self._routes.get(path.rstrip("/") or "/") or self._model_route(path.rstrip("/").split("/"))
+        if found is None:
+            raise Refused(404, "no such path", f"{path[:200]!r} is not answered here{suggest(path[:200], [known for _, known in self.routes])}")
+        return found
+
+    def _model_route(self, parts: Sequence[str]) -> tuple[str, str, Answer] | None:
+        "/v2/models/NAME[/versions/LIVE][/ready|/infer]"
+        if parts[:3] != ["", "v2", "models"] or parts[3:4] != [self.predictor.name]:
+            return None
+        rest = parts[6:] if parts[4:6] == ["versions", str(self.predictor.version)] else parts[4:]
+        known: dict[tuple[str, ...], tuple[str, str, Answer]] = {
+            (): ("GET", "/v2/model", self._v2_model), ("ready",): ("GET", "/v2/model", self._v2_ready), ("infer",): ("POST", "/v2/infer", self._v2_infer)}
+        return known.get(tuple(rest))
+
+    def _note(self, method: str, route: str, call: Call, status: int, seconds: float, out: bytes) -> None:
+        now, ms = time.time(), seconds * 1000
+        self.counts.note(method if method in ("GET", "POST") else "other", route, status)
+        if call.version is not None:
+            self.counts.timed(call.version, call.role, status, seconds, now)
+            if self.recorder is not None:
+                self.recorder.add(now, call.request, call.version, call.role, status, ms, call.body if call.kept is None else call.kept, out)
+        if self.log is not None:
+            self.log({"at": round(now, 3), "request_id": call.request, "method": method[:16], "path": call.path[:200], "status": status, "ms": round(ms, 3),
+                      "bytes": len(call.body), "version": self.predictor.version if call.version is None else call.version, "role": call.role})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log(record)
+
+    def _json(self, value: Any, status: int = 200, kind: str = "application/json") -> Reply:
+        return status, [("content-type", kind)], self._encode(value)
+
+    # -- predictions
+
+    def _answerers(self, routing: Routing) -> dict[int, Answerer]:
+        "One for each version of a routing, made when a routing is first seen."
+        known, found = self._prepared
+        if known is not routing:
+            plan = routing.plan
+            beside = () if plan is None else tuple(dict.fromkeys([*([plan.subject] if plan.subject else []), *plan.slice]))
+            kept = [answerer for answerer in found.values() if answerer.asked_beside == beside]
+            made = {id(served): next((a for a in kept if a.predictor is served.predictor), None) or Answerer(served.predictor, beside) for served in routing.served}
+            self._prepared = routing, made
+            return made
+        return found
+
+    def _pick(self, call: Call, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Answerer, Answerer | None]:
+        "Who answers, and who answers too; from the rows' columns, or from a JSON body."
+        routing = self.traffic.routing
+        answerers = self._answerers(routing)
+        served, role, shadow = routing.live, "live", None
+        plan = routing.plan
+        if plan is not None and routing.canary is not None:
+            if plan.share and (plan.subject or plan.slice):
+                needed = [*([plan.subject] if plan.subject else []), *plan.slice]
+                rows = peek(call.body, tuple(needed)) if columns is None else _rows_of(columns, needed)
+            else:
+                rows = [{}]
+            if rows:
+                served, role, shadow = routing.pick(rows, call.request)
+        answerer = answerers[id(served)]
+        call.version, call.role = answerer.version, role
+        return answerer, None if shadow is None else answerers[id(shadow)]
+
+    def _predict(self, call: Call) -> Reply:
+        prefer = call.headers.get("prefer")
+        wishes = frozenset() if not prefer else frozenset(prefer.replace(" ", "").lower().replace(";", ",").split(","))
+        lenient, explained = "handling=lenient" in wishes, "explain" in wishes
+        if call.headers.get("content-type", "").startswith(ARROW):
+            return self._predict_table(call, lenient)
+        answerer, shadow = self._pick(call, None)
+        found = answerer.json(call.body, self.limits.rows, lenient, explained)
+        self._count(call, answerer, found)
+        if shadow is not None:
+            self._in_shadow(call, shadow, partial(shadow.json, call.body, self.limits.rows, lenient))
+        more, extra = b"", [_JSON]
+        if found.warned:
+            more = b',"warnings":' + self._encode([_shown(f) for f in found.warned[:MAX_FINDINGS]])
+        if explained:
+            more += b',"explanations":' + self._encode(self._explained(answerer, found))
+        if wishes:
+            applied = [wish for wish in ("handling=lenient", "explain") if wish in wishes]
+            extra = [_JSON, ("preference-applied", ", ".join(applied))] if applied else extra
+        return 200, extra, answerer.writer.document(call.request, answerer.writer.predictions(found.chosen, found.scores), more)
+
+    def _explained(self, answerer: Answerer, found: Found) -> list[dict[str, Any]] | None:
+        if len(found.scores) > MAX_EXPLAINED:
+            raise Refused(413, "too many rows", f"{len(found.scores):,} rows were sent, {MAX_EXPLAINED} are explained at once; send them in parts")
+        return answerer.explain(found)
+
+    def _predict_table(self, call: Call, lenient: bool) -> Reply:
+        call.kept = b""       # the record keeps a table that was answered, no other
+        columns = read_arrow(call.body, self.limits.rows)
+        answerer, shadow = self._pick(call, columns)
+        found = answerer.columns(columns, self.limits.rows, lenient)
+        self._count(call, answerer, found)
+        if shadow is not None:
+            self._in_shadow(call, shadow, partial(shadow.columns, columns, self.limits.rows, lenient))
+        call.kept = None
+        about = {"model": answerer.predictor.name, "version": str(answerer.version), "request_id": call.request}
+        if found.warned:
+            about["warnings"] = json.dumps([_shown(f) for f in found.warned[:MAX_FINDINGS]])
+        frame = answerer.predictor.frame_of(found.scores, found.chosen)
+        return 200, [("content-type", ARROW)], write_arrow(frame.to_dict(as_series=False), about)
+
+    def _in_shadow(self, call: Call, answerer: Answerer, ask: Callable[[], Found]) -> None:
+        "The other version answers later; what it says is counted and recorded, and nobody waits for it."
+        def work() -> None:
+            start, status, out = time.perf_counter(), 200, b""
+            try:
+                found = ask()
+                out = answerer.writer.document(call.request, answerer.writer.predictions(found.chosen, found.scores))
+                self.counts.answered(answerer.version, "shadow", answerer.classes, found.chosen, found.scores)
+            except Refused as refused:
+                status, _, out = self.problem(refused, call.request)
+            except Exception as error:      # the caller has his answer; the fault is the shadow's, and is seen in its numbers
+                status = 500
+                self._write({"error": f"{type(error).__name__}: {str(error)[:200]}", "request_id": call.request, "role": "shadow"})
+            seconds, now = time.perf_counter() - start, time.time()
+            self.counts.timed(answerer.version, "shadow", status, seconds, now)
+            if self.recorder is not None:
+                self.recorder.add(now, call.request, answerer.version, "shadow", status, seconds * 1000, call.body if call.kept is None else call.kept, out)
+
+        if not self.shadows.add(work):
+            self.counts.dropped["too many wait"] += 1
+
+    def _count(self, call: Call, answerer: Answerer, found: Found) -> None:
+        self.counts.answered(answerer.version, call.role, answerer.classes, found.chosen, found.scores)
+        if found.warned:
+            self.counts.warnings.update(f.field for f in found.warned)
+
+    def _outcomes(self, call: Call) -> Reply:
+        value = read_json(call.body)
+        if not isinstance(value, dict) or set(value) != {"outcomes"}:
+            raise Refused(422, "not outcomes", 'send {"outcomes": [{"request_id", "row", "value"}, …]}')
+        assert self.outcomes is not None
+        try:
+            return self._json({"noted": self.outcomes(value["outcomes"])})
+        except InputError as error:
+            raise Refused(422, "not outcomes", str(error)) from None
+
+    # -- about itself
+
+    def _health(self, call: Call) -> Reply:
         return self._json({"status": "ok"})
 
-    def _ready(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    def _ready(self, call: Call) -> Reply:
         return self._json(
             {
                 "status": "ready",
@@ -171,154 +403,61 @@ class Service:
             }
         )
 
-    def _metrics(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        return 200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], self.counts.text(str(self.predictor.version)).encode()
+    def _metrics(self, call: Call) -> Reply:
+        return 200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], (self.shared_page or self.page)().encode()
 
-    def _openapi(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        return self._json(openapi(self.predictor))
+    def _openapi(self, call: Call) -> Reply:
+        return self._json(openapi(self.predictor, self.outcomes is not None))
 
-    def _predict(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        lenient = "handling=lenient" in headers.get("prefer", "").replace(" ", "").lower()
-        answer = self._read(body, lenient)
-        assert answer.frame is not None
-        self._count(answer)
-        document: dict[str, Any] = {"model": self.predictor.name, "version": self.predictor.version, "request_id": request,
-                                    "predictions": predictions(answer.frame)}
-        if answer.warned:
-            document["warnings"] = [_shown(f) for f in answer.warned[:MAX_FINDINGS]]
-        status, extra, out = self._json(document)
-        return status, extra + ([("preference-applied", "handling=lenient")] if lenient else []), out
-
-    def _read(self, body: bytes, lenient: bool) -> Answer:
-        "Fast where the body fits the schema; slow, with every fault named, where it does not."
-        import msgspec
-
-        try:
-            rows = self._decoder.decode(body).rows
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
-            return self._answered(self._slow(body, lenient))
-        self._counted(rows)
-        names = self.predictor.schema.names
-        columns = dict(zip(names, zip(*map(self._astuple, rows)))) if names else {}
-        return self._answered(self.predictor.answer(check_columns(columns, self.predictor.schema, lenient)))
-
-    def _slow(self, body: bytes, lenient: bool) -> Answer:
-        value = read_json(body)
-        if not isinstance(value, dict) or not isinstance(value.get("rows"), list):
-            raise Refused(
-                422,
-                "not a request",
-                'send {"rows": [{column: value, …}, …]}',
-                [Finding(0, "rows", "is not a list of rows", None, "a list of objects")],
-            )
-        if set(value) != {"rows"}:
-            odd = sorted(set(value) - {"rows"})[0][:120]
-            raise Refused(422, "not a request", f"{odd!r} is not known beside 'rows'", [Finding(0, odd, "is not known beside 'rows'")])
-        self._counted(value["rows"])
-        return self.predictor.answer(check_rows(value["rows"], self.predictor.schema, lenient))
-
-    def _counted(self, rows: Sequence[Any]) -> None:
-        if not rows:
-            raise Refused(422, "no rows", "rows is empty; send at least one", [Finding(0, "rows", "is empty", None, "at least one row")])
-        if len(rows) > self.limits.rows:
-            raise Refused(413, "too many rows", f"{len(rows):,} rows were sent, {self.limits.rows:,} are taken at once; send them in parts")
-
-    def _answered(self, answer: Answer) -> Answer:
-        if answer.refused:
-            first, n = answer.refused[0], len(answer.refused)
-            more = f"; {n - 1} more in errors" if n > 1 else ""
-            value = "" if first.value is None else f" {first.value!r}"
-            raise Refused(422, "rows refused", f"row {first.row}, {first.field or 'the row'}:{value} {first.problem}{more}", answer.refused)
-        return answer
-
-    def _count(self, answer: Answer) -> None:
-        assert answer.frame is not None
-        self.counts.rows += len(answer.frame)
-        self.counts.warnings.update(f.field for f in answer.warned)
-        if self.predictor.model.task != "regression":
-            self.counts.predictions.update(answer.frame["prediction"].to_list())
+    def _docs(self, call: Call) -> Reply:
+        out = page(openapi(self.predictor, self.outcomes is not None), example_row(self.predictor))
+        return 200, [("content-type", "text/html; charset=utf-8"), ("content-security-policy", CSP), ("referrer-policy", "no-referrer")], out
 
     # -- Open Inference Protocol
 
-    def _v2(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        return self._json({"name": "pilothouse", "version": "2", "extensions": []})
+    def _v2(self, call: Call) -> Reply:
+        return self._json({"name": "pilothouse", "version": "2", "extensions": ["binary_tensor_data"]})
 
-    def _v2_live(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    def _v2_live(self, call: Call) -> Reply:
         return self._json({"live": True, "ready": True})
 
-    def _v2_ready(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    def _v2_ready(self, call: Call) -> Reply:
         return self._json({"name": self.predictor.name, "ready": True})
 
-    def _v2_model(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
+    def _v2_model(self, call: Call) -> Reply:
         inputs = [{"name": f.name, "datatype": tensor_type(f), "shape": [-1]} for f in self.predictor.schema.fields]
-        numeric = self.predictor.model.task == "regression"
-        outputs = [
-            {"name": n, "datatype": "BYTES" if n == "prediction" and not numeric else "FP64", "shape": [-1]}
-            for n in self.predictor.outputs
-        ]
-        return self._json(
-            {
-                "name": self.predictor.name,
-                "versions": [str(self.predictor.version)],
-                "platform": "pilothouse",
-                "inputs": inputs,
-                "outputs": outputs,
-            }
-        )
+        outputs = [{"name": n, "datatype": _output_type(n, self.predictor.model.task), "shape": [-1]} for n in self.predictor.outputs]
+        return self._json({"name": self.predictor.name, "versions": [str(self.predictor.version)], "platform": "pilothouse", "inputs": inputs, "outputs": outputs})
 
-    def _v2_infer(self, request: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        value = read_json(body)
-        inputs = value.get("inputs") if isinstance(value, dict) else None
-        if not isinstance(inputs, list) or not all(
-            isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("data"), list) for t in inputs
-        ):
-            raise Refused(
-                422,
-                "not a request",
-                "send {\"inputs\": [{name, shape, datatype, data}, …]}, a tensor a column",
-                [Finding(0, "inputs", "is not a list of tensors")],
-            )
-        lengths = {len(t["data"]) for t in inputs}
-        if len(lengths) > 1:
-            raise Refused(
-                422,
-                "not a request",
-                f"tensors of {', '.join(map(str, sorted(lengths)))} values cannot be one table",
-                [Finding(0, "inputs", "have different lengths")],
-            )
-        self._counted(range(max(lengths, default=0)))
-        rows = [dict(zip([t["name"] for t in inputs], values)) for values in zip(*(t["data"] for t in inputs))]
-        answer = self._answered(
-            self.predictor.answer(
-                check_rows(rows, self.predictor.schema, "handling=lenient" in headers.get("prefer", ""))
-            )
-        )
-        assert answer.frame is not None
-        self._count(answer)
-        outputs = [
-            {
-                "name": n,
-                "datatype": "BYTES" if answer.frame.schema[n].is_(_string()) else "FP64",
-                "shape": [len(rows)],
-                "data": answer.frame[n].to_list(),
-            }
-            for n in answer.frame.columns
-        ]
-        asked = value.get("id")
-        return self._json(
-            {
-                "model_name": self.predictor.name,
-                "model_version": str(self.predictor.version),
-                "id": asked if isinstance(asked, str) and _ID.fullmatch(asked) else request,
-                "outputs": outputs,
-            }
-        )
+    def _v2_infer(self, call: Call) -> Reply:
+        split = call.headers.get("inference-header-content-length", "")
+        columns, asked = read_tensors(call.body, split)
+        if split and int(split) < len(call.body) and self.recorder is not None:     # the record keeps what can be read again
+            call.kept = self._encode({"inputs": [{"name": name, "data": values} for name, values in columns.items()]})
+        lenient = "handling=lenient" in call.headers.get("prefer", "").replace(" ", "").lower()
+        answerer, shadow = self._pick(call, columns)
+        found = answerer.columns(columns, self.limits.rows, lenient)
+        self._count(call, answerer, found)
+        if shadow is not None:
+            self._in_shadow(call, shadow, partial(shadow.columns, columns, self.limits.rows, lenient))
+        predictor = answerer.predictor
+        frame = predictor.frame_of(found.scores, found.chosen)
+        outputs = [{"name": n, "datatype": _output_type(n, predictor.model.task), "shape": [frame.height], "data": frame[n].to_list()} for n in frame.columns]
+        return self._json({"model_name": predictor.name, "model_version": str(predictor.version),
+                           "id": asked if asked is not None and _ID.fullmatch(asked) else call.request, "outputs": outputs})
 
-# %% ../../nbs/lib/deploy/08_handler.ipynb #a2f2b04d
-def _string() -> Any:
-    import polars as pl
+# %% ../../nbs/lib/deploy/08_handler.ipynb #7849a49f
+def _output_type(name: str, task: str) -> str:
+    return "BYTES" if name == "prediction" and task != "regression" else "FP64"
 
-    return pl.String
+
+def _rows_of(columns: Mapping[str, Sequence[Any]], needed: Sequence[str]) -> list[dict[str, Any]]:
+    "Some columns, row by row; none where the columns are no table."
+    lengths = set(map(len, columns.values()))
+    if len(lengths) != 1:
+        return []
+    held = [name for name in needed if name in columns]
+    return [{name: columns[name][i] for name in held} for i in range(lengths.pop())]
 
 
 def _shown(finding: Finding) -> dict[str, Any]:
@@ -331,7 +470,7 @@ def _host(header: str) -> str:
     name = header.rsplit("]", 1)[0].lstrip("[") if header.startswith("[") else header.partition(":")[0]
     return name.lower()
 
-# %% ../../nbs/lib/deploy/08_handler.ipynb #a0be3fb5
+# %% ../../nbs/lib/deploy/08_handler.ipynb #363784f0
 def predictions(
     frame: pl.DataFrame,           # as a predictor answers
 ) -> list[dict[str, Any]]:         # {"prediction", "p": {class: …}}, or {"prediction", "low", "high"}
@@ -341,66 +480,3 @@ def predictions(
         return frame.to_dicts()
     classes = [n[2:] for n in names]
     return [{"prediction": row[0], "p": dict(zip(classes, row[1:]))} for row in frame.select("prediction", *names).iter_rows()]
-
-
-def tensor_type(spec: Field) -> str:
-    "The Open Inference Protocol's name of a field's type."
-    whole = spec.dtype.startswith(("Int", "UInt"))
-    return {"number": "INT64" if whole else "FP64", "bool": "BOOL"}.get(spec.type, "BYTES")
-
-
-def openapi(predictor: Predictor) -> dict[str, Any]:
-    "The service described as OpenAPI 3.1."
-    problem = {"description": "what was wrong, by row and field", "content": {"application/problem+json": {"schema": {"type": "object"}}}}
-    answer = (
-        {"prediction": {"type": "number"}, "low": {"type": "number"}, "high": {"type": "number"}}
-        if predictor.model.task == "regression"
-        else {
-            "prediction": {"type": "string", "enum": predictor.model.classes},
-            "p": {"type": "object", "additionalProperties": {"type": "number"}},
-        }
-    )
-    body = {"type": "object", "required": ["rows"], "additionalProperties": False,
-            "properties": {"rows": {"type": "array", "minItems": 1, "maxItems": Limits().rows, "items": json_schema(predictor.schema)}}}
-    result = {
-        "type": "object",
-        "properties": {
-            "model": {"type": "string"},
-            "version": {"type": "integer"},
-            "request_id": {"type": "string"},
-            "predictions": {"type": "array", "items": {"type": "object", "properties": answer}},
-            "warnings": {"type": "array", "items": {"type": "object"}},
-        },
-    }
-    ok = {"description": "fine", "content": {"application/json": {"schema": {"type": "object"}}}}
-    prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "enum": ["handling=strict", "handling=lenient"]},
-              "description": "lenient: answer what training never saw, with a warning"}
-    paths: dict[str, Any] = {
-        "/predict": {
-            "post": {
-                "operationId": "predict",
-                "parameters": [prefer],
-                "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-                "responses": {
-                    "200": {
-                        "description": "a prediction for each row",
-                        "content": {"application/json": {"schema": result}},
-                    },
-                    **dict.fromkeys(("400", "401", "413", "422"), problem),
-                },
-            }
-        }
-    }
-    paths |= {
-        p: {"get": {"operationId": p.strip("/").replace("/", "_"), "responses": {"200": ok}}}
-        for p in ("/health", "/ready", "/v2", "/v2/health/live", "/v2/health/ready")
-    }
-    paths["/metrics"] = {
-        "get": {
-            "operationId": "metrics",
-            "responses": {
-                "200": {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
-            },
-        }
-    }
-    return {"openapi": "3.1.0", "info": {"title": predictor.name, "version": str(predictor.version)}, "paths": paths}

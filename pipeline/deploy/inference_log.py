@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from ..core.crypto import are_forgotten, named, pseudonym_key, seal, subject_keys, token
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'CHUNK', 'Record', 'ID', 'MOST_OUTCOMES', 'TIME', 'ROWS',
-           'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder', 'spool_key', 'write_spool',
-           'note_outcomes', 'inference_tables', 'collect', 'read_inferences', 'read_outcomes', 'forget_inferences',
-           'drop_inferences']
+__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'CHUNK', 'CHUNK_BYTES', 'FILE_BYTES', 'Record', 'ID',
+           'MOST_OUTCOMES', 'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder',
+           'spool_key', 'write_spool', 'note_outcomes', 'inference_tables', 'collect', 'read_inferences',
+           'read_outcomes', 'newest_numbers', 'forget_inferences', 'drop_inferences']
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #608e52c3
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ INTERVAL = 1.0                  # seconds between two writes: what a crash may l
 MOST_WAITING = 64_000_000       # bytes that wait in memory
 MOST_SPOOLED = 256_000_000      # bytes of sealed files from which they are taken at once
 TAKEN_EVERY = 300.0             # seconds after which they are taken anyway
-CHUNK = 500                     # records that are packed without letting others run
+CHUNK, CHUNK_BYTES = 200, 256_000    # records that are packed without letting requests run
+FILE_BYTES = 8_000_000          # of one sealed file
 Record = tuple[float, str, int, str, int, float, bytes, bytes]   # at, request, version, role, status, ms, body, answer
 
 
@@ -130,16 +132,31 @@ class Recorder:
             waiting = len(self._waiting)          # what comes meanwhile is for the next time
             while waiting or self._unsent:
                 if not self._unsent:
-                    taken = [self._waiting.popleft() for _ in range(min(waiting, 40 * CHUNK))]
+                    chunks: list[bytes] = []
+                    self._unsent_records = self._unsent_size = 0
+                    while waiting and self._unsent_size < FILE_BYTES:
+                        taken = self._chunk(waiting)
+                        chunks.append(pack(taken))
+                        waiting -= len(taken)
+                        self._unsent_records += len(taken)
+                        time.sleep(0)                 # requests that wait for the interpreter go first
                     layouts = {str(version): asdict(layout) for version, layout in self.layouts.items()}
-                    self._unsent = pack({"layouts": layouts, "records": [pack(taken[i:i + CHUNK]) for i in range(0, len(taken), CHUNK)]})
-                    self._unsent_records, self._unsent_size = len(taken), sum(len(r[6]) + len(r[7]) + 100 for r in taken)
-                    waiting -= len(taken)
+                    self._unsent = pack({"layouts": layouts, "records": chunks})
                 write_spool(self.store, self.name, "rows", self._unsent, self._key)
                 self._spooled += len(self._unsent)
                 self.written += self._unsent_records
                 self._left += self._unsent_size
                 self._unsent = b""
+
+    def _chunk(self, waiting: int) -> list[Record]:
+        taken: list[Record] = []
+        size = 0
+        while waiting > len(taken) < CHUNK and size < CHUNK_BYTES:
+            record = self._waiting.popleft()
+            taken.append(record)
+            size += len(record[6]) + len(record[7]) + 100
+        self._unsent_size += size
+        return taken
 
     def close(self) -> None:
         "Write what is left and end the thread; for the end of a worker."
@@ -369,7 +386,7 @@ class _Lines:
             columns["value"].append(given if isinstance(given, int | float) else None)
             columns["low"].append(told.get("low"))
             columns["high"].append(told.get("high"))
-            columns["scores"].append(self._scores(p) if p else None)
+            columns["scores"].append(self._scores(p) if p else ())
         for row in inputs or ({},) * n:
             subject = row.get(layout.subject) if layout.subject else None
             columns["subject"].append(None if subject is None else str(subject))
@@ -378,11 +395,22 @@ class _Lines:
         self.column += [layout.subject] * n
         self.keyed += [layout.keyed] * n
 
-    def _scores(self, p: Mapping[str, float]) -> list[float | None]:
-        for name in p:
-            if name not in self.classes:
-                self.classes.append(name)
-        return [p.get(name) for name in self.classes]
+    def _scores(self, p: Mapping[str, float]) -> Sequence[float]:
+        if list(p) == self.classes:
+            return list(p.values())
+        self.classes += [name for name in p if name not in self.classes]
+        return [p.get(name, math.nan) for name in self.classes]
+
+    def _matrix(self) -> pl.Series:
+        "Probabilities as lists, null where there are none: a matrix at once, as a list of lists takes ten times as long."
+        found, width = self.columns["scores"], len(self.classes)
+        whole = np.full((len(found), max(1, width)), math.nan)
+        for known in {len(row) for row in found} - {0}:
+            at = [i for i, row in enumerate(found) if len(row) == known]
+            whole[at, :known] = [found[i] for i in at]
+        lists = pl.Series("scores", whole).arr.to_list()
+        lists = lists.list.eval(pl.element().fill_nan(None)) if np.isnan(whole).any() else lists
+        return lists.to_frame().select(pl.when(pl.Series([len(row) > 0 for row in found], dtype=pl.Boolean)).then("scores")).to_series()
 
     def _text(self, row: Mapping[str, Any], fields: Sequence[str]) -> str | None:
         kept = {name: row[name] for name in fields if name in row}
@@ -403,7 +431,7 @@ class _Lines:
             sealed.append(None if text is None or subject in gone else seal(keys.get(subject, own) if self.keyed[i] else own, text, place))
         filled = self.columns | {"subject": [None if s is None else stands.get((c, s)) for c, s in zip(self.column, subjects)], "sealed": sealed}
         plain = {n: pl.Int64 if n == "at" else t for n, t in ROWS.items() if n != "number"}
-        return pl.DataFrame({n: pl.Series(n, filled[n], t) for n, t in plain.items()}).with_columns(pl.col("at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"))
+        return pl.DataFrame([self._matrix() if n == "scores" else pl.Series(n, filled[n], t) for n, t in plain.items()]).with_columns(pl.col("at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"))
 
 
 def _stand_in(master: bytes, column: str | None, subject: str, key: bytes | None) -> str:
@@ -475,6 +503,16 @@ def read_outcomes(
     settled = news.filter(pl.col("number") < young["number"].min()) if young.height else news     # the rest when its answer has landed
     joined = _told(settled, classes).join(rows, on=key, how="inner", maintain_order="left")
     return pl.DataFrame([joined["outcome_number"], *_shown(joined, classes, False).iter_columns()])
+
+
+def newest_numbers(
+    store: Path,
+    name: str,
+) -> tuple[int, int]:      # of the newest answer and the newest outcome; -1 where there is none
+    "Where a reader begins who wants to hear only of what comes from now on."
+    collect(store, name)
+    answers, outcomes = (int(table.told().get("next", 0)) - 1 for table in inference_tables(store, name))
+    return answers, outcomes
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #16e3ea65
 def _classes(table: Growing) -> list[str]:

@@ -11,16 +11,16 @@ import numpy as np
 import polars as pl
 
 from ..core.display import Html, estimates, headline, note, stack
-from .load import answered_share, failed_share, folder_mb, latency_quantile, of_key, throughput
+from .load import answered_share, failed_share, folder_mb, latency_quantile, of_key, per_1000, throughput, uptime
 from .packing import Packed
 from .rehearsal import Rehearsal
 from .staging import largest_difference
 
 if TYPE_CHECKING:
-    from pipeline.core.run import Run
+    from pipeline.core.run import Claim, Run
 
 # %% auto #0
-__all__ = ['claim_limits', 'show_latency', 'tell']
+__all__ = ['claim_limits', 'claim_costs', 'show_latency', 'tell']
 
 # %% ../../nbs/lib/deploy/15_limits.ipynb #578c54bd
 def claim_limits(
@@ -39,7 +39,9 @@ def claim_limits(
     memory = run.claim("rss_mb", **spent, using={"key": "rss_mb"}, unit="MB", title="memory of the service under load", **lower)
     rps = run.claim("throughput_rps", of="deploy/throughput", by=throughput, unit="1/s", title="requests a second, 8 clients that never pause", **higher)
     answered = run.claim("answered_share", of="deploy/latencies", by=answered_share, title="share of requests answered", **higher)
+    up = run.claim("uptime", of="deploy/latencies", by=uptime, title="share of the time in which requests were answered", **higher)
     rows = run.claim("batch_rows_per_s", **spent, using={"key": "batch_rows_per_s"}, unit="1/s", title="rows a second in a batch", **higher)
+    online = run.claim("online_rows_per_s", **spent, using={"key": "online_rows_per_s"}, unit="1/s", title="rows a second over HTTP, a thousand a request", **higher)
     if run.problem.problem.mode == "online":
         run.check("Latency, 99th percentile (deploy.latency_p99_ms)", p99, at_most=limits.latency_p99_ms, answers=["deploy.latency_p99_ms", "O6"])
         run.check("Throughput (deploy.throughput_rps)", rps, at_least=limits.throughput_rps, answers=["deploy.throughput_rps", "O6"])
@@ -48,7 +50,8 @@ def claim_limits(
         run.check("Throughput of a batch (deploy.throughput_rps)", rows, at_least=limits.throughput_rps, answers=["deploy.throughput_rps", "O6"])
     run.check("Model on disk (deploy.model_mb)", size, at_most=limits.model_mb, answers=["deploy.model_mb"])
     run.check("Memory of the service (deploy.rss_mb)", memory, at_most=limits.rss_mb, answers=["deploy.rss_mb", "O6"])
-    run.check("Requests answered (deploy.uptime)", answered, at_least=limits.uptime, answers=["deploy.uptime"])
+    run.check("Requests answered (deploy.uptime)", up.value, at_least=limits.uptime, answers=["deploy.uptime"])
+    costs = claim_costs(run)
     told = {
         "latency_p99_ms": limits.latency_p99_ms,
         "model_mb": limits.model_mb,
@@ -67,12 +70,32 @@ def claim_limits(
             ]
         ),
         estimates(
-            [p50, p99, rps, rows, size, memory, answered], "Measured against the limits of the problem file", told
+            [p50, p99, rps, online, rows, size, memory, answered, up], "Measured against the limits of the problem file", told
         ),
+        estimates(costs, "What 1,000 answers cost, at this workplace's prices", {"money_per_1000": limits.cost_per_1000} if limits.cost_per_1000 is not None else {}),
         note(
-            f"Latency counts from when a request was due, in an open loop from a second process, so that a stall is not hidden by a client that waits for it.{tries}"
+            f"Latency counts from when a request was due, in an open loop of {rehearsal.resources['rate']:g} requests a second from a second process, so that a stall is not "
+            f"hidden by a client that waits for it.{tries} Energy is processor time times the watts of a busy core, an estimate."
         ),
     )
+
+
+def claim_costs(
+    run: Run,
+) -> list[Claim]:
+    "Processor time, money, energy and carbon of 1,000 single rows over HTTP and in a batch."
+    told: dict[str, Any] = {"of": "deploy/resources", "on": "staging", "better": "lower"}
+    currency = run.problem.problem.currency
+    made = []
+    for prefix, key, where in (("", "cpu_ms_per_1000", "over HTTP, a row a request"), ("batch_", "batch_cpu_ms_per_1000", "in a batch")):
+        made.append(run.claim(key, by=of_key, using={"key": key}, unit="ms", title=f"processor time of 1,000 rows {where}", **told))
+        for what, unit, title in (("money", currency, "money"), ("joules", "J", "energy"), ("co2e_g", "g", "CO₂e")):
+            made.append(run.claim(f"{prefix}{what}_per_1000", by=per_1000, using={"what": what, "of": key}, unit=unit, title=f"{title} for 1,000 rows {where}", **told))
+    if run.problem.deploy.cost_per_1000 is not None:
+        asked = "money_per_1000" if run.problem.problem.mode == "online" else "batch_money_per_1000"
+        run.check("Money for 1,000 answers (deploy.cost_per_1000)", next(c for c in made if c.name == asked), at_most=run.problem.deploy.cost_per_1000,
+                  answers=["deploy.cost_per_1000"])
+    return made
 
 
 def show_latency(rehearsal: Rehearsal, limit: float) -> Any:

@@ -27,8 +27,9 @@ from ..core.run import Estimate
 from .staging import Staged
 
 # %% auto #0
-__all__ = ['CLOSED', 'OPEN', 'SAMPLE', 'arrivals', 'Plan', 'measure', 'send_bodies', 'send', 'latency_quantile', 'throughput',
-           'failed_share', 'answered_share', 'of_key', 'folder_mb']
+__all__ = ['CLOSED', 'OPEN', 'LEAST_RATE', 'MOST_RATE', 'SAMPLE', 'arrivals', 'Plan', 'measure', 'send_bodies', 'send',
+           'latency_quantile', 'throughput', 'failed_share', 'answered_share', 'uptime', 'per_1000', 'of_key',
+           'folder_mb']
 
 # %% ../../nbs/lib/deploy/12_load.ipynb #edce976c
 def arrivals(
@@ -43,6 +44,7 @@ def arrivals(
 
 # %% ../../nbs/lib/deploy/12_load.ipynb #db693016
 CLOSED, OPEN = 8, 64      # connections of a closed and an open loop
+LEAST_RATE, MOST_RATE = 100.0, 2_000.0   # requests a second of an open loop; what a problem declares lies between
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,11 @@ class _Loop:
         return made
 
     def _send(self, number: int, due: float, late_ms: float) -> None:
-        connection = self.idle.pop() or self._connect()
+        connection = self.idle.pop()
+        if connection is not None and select.select([connection], [], [], 0)[0]:   # closed while nobody asked: any client opens another
+            connection.close()
+            connection = None
+        connection = connection or self._connect()
         try:
             if connection is None:
                 raise OSError
@@ -267,6 +273,33 @@ def answered_share(
 ) -> float:
     "Requests that were answered with 200."
     return 1 - failed_share(sample)
+
+
+def uptime(
+    sample: pl.DataFrame,    # an open loop: due_s, latency_ms, status
+) -> Estimate:               # share of the time, with a 95 % interval over ten stretches of a sample
+    "Share of the time in which a request that was due got its answer; each request speaks for the time until the next one."
+    attempts = [part.sort("due_s") for part in (sample.partition_by("attempt") if "attempt" in sample.columns else [sample])]
+    gaps = np.concatenate([np.diff(part["due_s"].to_numpy()) for part in attempts])
+    good = np.concatenate([part["status"].to_numpy()[:-1] == 200 for part in attempts])
+    if not gaps.sum() > 0:
+        return Estimate(math.nan, n=len(sample))
+    parts = np.array([float((g * ok).sum() / g.sum()) for g, ok in zip(np.array_split(gaps, 10), np.array_split(good, 10)) if g.sum() > 0])
+    value = float((gaps * good).sum() / gaps.sum())
+    half = 2.26 * float(parts.std(ddof=1)) / math.sqrt(len(parts)) if len(parts) > 1 else 0.0
+    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), len(sample))
+
+
+def per_1000(
+    record: dict[str, Any],   # deploy/resources: CPU milliseconds of 1,000 answers, and this workplace's prices
+    what: str,                # money, joules or co2e_g
+    of: str = "cpu_ms_per_1000",
+) -> float:
+    "What 1,000 answers cost: processor time times price; times watts of a busy core (an estimate); times the grid's carbon."
+    seconds = float(record[of]) / 1000
+    joules = seconds * float(record["watts_per_core"])
+    return {"money": seconds / 3600 * float(record["core_hour"]), "joules": joules,
+            "co2e_g": joules / 3.6e6 * float(record["gram_co2e_per_kwh"])}[what]
 
 
 def _counted(sample: pl.DataFrame) -> pl.DataFrame:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ..core.errors import InputError
 from .frames import check_frame
 from .rows import Checked, check_rows
 from .schema import Finding, Schema
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
     from pipeline.train.models import Model
 
 # %% auto #0
-__all__ = ['FEW', 'ROW_WISE', 'Answer', 'Predictor']
+__all__ = ['FEW', 'Answer', 'Predictor']
 
 # %% ../../nbs/lib/deploy/04_predict.ipynb #ccaf95e6
 FEW = 32                                       # rows up to which a frame costs more than it saves
-ROW_WISE = ("dummy", "additive", "text", "trees", "student", "portfolio")     # families whose rows do not touch each other's rounding
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,55 @@ class Predictor:
 
     def _estimate(self, matrix: np.ndarray) -> np.ndarray:
         ask = self.model.estimator.predict
-        if self.model.family in ROW_WISE or len(matrix) < 2:
+        if self.model.row_wise or len(matrix) < 2:
             return self.model.mended(ask(matrix))
         return self.model.mended(np.concatenate([ask(matrix[i:i + 1]) for i in range(len(matrix))]))
 
-    def _answers(self, scores: np.ndarray, rows: pl.DataFrame | Checked) -> pl.DataFrame:
+    def estimate(
+        self,
+        matrix: np.ndarray,                               # (rows, features), as the encoder writes it
+        rows: pl.DataFrame | Checked | None = None,       # the same rows; only thresholds by group read them
+    ) -> tuple[np.ndarray, list[int] | None]:             # numbers, see `decide`, and each row's class by its place
+        "Numbers and classes of rows that were encoded."
+        return self.decide(self._estimate(matrix), rows)
+
+    def estimate_checked(
+        self,
+        checked: Checked,       # nothing refused
+    ) -> tuple[np.ndarray, list[int] | None]:
+        "The same for rows that the schema read."
+        return self.decide(self._checked_scores(checked), checked)
+
+    def decide(
+        self,
+        scores: np.ndarray,                               # (rows, classes) probabilities or (rows,) numbers
+        rows: pl.DataFrame | Checked | None = None,
+    ) -> tuple[np.ndarray, list[int] | None]:
+        "Each row's class by its place; a number gets its interval instead, (rows, 3), where training learned one."
         if self.model.task == "regression":
-            ends = self.model.intervals(scores).T if self._interval else ()
-            return pl.DataFrame({n: np.asarray(v, dtype=float) for n, v in zip(self.outputs, (scores, *ends))})
-        names = np.array(self.model.classes, dtype=object)
+            return np.column_stack([scores, self.model.intervals(scores)]) if self._interval else np.asarray(scores, dtype=float), None
         if self.rule is not None:
+            if rows is None:
+                raise InputError(f"thresholds by {self.rule.by} decide here, and these rows came without it; predict a frame")
             chosen = self.rule.act(scores[:, 1], (rows.frame if isinstance(rows, Checked) else rows)[self.rule.by]).astype(int)
         elif self.model.task == "binary":
             chosen = (scores[:, 1] >= (0.5 if self.threshold is None else self.threshold)).astype(int)
         else:
             chosen = scores.argmax(axis=1)
-        answer = pl.DataFrame({"prediction": pl.Series(names[chosen].tolist(), dtype=pl.String)})
-        return answer.with_columns(pl.Series(f"p_{c}", scores[:, i]) for i, c in enumerate(self.model.classes))
+        return scores, chosen.tolist()
+
+    def frame_of(
+        self,
+        scores: np.ndarray,          # as `decide` gives them
+        chosen: list[int] | None,
+    ) -> pl.DataFrame:               # `outputs`
+        "Numbers and classes as columns."
+        if chosen is None:
+            columns = scores.T if scores.ndim > 1 else (scores,)
+            return pl.DataFrame({name: np.ascontiguousarray(column) for name, column in zip(self.outputs, columns)})
+        names = self.model.classes
+        answer = pl.DataFrame({"prediction": pl.Series([names[place] for place in chosen], dtype=pl.String)})
+        return answer.with_columns(pl.Series(f"p_{c}", scores[:, i]) for i, c in enumerate(names))
+
+    def _answers(self, scores: np.ndarray, rows: pl.DataFrame | Checked) -> pl.DataFrame:
+        return self.frame_of(*self.decide(scores, rows))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.packing import Packed
 
 # %% auto #0
-__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'Entry', 'Move', 'Registry', 'enter']
+__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'Entry', 'Move', 'Registry', 'enter']
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #1bb06f54
 STATES = ("candidate", "staging", "canary", "production", "retired")
@@ -38,7 +38,7 @@ MOVES: dict[str, tuple[str, ...]] = {
     "retired": (),
 }
 ALONE = ("canary", "production")   # at most one package of a name is in each of these
-ROLLBACK = "rollback"
+ROLLBACK, DOWNGRADE = "rollback", "downgrade"
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,9 @@ class Registry:
         reason: str,                    # why, for the audit trail
         by: str = "",                   # who
         expected: str | None = None,    # the state that the caller saw; refused when it is another by now
+        downgrade: bool = False,        # yes, although a newer package was in production
     ) -> Entry:
-        "Move a package, all or nothing; whoever was in production makes room for it. Raises `InputError`."
+        "Move a package, all or nothing; whoever was in production makes room for it. Raises `InputError`, `IntegrityError` for an older package."
         if to not in STATES:
             raise InputError(f"{to!r} is no state of a package; states: {', '.join(STATES)}")
         if not reason.strip():
@@ -177,11 +178,21 @@ class Registry:
                 raise InputError(f"{name} v{version} is {found.state} and cannot become {to}; next states: {allowed}")
             if to in ("staging", "canary", "production") and found.verdict == "no-go":
                 raise InputError(f"{name} v{version} comes from a run with the verdict no-go and cannot become {to}; mend what failed and run again")
+            newest = self._newest(connection, name)
+            if to in ALONE and version < newest:
+                if not downgrade:
+                    raise IntegrityError(f"{name} v{version} is older than v{newest}, which was in production; go back by a rollback, or say --downgrade, which is written down")
+                reason = f"{DOWNGRADE} below v{newest}: {reason}"
             if to in ALONE:
                 self._make_room(connection, name, to, found, by or who(), reason)
             self._change(connection, found, to, by or who(), reason)
         self._tell_audit()
         return self.entry(name, version)
+
+    def newest(self, name: str) -> int:
+        "The highest version that was ever in production, 0 where none was: an older package is not a new one."
+        with _said_plainly(self.url), self.engine.connect() as connection:
+            return self._newest(connection, name)
 
     def rollback(
         self,
@@ -226,6 +237,13 @@ class Registry:
         if found is None:
             raise InputError(f"{name} v{version} is not registered; `pilothouse models {name}` lists what is")
         return found
+
+    def _newest(self, connection: Any, name: str) -> int:
+        from sqlalchemy import func, select
+
+        table = self.tables.moves
+        found = connection.execute(select(func.max(table.c.version)).where((table.c.name == name) & (table.c.went_to == "production"))).scalar()
+        return int(found or 0)
 
     def _in_state(self, connection: Any, name: str, state: str) -> Entry | None:
         table = self.tables.packages

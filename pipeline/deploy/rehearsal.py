@@ -16,21 +16,23 @@ import polars as pl
 from ..core.display import LEAST_CELL, Html, estimates, facts, note, stack, table
 from ..core.intervals import score
 from .batch import predict_all
-from .load import latency_quantile, measure
+from .load import LEAST_RATE, MOST_RATE, latency_quantile, measure
 from .packing import Packed
 from .rows import check_rows, summarise
 from .staging import Staged, as_rows, compare, largest_difference, replay, staged, within_bytes
+from ..evaluate.holdout import shipped
 
 if TYPE_CHECKING:
     from pipeline.core.run import Claim, Run
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['REPLAYED', 'SINGLE', 'LOAD_S', 'ATTEMPTS', 'Rehearsal', 'rehearse', 'affordable', 'side_by_side', 'smoke_test',
-           'claim_equality', 'claim_metric_again', 'show_smoke', 'show_refusals']
+__all__ = ['REPLAYED', 'VALIDATED', 'SINGLE', 'LOAD_S', 'ATTEMPTS', 'Rehearsal', 'rehearse', 'validation_rows', 'affordable',
+           'side_by_side', 'smoke_test', 'claim_equality', 'claim_metric_again', 'show_smoke', 'show_refusals']
 
 # %% ../../nbs/lib/deploy/14_rehearsal.ipynb #9ac705e9
 REPLAYED = 100_000      # rows of the holdout at most
+VALIDATED = 2_000       # rows of the validation set at most, evenly from first to last
 SINGLE = 200            # of these one by one
 LOAD_S = 10.0           # seconds that a load sample may take, one request after the other
 ATTEMPTS = 5            # a machine shared with others is given so many chances to be quiet
@@ -47,6 +49,8 @@ class Rehearsal:
     latencies: pl.DataFrame
     resources: dict[str, Any]
     refusals: pl.DataFrame
+    validated: pl.DataFrame | None = None   # as saved in deploy/replay_validation
+    first_validated: str = ""               # the first row and column that differed there, or nothing
 
 
 def rehearse(
@@ -58,22 +62,31 @@ def rehearse(
     frame = run.open_sealed("data/holdout", "replay of what was measured; decides nothing", look=False).head(REPLAYED)
     rows = as_rows(frame, packed.predictor.schema.names)
     limit = run.problem.deploy.latency_p99_ms
-    rate = min(max(run.problem.deploy.throughput_rps / 2, 100.0), 200.0)
+    rate = min(max(run.problem.deploy.throughput_rps, LEAST_RATE), MOST_RATE)
+    known = validation_rows(run)
     started = time.monotonic()
     with staged(packed.folder, packed.key) as server:
         start_s = time.monotonic() - started
         smoke = smoke_test(server, packed.predictor, rows[0])
+        begun = time.perf_counter()
         served = replay(server, rows)
+        online_s = time.perf_counter() - begun
+        again = replay(server, as_rows(known[0], packed.predictor.schema.names)) if known else None
         begun = time.perf_counter()
         single = replay(server, rows[:SINGLE], chunk=1)
         requests = affordable((time.perf_counter() - begun) / max(len(single), 1))
         sample = within_bytes(rows[:1000])
         latencies = _calmest(server, sample, rate, limit, run.seed, requests)
+        spent = server.cpu_s()
         speed = measure(server, sample, 0, requests, run.seed)
-        resources = {"rss_mb": server.memory_mb(), "start_s": start_s}
-    begun = time.perf_counter()
+        spent = server.cpu_s() - spent
+        resources = {"rss_mb": server.memory_mb(), "start_s": start_s, "rate": rate, "cpu_ms_per_1000": 1e6 * spent / len(speed),
+                     "online_rows_per_s": len(rows) / max(online_s, 1e-9)}
+    begun, spent = time.perf_counter(), time.process_time()
     batch = predict_all(packed.predictor, frame)
-    resources |= {"batch_rows_per_s": len(frame) / max(time.perf_counter() - begun, 1e-9)}
+    resources |= {"batch_rows_per_s": len(frame) / max(time.perf_counter() - begun, 1e-9),
+                  "batch_cpu_ms_per_1000": 1e6 * (time.process_time() - spent) / len(frame)}
+    resources |= {n: getattr(run.settings, n) for n in ("core_hour", "watts_per_core", "gram_co2e_per_kwh")}
     replayed = side_by_side(measured, served, batch)
     shared = [n for n in served.columns if n in measured.columns]
     first = (
@@ -83,6 +96,11 @@ def rehearse(
     )
     run.save("deploy/smoke", smoke)
     run.save("deploy/replay", replayed)
+    validated = first_validated = None
+    if known and again is not None:
+        validated = side_by_side(known[1], again)
+        first_validated = compare(known[1].select(n for n in again.columns if n in known[1].columns), again).first
+        run.save("deploy/replay_validation", validated)
     run.save("deploy/latencies", latencies, timing=True)
     run.save("deploy/throughput", speed, timing=True)
     run.save("deploy/resources", resources, timing=True)
@@ -92,7 +110,21 @@ def rehearse(
         strict=False,
     )
     run.save("deploy/refusals", refusals)
-    return Rehearsal(len(frame), smoke, replayed, first, latencies, resources, refusals)
+    return Rehearsal(len(frame), smoke, replayed, first, latencies, resources, refusals, validated, first_validated or "")
+
+
+def validation_rows(
+    run: Run,
+) -> tuple[pl.DataFrame, pl.DataFrame] | None:   # rows to ask, and y with the shipped model's own answers beside; None without them
+    "Rows on which the model was chosen, answered by the model as it was trained, in this process and without the package."
+    from pipeline.train.models import load_model
+
+    found = run.load("train/validation").select("__row", "y").drop_nulls().unique("__row", keep="first", maintain_order=True)
+    frame = found.gather_every(max(-(-found.height // VALIDATED), 1)).join(run.load("data/train"), on="__row", maintain_order="left")
+    if frame.is_empty():
+        return None
+    model = load_model(run.load(shipped(run)))
+    return frame, pl.concat([frame.select("__row", "y"), model.answers(model.predict(frame))], how="horizontal")
 
 
 def affordable(
@@ -105,13 +137,14 @@ def affordable(
 def side_by_side(
     measured: pl.DataFrame,     # evaluate/predictions
     served: pl.DataFrame,       # answers over HTTP to the same rows
-    batch: pl.DataFrame,        # answers of the batch to the same rows
+    batch: pl.DataFrame | None = None,        # answers of the batch to the same rows
 ) -> pl.DataFrame:              # y, meta columns, the served answers as they are, measured_… and batch_… beside them
     "One frame from which every comparison can be made again."
     meta = [n for n in ("__row", "__time", "__group", "y") if n in measured.columns]
     parts = [measured.select(meta), served]
     parts += [measured.select(pl.col(n).alias(f"measured_{n}") for n in served.columns if n in measured.columns)]
-    parts += [batch.select(pl.col(n).alias(f"batch_{n}") for n in served.columns)]
+    if batch is not None:
+        parts += [batch.select(pl.col(n).alias(f"batch_{n}") for n in served.columns)]
     return pl.concat(parts, how="horizontal")
 
 
@@ -137,6 +170,7 @@ def smoke_test(
         ("is alive", "GET", "/health", b"", {}, 200),
         ("is ready", "GET", "/ready", b"", {}, 200),
         ("describes itself", "GET", "/openapi.json", b"", {}, 200),
+        ("shows its documentation", "GET", "/docs", b"", {}, 200),
         ("counts", "GET", "/metrics", b"", {}, 200),
         ("answers a row", "POST", "/predict", _rows(row), {"prefer": "handling=lenient"}, 200),
         (
@@ -228,17 +262,23 @@ def claim_equality(
     )
     run.check("Served equals measured, to 1e-9", gap, at_most=1e-9, why=rehearsal.first, answers=["O3", "I3"])
     run.check("Batch equals online, bit for bit", same, at_most=0.0, why=rehearsal.first, answers=["O3"])
+    told = {
+        "rows of the holdout asked over HTTP": rehearsal.rows,
+        "of these one by one as well": min(SINGLE, rehearsal.rows),
+        "largest difference to what was measured": f"{gap.value:.3g}",
+        "largest difference between batch and online": f"{same.value:.3g}",
+        "first difference": rehearsal.first or "none",
+    }
     again = claim_metric_again(run, rehearsal)
-    facts_ = facts(
-        {
-            "rows asked over HTTP": rehearsal.rows,
-            "of these one by one as well": min(SINGLE, rehearsal.rows),
-            "largest difference to what was measured": f"{gap.value:.3g}",
-            "largest difference between batch and online": f"{same.value:.3g}",
-            "first difference": rehearsal.first or "none",
-        },
-        "The holdout, answered by the service",
-    )
+    if rehearsal.validated is None:
+        run.not_applicable("Served equals the trained model on the validation set, to 1e-9", "no row of the validation set stands in the training data")
+    else:
+        seen = run.claim("served_minus_trained", of="deploy/replay_validation", by=largest_difference, using={"prefix": "measured_"}, on="validation", better="lower",
+                         n=len(rehearsal.validated), title="largest difference between served and the model as trained, validation set")
+        run.check("Served equals the trained model on the validation set, to 1e-9", seen, at_most=1e-9, why=rehearsal.first_validated, answers=["O3", "I3"])
+        told |= {"rows of the validation set asked": len(rehearsal.validated), "largest difference to the trained model there": f"{seen.value:.3g}",
+                 "first difference there": rehearsal.first_validated or "none"}
+    facts_ = facts(told, "The holdout and the validation set, answered by the service")
     return stack(facts_, estimates(again, "The metric of the evaluation, computed from what the service answered")) if again else facts_
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 
 # %% auto #0
-__all__ = ['SERVING', 'SPEC', 'Locked', 'read_lock', 'serving_lock', 'lock_text', 'make_sbom', 'check_sbom']
+__all__ = ['SERVING', 'SPEC', 'Locked', 'read_lock', 'serving_lock', 'lock_text', 'installed', 'make_sbom', 'check_sbom']
 
 # %% ../../nbs/lib/deploy/05_sbom.ipynb #109c042a
 SERVING = ("cryptography", "granian", "lightgbm", "msgspec", "numba", "numpy", "polars", "psutil", "pyarrow", "pydantic", "pyyaml",
@@ -30,6 +30,7 @@ class Locked:
     version: str
     lines: tuple[str, ...]      # as they stand in the lock, hashes included
     parents: tuple[str, ...]    # libraries that asked for it
+    marker: str = ""            # where it is installed (PEP 508); everywhere by default
 
 
 def read_lock(
@@ -67,17 +68,29 @@ def lock_text(
     "A lock again, which `pip install --require-hashes -r` takes."
     return "".join("\n".join(one.lines) + "\n" for one in locked)
 
+
+def installed(
+    locked: Iterable[Locked],
+    python: str,    # such as cpython 3.11.7
+) -> list[Locked]:
+    "What of a lock is installed on this system for that Python: a lock may hold two versions of one library."
+    from packaging.markers import Marker
+
+    version = python.partition(" ")[2]
+    asked = {"python_full_version": version, "python_version": ".".join(version.split(".")[:2])} if version else {}
+    return [one for one in locked if not one.marker or Marker(one.marker).evaluate(asked)]
+
 # %% ../../nbs/lib/deploy/05_sbom.ipynb #a1eecf5b
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _locked(lines: Sequence[str]) -> Locked:
-    pinned = re.match(r"([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?==([^\s;\\]+)", lines[0])
+    pinned = re.match(r"([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?==([^\s;\\]+)\s*(?:;([^\\]*))?", lines[0])
     if pinned is None:
         raise InputError(f"requirements.lock: {lines[0][:80]!r} pins no version; make the lock again with `make lock`")
     told = [line.strip().lstrip("# ").removeprefix("via").strip() for line in lines[1:] if line.strip().startswith("#")]
-    return Locked(_plain(pinned[1]), pinned[2], tuple(lines), tuple(_plain(parent.split()[0]) for parent in told if parent))
+    return Locked(_plain(pinned[1]), pinned[2], tuple(lines), tuple(_plain(parent.split()[0]) for parent in told if parent), (pinned[3] or "").strip())
 
 # %% ../../nbs/lib/deploy/05_sbom.ipynb #619e1db5
 SPEC = "1.6"
@@ -86,11 +99,12 @@ SPEC = "1.6"
 def make_sbom(
     name: str,                      # the problem's name
     model: Mapping[str, Any],       # family and digest of the model
-    locked: Sequence[Locked],       # what is installed with it
+    locked: Iterable[Locked],       # the lock that it is installed from
     python: str,                    # such as cpython 3.11.7
     data: Mapping[str, str],        # versions of data and labels that it was made from
 ) -> dict[str, Any]:
     "A CycloneDX document of the model, its interpreter and its libraries."
+    locked = installed(locked, python)
     libraries = [_library(one) for one in locked]
     known = {part["name"]: part["bom-ref"] for part in libraries}
     kind, _, version = python.partition(" ")

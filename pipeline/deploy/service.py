@@ -5,88 +5,226 @@
 # %% ../../nbs/lib/deploy/09_service.ipynb #97b262e2
 from __future__ import annotations
 
+import importlib
 import ipaddress
-import json
 import os
-import socket
+import signal
 import sys
+import tempfile
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..core.errors import InputError, IntegrityError
 from ..core.settings import secret
-from ..core.errors import EnvironmentFault, InputError, IntegrityError
+from ..core.store import locked
+from .board import Board
 from .handler import Service
+from .process import die_with_parent, end, listen, make_server
 from .requests import Limits, Refused, too_large
+from .shedding import Queue, Rates
+from .telemetry import Telemetry, telemetry
+from .tokens import OPEN, Tokens
+from .versions import Follower, Plan, Plans, Served, Traffic
+
+if TYPE_CHECKING:
+    from pipeline.deploy.inference_log import Recorder
 
 # %% auto #0
-__all__ = ['DRAINED', 'Application', 'serve', 'serve_package', 'load_application', 'is_loopback', 'check_binding', 'read_secret',
-           'free_port']
+__all__ = ['DRAINED', 'READY', 'Application', 'Serving', 'serve', 'serve_package', 'load_application', 'load_served',
+           'is_loopback', 'check_binding', 'read_secret', 'free_port']
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #1cced19e
 DRAINED = 64_000_000   # bytes of an oversized body that are read and dropped, so that its sender can read the answer
+READY = ("/ready", "/v2/health/ready")
 
 
 class Application:
     "A service as an RSGI application."
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(
+        self,
+        service: Service,
+        queue: Queue | None = None,                  # how many may wait
+        starts: Sequence[Callable[[], Any]] = (),    # called when the worker is about to answer
+        closers: Sequence[Callable[[], Any]] = (),   # called when it has answered its last request
+        traces: Telemetry | None = None,
+    ):
+        self.service, self.queue, self.starts, self.closers = service, queue or Queue(), tuple(starts), tuple(closers)
+        self.draining = False
+        self.slow = {path for _, path in service.extensions}
+        self.traces, self.known = traces, {path for _, path in service.routes} | self.slow
+
+    def __rsgi_init__(self, loop: Any) -> None:
+        loop.add_signal_handler(signal.SIGUSR1, self.drain)
+        for start in self.starts:
+            start()
+
+    def __rsgi_del__(self, loop: Any) -> None:
+        end(*self.closers)
+
+    def drain(self) -> None:
+        "Answer what comes, and say that it ends."
+        self.draining = True
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         "One HTTP request."
         if scope.proto != "http":
             protocol.close(None)
             return
-        headers = {k.lower(): v for k, v in scope.headers.items()}
-        headers.setdefault("host", scope.authority or "")
+        service, queue, path = self.service, self.queue, scope.path
+        begun = time.time_ns() if self.traces else 0
+        headers = scope.headers if "host" in scope.headers else {**dict(scope.headers.items()), "host": scope.authority or ""}
+        entered = False
         try:
-            body = await self._body(scope.method, headers, protocol)
-            status, sent, out = self.service.handle(scope.method, scope.path, headers, body)
+            crowd = None if path in OPEN else queue.crowd()     # health is asked most when much is going on
+            if crowd is None and path not in OPEN:
+                queue.enter()
+                entered = True
+            body = b"" if scope.method == "GET" and "content-length" not in headers else await self._body(scope.method, headers, protocol)
+            if crowd is not None:       # who is sent away has been heard: a sender that is cut off reads no answer
+                raise crowd
+            if path in self.slow:
+                import asyncio
+
+                status, sent, out = await asyncio.to_thread(service.handle, scope.method, path, dict(headers.items()), body)
+            elif self.draining and path in READY:
+                raise Refused(503, "draining", "this worker answers what it has and ends; ask another")
+            else:
+                start = time.perf_counter()
+                status, sent, out = service.handle(scope.method, path, headers, body)
+                if entered:
+                    entered = False
+                    queue.leave(time.perf_counter() - start)
         except Refused as refused:
-            status, sent, out = self.service.problem(refused, uuid.uuid4().hex)
+            status, sent, out = self._refusal(refused, scope.method, path)
+        finally:
+            if entered:
+                queue.leave()
+        if self.draining:
             sent = [*sent, ("connection", "close")]
         protocol.response_bytes(status, sent, out)
+        if self.traces and path not in OPEN:
+            self.traces.note(scope.method, path if path in self.known else "", status, begun, time.time_ns(), headers, sent)
 
-    async def _body(self, method: str, headers: Mapping[str, str], protocol: Any) -> bytes:
+    def _refusal(self, refused: Refused, method: str, path: str) -> Any:
+        "What is refused before anything is handled; counted as every answer is."
+        status, sent, out = self.service.problem(refused, uuid.uuid4().hex)
+        self.service.counts.note(method if method in ("GET", "POST") else "other", path if path in ("/predict", "/v2/infer") else "other", status)
+        return status, sent if status in (429, 503) else [*sent, ("connection", "close")], out
+
+    async def _body(self, method: str, headers: Any, protocol: Any) -> bytes:
         import asyncio
 
         if method in ("GET", "HEAD") and "content-length" not in headers and "transfer-encoding" not in headers:
             return b""
-        limits = self.service.limits
+        limits, told = self.service.limits, headers.get("content-length", "")
         try:
-            return await asyncio.wait_for(_within(protocol, limits), limits.read_s)
+            async with asyncio.timeout(limits.read_s):
+                if told.isdecimal() and int(told) <= limits.body_bytes:
+                    self.queue.hold(int(told))
+                    try:
+                        return await protocol()
+                    finally:
+                        self.queue.release(int(told))
+                return await self._stream(protocol, limits)
         except TimeoutError:
             raise Refused(408, "body too slow", f"the body did not arrive within {limits.read_s:g} s") from None
 
-
-async def _within(protocol: Any, limits: Limits) -> bytes:
-    "The body; more than the limit is read and dropped, then refused."
-    parts, size = [], 0
-    async for part in protocol:
-        size += len(part)
-        if size <= limits.body_bytes:
-            parts.append(part)
-        elif size > DRAINED:
-            break
-    if size > limits.body_bytes:
-        raise too_large(limits)
-    return b"".join(parts)
+    async def _stream(self, protocol: Any, limits: Limits) -> bytes:
+        "A body of unknown length; more than the limit is read and dropped, then refused."
+        parts, size, held = [], 0, 0
+        try:
+            async for part in protocol:
+                size += len(part)
+                if size <= limits.body_bytes:
+                    self.queue.hold(len(part))
+                    held += len(part)
+                    parts.append(part)
+                elif size > DRAINED:
+                    break
+        finally:
+            self.queue.release(held)
+        if size > limits.body_bytes:
+            raise too_large(limits)
+        return b"".join(parts)
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #2433abba
+@dataclass(frozen=True)
+class Serving:
+    "How a package is served; it travels to every worker."
+
+    folder: str                    # the package
+    key: bytes                     # Ed25519 public key that must have signed
+    host: str = "127.0.0.1"
+    token_ref: str | None = None   # env:NAME of one token with all roles
+    tokens: str | None = None      # a file of tokens, see `tokens`
+    tls_cert: str | None = None    # PEM
+    tls_key: str | None = None     # PEM
+    workers: int = 1
+    rate: float = 0.0              # requests a second that each caller may ask; 0: no limit
+    wait_s: float = 0.5            # that a request may wait for those before it; then 429
+    drain_s: float = 0.5           # between saying that it ends and ending
+    log: bool = True               # a JSON line a request on standard output
+    store: str = ""                # outputs/store: plans are followed; empty: this package alone
+    database: str = ""             # of the registry; empty: SQLite in the store
+    log_inputs: str = "minimised"  # what the inference log keeps of a request: deploy.log_inputs
+    subject: str | None = None     # the problem's subject; the contract's by default
+    keyed: bool = False            # sealed under each subject's own key: comply.encrypt
+    memory: str = ""               # a folder of this service: what its workers know of each other
+    extensions: str = ""           # module:function(service, store, name, database) -> routes of other rooms
+    flush_s: float = 1.0           # between two writes of the inference log: what a crash may lose
+
+    def check(self) -> None:
+        "Raise for what must not or cannot be served."
+        check_binding(self.host, read_secret(self.token_ref), bool(self.tls_cert), bool(self.tokens))
+        Tokens(file=self.tokens)
+        if self.workers < 1:
+            raise InputError(f"{self.workers} workers were asked; at least 1 is needed")
+        if min(self.rate, self.wait_s, self.drain_s) < 0:
+            raise InputError("rate, waiting time and time to drain cannot be negative; give 0 or more")
+        self.tls()
+
+    def tls(self) -> tuple[Path, Path] | None:
+        "Certificate and key, if they can be used together; raises `InputError`."
+        import ssl
+
+        if not (self.tls_cert or self.tls_key):
+            return None
+        if not (self.tls_cert and self.tls_key):
+            raise InputError("TLS needs both a certificate and its key; give --tls-cert and --tls-key")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, password="")
+        except OSError as error:
+            raise InputError(f"{Path(self.tls_cert).name} and {Path(self.tls_key).name} cannot be used for TLS ({error.strerror or error}); give a PEM certificate and its own key, without a password") from error
+        return Path(self.tls_cert), Path(self.tls_key)
+
+# %% ../../nbs/lib/deploy/09_service.ipynb #9a2a31b7
 def serve(
     run_folder: Path | str,          # outputs/PROBLEM/RUN
     host: str = "127.0.0.1",
     port: int = 8000,                # 0: a free one
-    token_ref: str | None = None,    # env:NAME; demanded for any host but this machine
+    token_ref: str | None = None,    # env:NAME; demanded, or a file of tokens, for any host but this machine
+    downgrade: str = "",             # why a package older than one that was in production may answer
+    **more: Any,                     # other fields of `Serving`
 ) -> None:
-    "Serve a run's package until it is told to stop; raises before a port is open."
+    "Serve a run's package, and what the plans of its store say, until told to stop; raises before a port is open."
+    from pipeline.deploy.admission import admit
     from pipeline.deploy.package import package_of
+    from pipeline.deploy.registry import Registry
 
     folder, key = package_of(run_folder)
-    serve_package(folder, key, host, port, token_ref)
+    store = Path(run_folder).resolve().parent.parent / "store"
+    serving = {"store": str(store), **more}
+    Serving(str(folder), b"", host, token_ref, **serving).check()
+    free_port(host, port)
+    admit(store, serving.get("database", ""), folder, downgrade)
+    Plans(Registry(store, serving.get("database", "")))    # the table is made once, before the workers ask for it
+    serve_package(folder, key, host, port, token_ref, **serving)
 
 
 def serve_package(
@@ -96,52 +234,139 @@ def serve_package(
     port: int = 8000,
     token_ref: str | None = None,
     log: bool = True,                # a JSON line a request on standard output
+    **more: Any,                     # other fields of `Serving`
 ) -> None:
     "Verify, say where, serve."
-    import multiprocessing
-
-    from granian.server import Server   # type: ignore[attr-defined]
-
     from pipeline.deploy.package import verify_package
 
-    check_binding(host, read_secret(token_ref))
+    serving = Serving(str(Path(folder).resolve()), public_key.public_bytes_raw(), host, token_ref, log=log, **more)
+    serving.check()
     manifest = verify_package(folder, public_key)
-    port = free_port(host, port)
-    loader: Any = partial(load_application, str(Path(folder).resolve()), public_key.public_bytes_raw(), host, token_ref, log)
-    multiprocessing.set_start_method("spawn", force=True)   # a forked worker deadlocks once polars was used
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1"))
-    server = Server("pipeline.deploy.service", address=host, port=port, interface=_rsgi(), workers=1, websockets=False, log_enabled=False,
-                    respawn_failed_workers=True, workers_kill_timeout=10)
-    shown = f"[{host}]" if ":" in host else host
-    print(
-        f"{manifest['name']} version {manifest['version']} on http://{shown}:{port}  POST /predict · /openapi.json · /metrics · stop with Ctrl-C",
-        flush=True,
-    )
-    server.serve(target_loader=loader, wrap_loader=False)
+    with listen(host, port, deferred=serving.tls() is not None) as listening, tempfile.TemporaryDirectory(prefix="pilothouse-") as memory:
+        os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1"))
+        server = make_server(listening, serving.workers, serving.tls(), serving.drain_s)
+        shown, scheme = f"[{host}]" if ":" in host else host, "https" if serving.tls() else "http"
+        print(
+            f"{manifest['name']} version {manifest['version']} on {scheme}://{shown}:{listening.getsockname()[1]}  POST /predict · /openapi.json · /metrics · stop with Ctrl-C",
+            flush=True,
+        )
+        server.serve(target_loader=partial(load_application, replace(serving, memory=memory)), wrap_loader=False)
 
 
-def load_application(folder: str, key: bytes, host: str, token_ref: str | None, log: bool) -> Application:
+def load_application(
+    serving: Serving,
+) -> Application:
     "What a worker does first: verify and load the package."
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+    from pipeline.deploy.journal import Journal
+
+    die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)   # until there is something to drain
+    key = Ed25519PublicKey.from_public_bytes(serving.key)
+    live = load_served(Path(serving.folder), key)
+    journal = Journal(sys.stdout.buffer) if serving.log else None
+    hosts = tuple(dict.fromkeys(("127.0.0.1", "localhost", "::1", serving.host.lower()))) if is_loopback(serving.host) else None
+    queue, recorder = Queue(serving.wait_s), _recorder(serving, live)
+    service = Service(Traffic(live), hosts=hosts, log=journal, tokens=Tokens(read_secret(serving.token_ref), serving.tokens),
+                      rates=Rates(serving.rate, 1 / serving.workers), more_pages=[queue.text], recorder=recorder,
+                      outcomes=_outcomes(serving, live) if recorder else None)
+    starts: list[Callable[[], Any]] = []
+    closers: list[Callable[[], Any]] = [service.close, *([journal.close] if journal else [])]
+    traces = telemetry(os.environ, live.predictor.name, live.version)
+    closers += [traces.close] if traces else []
+    if serving.memory:
+        board = Board(Path(serving.memory), service.page)
+        service.shared_page = board.merged
+        starts.append(board.start)
+        closers.append(board.close)
+    if recorder is not None:
+        follower = _follower(serving, service, recorder, key, journal)
+        follower.step()     # the plan decides from the first answer on
+        starts.append(follower.start)
+        closers.insert(0, follower.close)
+        closers.append(recorder.close)
+    if serving.extensions:
+        module, _, function = serving.extensions.partition(":")
+        service.extensions = getattr(importlib.import_module(module), function)(service, Path(serving.store), live.predictor.name, serving.database)
+    return Application(service, queue, starts, closers, traces)
+
+
+def load_served(
+    folder: Path,          # a package
+    public_key: Any,       # that must have signed
+) -> Served:
+    "Verify, load and get ready: machine code is read before the first request, not by it."
     from pipeline.deploy.package import load_package
     from pipeline.train.fast import prepare
 
-    predictor = load_package(folder, Ed25519PublicKey.from_public_bytes(key))
-    prepare(predictor.model.estimator)   # machine code is read before the first request, not by it
-    hosts = tuple(dict.fromkeys(("127.0.0.1", "localhost", "::1", host.lower()))) if is_loopback(host) else None
-    return Application(Service(predictor, read_secret(token_ref), hosts, log=_print_record if log else None))
+    predictor = load_package(folder, public_key)
+    prepare(predictor.model.estimator)
+    return Served(predictor, predictor.digest)
 
 
-def _print_record(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
+def _recorder(serving: Serving, live: Served) -> Recorder | None:
+    "Where answered requests are noted; None without a store."
+    from pipeline.deploy.inference_log import Recorder
+
+    if not serving.store:
+        return None
+    recorder = Recorder(Path(serving.store), live.predictor.name, interval=serving.flush_s)
+    _describe(serving, recorder, live)
+    return recorder
 
 
-def _rsgi() -> Any:
-    from granian.constants import Interfaces
+def _describe(serving: Serving, recorder: Recorder, served: Served) -> None:
+    from pipeline.deploy.inference_log import layout_of
 
-    return Interfaces.RSGI
+    recorder.describe(served.version, layout_of(served.predictor, serving.log_inputs, serving.subject, serving.keyed))
+
+
+def _outcomes(serving: Serving, live: Served) -> Callable[[Sequence[Any]], int]:
+    from pipeline.deploy.inference_log import note_outcomes
+
+    return partial(note_outcomes, Path(serving.store), live.predictor.name, classes=live.predictor.model.classes)
+
+
+def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, journal: Callable[[dict[str, Any]], Any] | None) -> Follower:
+    "What keeps a worker to the plans of the store."
+    from pipeline.core import audit
+    from pipeline.deploy.first_load import check_loads
+    from pipeline.deploy.registry import Registry
+
+    store, name = Path(serving.store), service.predictor.name
+    held: list[Plans] = []
+
+    def current() -> Plan | None:
+        if not held:
+            held.append(Plans(Registry(store, serving.database)))
+        return held[0].current(name)
+
+    def load(digest: str) -> Served:
+        folder = store / "models" / digest
+        if not folder.is_dir():
+            raise InputError(f"package {digest[:12]} is asked for and is not in the store; release it first")
+        seen = Path(serving.memory) / f"{digest}.loads"
+        with locked(Path(serving.memory) / "loads.lock"):
+            if not seen.exists():
+                check_loads(folder, key)      # a file that kills whoever reads it kills a child; once for all workers
+                seen.touch()
+        served = load_served(folder, key)
+        if served.predictor.name != name:
+            raise InputError(f"package {digest[:12]} is a model of {served.predictor.name}, this service answers for {name}")
+        _describe(serving, recorder, served)
+        return served
+
+    def note(record: dict[str, Any]) -> None:
+        if journal:
+            journal({"at": round(time.time(), 3), **record})
+        if record["event"] in ("traffic", "plan refused"):
+            service.counts.swaps["followed" if record["event"] == "traffic" else "refused"] += 1
+        if record["event"] == "plan refused":
+            audit.append(store, "traffic.refused", {"name": name, "revision": record["revision"], "why": record["error"]})
+
+    service.traffic.load = load
+    return Follower(service.traffic, current, note=note, also=[service.tokens.refresh] if service.tokens else [])
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #bff45b92
 def is_loopback(host: str) -> bool:
@@ -155,12 +380,18 @@ def is_loopback(host: str) -> bool:
 def check_binding(
     host: str,
     token: str | None,
+    tls: bool = False,     # whether it speaks TLS
+    file: bool = False,    # whether there is a file of tokens
 ) -> None:
-    "Refuse to listen to others without a token; raises `IntegrityError`."
-    if not is_loopback(host) and not token:
-        raise IntegrityError(f"serving on {host} without a token would let anyone ask; pass a token as env:NAME, or serve on 127.0.0.1")
+    "Refuse to listen to others without a token and TLS; raises `IntegrityError`."
     if token is not None and len(token) < 16:
         raise IntegrityError(f"the token has {len(token)} characters; use at least 16, for example from `openssl rand -hex 16`")
+    if is_loopback(host):
+        return
+    if not (token or file):
+        raise IntegrityError(f"serving on {host} without a token would let anyone ask; pass --token env:NAME or --tokens FILE, or serve on 127.0.0.1")
+    if not tls:
+        raise IntegrityError(f"serving on {host} without TLS would send token and rows in the clear; pass --tls-cert and --tls-key, or serve on 127.0.0.1 behind a proxy that speaks TLS")
 
 
 def read_secret(
@@ -175,13 +406,5 @@ def free_port(
     port: int,     # 0: any free one
 ) -> int:
     "The port, if nobody listens there; raises `EnvironmentFault`."
-    if not 0 <= port <= 65535:
-        raise InputError(f"port {port} does not exist; choose 1 to 65535, or 0 for a free one")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise EnvironmentFault(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port") from error
+    with listen(host, port) as probe:
+        return int(probe.getsockname()[1])

@@ -93,12 +93,16 @@ class Queue:
     mean: float = 0.0                   # seconds a request, lately
     refused: int = field(default=0)
 
-    def enter(self) -> None:
-        "Come in; raises `Refused` with 429 where it would take too long."
+    def crowd(self) -> Refused | None:
+        "The answer for a newcomer who would wait too long."
         expected = self.waiting * self.mean
-        if self.waiting and (expected > self.wait_s or self.waiting >= self.most):
-            self.refused += 1
-            raise too_many(f"{self.waiting} requests wait already, some {expected:.1f} s; ask again later, or start more workers", expected)
+        if not self.waiting or expected <= self.wait_s and self.waiting < self.most:
+            return None
+        self.refused += 1
+        return too_many(f"{self.waiting} requests wait already, some {expected:.1f} s; ask again later, or start more workers", expected)
+
+    def enter(self) -> None:
+        "Come in."
         self.waiting += 1
 
     def leave(
@@ -120,3 +124,10 @@ class Queue:
     def release(self, n: int) -> None:
         "Those bytes are read."
         self.held -= n
+
+    def text(self) -> str:
+        "Its state, in Prometheus' text format."
+        return ("# HELP pilothouse_waiting Requests that have come and are not answered.\n# TYPE pilothouse_waiting gauge\n"
+                f"pilothouse_waiting {self.waiting}\n"
+                "# HELP pilothouse_shed_total Requests refused because too many waited.\n# TYPE pilothouse_shed_total counter\n"
+                f"pilothouse_shed_total {self.refused}\n")

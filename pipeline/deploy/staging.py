@@ -50,6 +50,15 @@ class Staged:
         parent = psutil.Process(self.process.pid)
         return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 1e6
 
+    def worker(self) -> Any:
+        "The process that answers: the child that has used most processor time."
+        import psutil
+
+        children = psutil.Process(self.process.pid).children()
+        if not children:
+            raise EnvironmentFault("the service has no worker; wait until it is ready")
+        return max(children, key=lambda p: sum(p.cpu_times()[:2]))
+
     def cpu_s(self) -> float:
         "CPU seconds that the server and its workers have used."
         import psutil

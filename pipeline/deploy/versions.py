@@ -8,6 +8,9 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['point', 'Plan', 'Plans', 'check_plan', 'Served', 'Routing', 'Traffic']
+__all__ = ['KEPT', 'RETRY_S', 'point', 'Plan', 'Plans', 'check_plan', 'Served', 'Routing', 'Traffic', 'Follower']
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #429a1bad
 def point(
@@ -185,6 +188,9 @@ class Routing:
         return subject is not None and point(subject, self.plan.salt) * 100 < self.plan.share
 
 
+KEPT = 4    # versions that stay loaded, those of the plan among them: going back must not wait for a model to be read
+
+
 class Traffic:
     "What a worker asks; `apply` puts another routing in its place in one step."
 
@@ -195,26 +201,110 @@ class Traffic:
     ) -> None:
         self.routing = Routing(live)
         self.load = load
-        self.refused = ""       # why the last plan was not followed
+        self.refused = ""            # why the last plan was not followed
+        self._kept = {live.digest: live}
+        self._changing = threading.Lock()
 
     def apply(
         self,
         plan: Plan,
     ) -> bool:          # followed; else `refused` says why, and everything stays as it was
         "Load what is missing, then switch."
-        known = {served.digest: served for served in self.routing.served}
-        try:
-            live, canary = (self._at_hand(digest, known) for digest in (plan.live, plan.canary))
-        except PilothouseError as error:
-            self.refused = str(error)
-            return False
-        assert live
-        self.routing, self.refused = Routing(live, canary, plan), ""
-        return True
+        with self._changing:
+            try:
+                live, canary = (self._at_hand(digest) for digest in (plan.live, plan.canary))
+            except PilothouseError as error:
+                self.refused = str(error)
+                return False
+            assert live
+            self.routing, self.refused = Routing(live, canary, plan), ""
+            self._forget()
+            return True
 
-    def _at_hand(self, digest: str | None, known: Mapping[str, Served]) -> Served | None:
-        if digest is None or digest in known:
-            return known[digest] if digest else None
-        if self.load is None:
-            raise InputError(f"package {digest[:12]} is asked for, and this service has no store to load it from")
-        return self.load(digest)
+    def text(self) -> str:
+        "What it does, in Prometheus' text format."
+        routing = self.routing
+        plan = routing.plan or Plan(routing.live.predictor.name, routing.live.digest)
+        roles = [("live", routing.live)] + ([("canary", routing.canary)] if routing.canary else [])
+        lines = ["# HELP pilothouse_version The versions at work, by role.", "# TYPE pilothouse_version gauge"]
+        lines += [f'pilothouse_version{{role="{role}",package="{served.digest[:12]}"}} {served.version}' for role, served in roles]
+        for name, about, value in (
+            ("plan_revision", "The plan that is followed; 0: none.", plan.revision),
+            ("canary_share", "Percent of subjects that the canary answers.", plan.share),
+            ("plan_refused", "1 while the newest plan cannot be followed.", int(bool(self.refused))),
+        ):
+            lines += [f"# HELP pilothouse_{name} {about}", f"# TYPE pilothouse_{name} gauge", f"pilothouse_{name} {value:g}"]
+        return "\n".join(lines) + "\n"
+
+    def _at_hand(self, digest: str | None) -> Served | None:
+        if digest is None:
+            return None
+        if digest not in self._kept:
+            if self.load is None:
+                raise InputError(f"package {digest[:12]} is asked for, and this service has no store to load it from")
+            self._kept[digest] = self.load(digest)
+        self._kept[digest] = self._kept.pop(digest)     # the newest last
+        return self._kept[digest]
+
+    def _forget(self) -> None:
+        used = {served.digest for served in self.routing.served}
+        for digest in [d for d in self._kept if d not in used][:max(0, len(self._kept) - KEPT)]:
+            del self._kept[digest]
+
+# %% ../../nbs/lib/deploy/21_versions.ipynb #2e04eef2
+RETRY_S = 30.0      # after which a plan that could not be followed is tried again
+
+
+class Follower:
+    "Keeps a worker's traffic to the newest plan."
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        current: Callable[[], Plan | None],                 # the newest plan; see `Plans.current`
+        every_s: float = 0.2,
+        note: Callable[[dict[str, Any]], Any] | None = None,  # what happened, a record each
+        also: Sequence[Callable[[], Any]] = (),             # looked after as often: files that may have changed
+    ) -> None:
+        self.traffic, self.current, self.every_s, self.also = traffic, current, every_s, tuple(also)
+        self.note = note or (lambda record: print(json.dumps(record), file=sys.stderr, flush=True))
+        self.fault = ""              # why the database or a file could not be read
+        self._seen = 0               # the revision that was tried last
+        self._again = 0.0            # when a plan that could not be followed is tried again
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="plans", daemon=True)
+
+    def start(self) -> None:
+        "Follow from now on."
+        self._thread.start()
+
+    def close(self) -> None:
+        "Follow no further."
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def step(self) -> bool:     # whether another plan is followed now
+        "Look once."
+        try:
+            plan = self.current()
+            for look in self.also:
+                look()
+            self.fault = ""
+        except Exception as error:     # of the database, of a file: what is live stays live, and the next look tries again
+            if not self.fault:
+                self.note({"event": "plan not read", "error": f"{type(error).__name__}: {error}"})
+            self.fault = str(error)
+            return False
+        if plan is None or plan.revision == self._seen and (not self.traffic.refused or time.monotonic() < self._again):
+            return False
+        self._seen, self._again = plan.revision, time.monotonic() + RETRY_S
+        followed = self.traffic.apply(plan)
+        told = {"event": "traffic", "revision": plan.revision, "live": self.traffic.routing.live.version, "share": plan.share, "shadow": plan.shadow, "by": plan.by}
+        canary = self.traffic.routing.canary
+        self.note(told | ({"canary": canary.version} if canary else {}) if followed else {"event": "plan refused", "revision": plan.revision, "error": self.traffic.refused})
+        return followed
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.every_s):
+            self.step()

@@ -5,7 +5,7 @@
 # %% ../../nbs/lib/deploy/03_wire.ipynb #0e11e44a
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -65,6 +65,8 @@ class Reader:
         self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(msgspec.defstruct("Request", [("rows", list[row])], forbid_unknown_fields=True)).decode
         self._refused = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError)
         self._values = msgspec.structs.astuple
+        self._convert, self._column_kinds = msgspec.convert, [(spec.name, list[kind]) for (spec, _), (_, kind, *_) in zip(pairs, fields)]   # type: ignore[valid-type]
+        self._ends = np.cumsum([0] + [len(coding.features) for _, coding in pairs]).tolist()
         self._own, self._width, self._beside = len(pairs), len(encoder.features), bool(beside)
         turned = [(place, _exchange(spec, coding, coders[spec.name]), len(coding.features) > 1)
                   for place, (spec, coding) in enumerate(pairs) if not _as_sent(spec, coding)]
@@ -101,6 +103,22 @@ class Reader:
         except NeedsWords:
             return None
         return np.array(found, float).reshape(len(rows), self._width)     # None becomes NaN
+
+    def columns(
+        self,
+        columns: Mapping[str, Sequence[Any]],    # plain values by column, of one length, every column of the model
+    ) -> np.ndarray | None:                      # (rows, features); None: there is something to say
+        "What the model sees of columns that were sent as such."
+        codes = dict(self._codes + self._wide)
+        found = np.empty((len(next(iter(columns.values()))), self._width))
+        try:
+            for place, (name, kind) in enumerate(self._column_kinds):
+                values = self._convert(columns[name], kind)
+                exchange = codes.get(place)
+                found[:, self._ends[place]:self._ends[place + 1]] = np.array(values if exchange is None else [exchange(v) for v in values], float).reshape(len(values), -1)
+        except (NeedsWords, *self._refused):
+            return None
+        return None if np.isinf(found).any() else found
 
 
 def open_reader(

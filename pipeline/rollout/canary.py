@@ -38,14 +38,14 @@ from pipeline.rollout.sequential import (
 
 # %% auto #0
 __all__ = ['TESTS', 'SPLIT', 'SLOW_SHARE', 'FEWEST', 'Rules', 'Requests', 'State', 'start', 'to_json', 'from_json', 'to_frame',
-           'from_frame', 'Look', 'Decision', 'review', 'consider', 'advanced', 'tests_of', 'rules_from', 'Course',
+           'from_frame', 'Look', 'Decision', 'review', 'consider', 'advanced', 'standing', 'rules_of', 'Course',
            'follow', 'interval']
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #3357f78e
 TESTS = {"worse": 0.2, "errors": 0.6, "limit": 0.05, "latency": 0.05, "slower": 0.05, "shift": 0.05}   # who may roll back, and their parts of alpha
 SPLIT = 0.005            # risk that a stage is held for a split that is fine
 SLOW_SHARE = 0.01        # a p99 limit: so many requests may take longer
-FEWEST = 20              # outcomes below which a stage says nothing
+FEWEST = 20              # outcomes, and requests answered, below which a stage says nothing
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class State:
     outcomes: int = 0                       # of these, with a known outcome
     total: float = 0.0                      # sum of their differences
     due: int = 0                            # outcomes that should be known by now, of requests that count
+    known: int = 0                          # of all requests that count
     worse: Bet | None = None
     better: tuple[Bet, ...] = ()            # one for each stage's margin
     errors: Errors | None = None
@@ -177,6 +178,7 @@ class Look:
     differences: np.ndarray                # losses, new minus old, of outcomes that became known; in [−1, 1]
     over: np.ndarray                       # 1.0 where the new model took longer than the limit
     due: int = 0                           # outcomes that should have become known by now
+    known: int | None = None               # outcomes that became known; as many as differences by default
     old_over: np.ndarray | None = None     # None: not timed; the limit is an absolute one
     ratios: np.ndarray | None = None       # differences of log-latency of matched groups
     answers: np.ndarray | None = None      # of the new model, as numbers
@@ -279,6 +281,7 @@ def _learn(state: State, look: Look, share: float) -> State:
     shift = state.shift if look.answers is None or look.old_answers is None else count_answers(state.shift, look.answers, look.old_answers)
     return replace(
         state, served=state.served + len(look.failed), outcomes=state.outcomes + len(units), total=state.total + float(look.differences.sum()), due=state.due + look.due,
+        known=state.known + (len(units) if look.known is None else look.known),
         worse=place(state.worse, units), better=tuple(place(b, units) if i >= state.stage else b for i, b in enumerate(state.better)),
         errors=count_errors(state.errors, int(look.failed.sum()), len(look.failed), int(look.old_failed.sum()), len(look.old_failed)),
         limit=place(state.limit, _beyond(look.failed, look.old_failed)), latency=place(state.latency, _beyond(look.over, look.old_over)),
@@ -324,10 +327,12 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
     if lasted < rules.windows_per_stage:
         return "hold", f"review {lasted} of {rules.windows_per_stage} of this stage"
     margin = rules.margin(state.stage)
+    if state.served < FEWEST:
+        return "hold", f"{state.served:,} requests are too few to see that it answers them"
     if state.outcomes < FEWEST:
         return "hold", f"{state.outcomes:,} outcomes do not show yet that it is at most {margin:.4g} worse"
-    if state.outcomes < rules.outcomes_min * state.due:
-        return "hold", f"only {state.outcomes:,} of {state.due:,} outcomes have come, {rules.outcomes_min:.0%} are asked for; those that are missing may be the bad ones"
+    if state.known < rules.outcomes_min * state.due:
+        return "hold", f"only {state.known:,} of {state.due:,} outcomes have come, {rules.outcomes_min:.0%} are asked for; those that are missing may be the bad ones"
     if not state.better[state.stage].rejected:
         return "hold", f"{state.outcomes:,} outcomes do not show yet that it is at most {margin:.4g} worse"
     if state.errors.new > rules.errors_max * state.served:
@@ -335,7 +340,7 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
     return "promote", f"at most {margin:.4g} worse: shown by {state.outcomes:,} outcomes"
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #9d10c125
-def tests_of(
+def standing(
     state: State,
     rules: Rules,
 ) -> list[dict[str, Any]]:      # a row a test: name, evidence, boundary, estimate, low, high, tolerated, unit, does, crossed
@@ -368,7 +373,7 @@ def tests_of(
     return rows
 
 
-def rules_from(
+def rules_of(
     told: Mapping[str, Any],     # what `asdict` made of them
 ) -> Rules:
     "Rules from their JSON."

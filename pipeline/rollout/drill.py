@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['FEW', 'SIMULATED', 'BASE_ERRORS', 'try_no_difference', 'drill', 'faults', 'resume_drill', 'runbook']
+__all__ = ['FEW', 'SIMULATED', 'BASE_ERRORS', 'try_no_difference', 'drill', 'faults', 'resume_drill']
 
 # %% ../../nbs/lib/rollout/07_drill.ipynb #efb51fa8
 FEW = 500           # requests below which a rollout can show nothing
@@ -179,36 +179,3 @@ def resume_drill(
         f"Stopped after {middle} reviews at {share:g} %; another controller, started from the stored state, resumed at {again:g} % and took {'the same' if same else 'other'} decisions.",
         "go" if same else "no-go",
     )
-
-# %% ../../nbs/lib/rollout/07_drill.ipynb #f1dce094
-def runbook(
-    run: Run,
-    trial: Trial,
-) -> Html:
-    "What an operator does, with this problem's numbers; saved as text."
-    rules, name = trial.rules, run.problem.problem.name
-    folder = f"outputs/{run.folder.parent.name}/{run.folder.name}"
-    steps = [
-        (
-            "Start",
-            f"serve the live model and the candidate side by side; route by the hash of {run.problem.rollout.subject or 'the request'}; begin at {rules.stages[0]:g} %",
-        ),
-        ("Look", f"once a review; {rules.windows_per_stage} reviews a stage at least; looking more often does no harm"),
-        ("Go forward", "only when the controller says promote; the numbers behind it are in rollout/decisions"),
-        (
-            "Go back",
-            "set the share to 0: every subject is answered by the live model from its next request on; nothing is restarted",
-        ),
-        ("Hold", "without evidence nothing moves; more traffic or a wider slice brings evidence, impatience does not"),
-        (
-            "If the service is down",
-            f"“pilothouse serve {folder}” verifies the package and starts it; exit code 3 means that the package was changed: restore it, do not force it",
-        ),
-        (
-            "After a rollback",
-            "keep rollout/requests; find the window and the guardrail in rollout/decisions; the audit trail has who and when",
-        ),
-    ]
-    text = "\n".join([f"# Runbook: rolling out {name}", "", *(f"{i}. **{what}.** {how}." for i, (what, how) in enumerate(steps, 1))]) + "\n"
-    run.save("rollout/runbook", text, timing=True)   # names the run it belongs to
-    return table([{"when": what, "do": how} for what, how in steps], "The runbook")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ import polars as pl
 
 from ..core.intervals import wilson
 from ..core.run import Estimate
-from .canary import Requests, Rules, follow, interval
+from .canary import Requests, follow, interval, rules_of
 
 # %% auto #0
-__all__ = ['GROSS', 'requests_of', 'rules_of', 'quality_difference', 'share_reached', 'share_gap', 'rollback_rate',
-           'served_before_rollback', 'rolled_back', 'cpu_quantile']
+__all__ = ['GROSS', 'requests_of', 'quality_difference', 'share_reached', 'share_gap', 'rollback_rate', 'served_before_rollback',
+           'rolled_back', 'cpu_quantile']
 
 # %% ../../nbs/lib/rollout/05_evidence.ipynb #c99d2ecf
 GROSS = ("answers of other requests", "fails in 5 % of requests")   # faults that must be found
@@ -37,11 +36,6 @@ def requests_of(
         requests[n].to_numpy() for n in ("window", "place", "difference", "new_error", "old_error")
     )
     return Requests(window, place, difference, new_error, old_error, slow)
-
-
-def rules_of(rules: Mapping[str, Any]) -> Rules:
-    "Rules from a claim's record."
-    return Rules(**{**rules, "stages": tuple(rules["stages"])})
 
 
 def quality_difference(

@@ -148,7 +148,7 @@ async function look() {
   if (!paused && $('login').hidden) timer = setTimeout(look, 1000);
 }
 const said = text => { $('said').textContent = text; };
-const asked = {hold: 'Hold the share where it is', resume: 'Let the rollout go on', promote: 'Give the new version all traffic', back: 'Take the new version back: all traffic to the live one'};
+const asked = {hold: 'Hold the share where it is', resume: 'Let the rollout go on', promote: 'One stage further, whatever the evidence', back: 'Take the new version back: all traffic to the live one'};
 for (const name of Object.keys(asked)) $('do-' + name).addEventListener('click', () => {
   const button = $('do-' + name), reason = $('reason').value.trim();
   if (button.getAttribute('aria-disabled') === 'true') return said('Not now: ' + (button.dataset.why || 'nothing is known yet') + '.');
@@ -172,7 +172,7 @@ $('sure-yes').addEventListener('click', async () => {
   $('do-' + chosen).focus(); look();
 });
 $('login').addEventListener('submit', event => { event.preventDefault(); token = $('token').value.trim(); $('token').value = ''; look(); });
-$('pause').addEventListener('change', event => { paused = event.target.checked; if (!paused) look(); });
+$('pause').addEventListener('change', event => { paused = event.target.checked; clearTimeout(timer); if (!paused) look(); });
 look();
 """
 
@@ -193,7 +193,7 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <p id="plan" class="muted"></p>
 <div class="grid"><section aria-labelledby="h-traffic"><h2 id="h-traffic">Traffic</h2>
 <figure id="chart-box"><div id="chart"></div><figcaption class="key"><span>solid, blue: live</span><span>dashed, orange: canary</span><span>answers a second</span></figcaption></figure>
-<div class="scroll" tabindex="0" role="region" aria-label="Traffic by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
+<div class="scroll" tabindex="0" role="region" aria-label="Table of answers by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
 <th scope="col" class="n">a second</th><th scope="col" class="n">errors</th><th scope="col" class="n">share</th><th scope="col" class="n">p50 ms</th><th scope="col" class="n">p99 ms</th></tr></thead><tbody id="traffic"></tbody></table></div>
 <p id="quiet" class="muted">No answers were logged in this time.</p></section>
 <section aria-labelledby="act"><h2 id="act" tabindex="-1">Act</h2><p id="reader" class="muted"></p>
@@ -203,11 +203,11 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <p id="said" class="said" role="status"></p></div></section></div>
 <section aria-labelledby="h-tests"><h2 id="h-tests">Sequential tests</h2>
 <p class="muted">Each may be looked at as often as one likes: all share one error budget. The red line is the evidence at which a test decides.</p>
-<div class="scroll" tabindex="0" role="region" aria-label="Sequential tests"><table><caption>New version against the live one in the same time</caption><thead><tr><th scope="col">test</th><th scope="col" class="n">now</th>
+<div class="scroll" tabindex="0" role="region" aria-label="Table of tests"><table><caption>New version against the live one in the same time</caption><thead><tr><th scope="col">test</th><th scope="col" class="n">now</th>
 <th scope="col" class="n">interval, valid at all times</th><th scope="col" class="n">boundary</th><th scope="col">evidence</th><th scope="col">says</th></tr></thead><tbody id="tests"></tbody></table></div>
 <p id="none" class="muted">No review has been made yet.</p></section>
 <section aria-labelledby="h-events"><h2 id="h-events">Timeline</h2>
-<div class="scroll" tabindex="0" role="region" aria-label="Timeline"><table><caption>Newest first; the audit trail holds all</caption><thead><tr><th scope="col">when, UTC</th><th scope="col">what</th><th scope="col">who</th><th scope="col">why</th></tr></thead><tbody id="events"></tbody></table></div></section>
+<div class="scroll" tabindex="0" role="region" aria-label="Table of events"><table><caption>Newest first; the audit trail holds all</caption><thead><tr><th scope="col">when, UTC</th><th scope="col">what</th><th scope="col">who</th><th scope="col">why</th></tr></thead><tbody id="events"></tbody></table></div></section>
 </div>
 <dialog id="sure" aria-labelledby="sure-title" aria-describedby="sure-text"><h2 id="sure-title"></h2><p id="sure-text"></p>
 <div class="buttons"><button id="sure-yes" class="main"></button><button id="sure-no">Leave it</button></div></dialog>

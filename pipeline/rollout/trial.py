@@ -46,6 +46,7 @@ class Trial:
     days: list[str] = field(default_factory=list)                  # a label for each window
     limit_ms: float = math.inf
     loss: str = ""                                                 # what is compared, in words
+    rows: pl.DataFrame = field(default_factory=pl.DataFrame, repr=False)   # production's columns, a row a request
     shown: Html | None = field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
@@ -92,7 +93,7 @@ def prepare(
     run.save("rollout/requests", requests)
     latencies = time_requests(rows, windows, models, run.rng("rollout timing"))
     run.save("rollout/latencies", latencies, timing=True)
-    trial = Trial("", requests, latencies, rules, subjects, salt, days, run.problem.deploy.latency_p99_ms, loss)
+    trial = Trial("", requests, latencies, rules, subjects, salt, days, run.problem.deploy.latency_p99_ms, loss, frame)
     shown = _introduce(trial, run.problem.rollout.slice)
     if not difference_seen(requests):
         shown = stack(

@@ -16,8 +16,8 @@ from . import linear, nets, trees
 from .protocol import Shape
 
 # %% auto #0
-__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'Stopwatch', 'CoreClock', 'start_clock', 'price',
-           'usual_rounds', 'Step', 'Plan', 'plan_fits']
+__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'Stopwatch', 'CoreClock', 'start_clock', 'dearness',
+           'price', 'usual_rounds', 'Step', 'Plan', 'plan_fits']
 
 # %% ../../nbs/lib/train/08_budget.ipynb #663fa57a
 class Stopwatch:
@@ -51,6 +51,14 @@ def start_clock(
 ) -> Callable[[], float]:
     "What the budget counts, from now on."
     return CoreClock() if kind == "core" else Stopwatch(threads)
+
+
+def dearness(
+    kind: str,          # wall or core (train.clock)
+    threads: int = 1,
+) -> float:             # at least 1
+    "Seconds of the budget that a second of the price list takes: several cores do the same work in more core-seconds."
+    return threads / (1 + 0.5 * (threads - 1)) if kind == "core" else 1.0
 
 # %% ../../nbs/lib/train/08_budget.ipynb #e4d3d430
 START = {"dummy": 0.0, "linear": 1.5, "text": 0.5, "trees": 1.0, "portfolio": 0.0, "nets": 6.0, "backbone": 9.0, "ensemble": 0.0}
@@ -124,6 +132,7 @@ class Plan:
     budget_s: float
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dear: float = 1.0                           # seconds of the budget for a second of these prices
 
     @property
     def price(self) -> float:
@@ -154,6 +163,7 @@ def plan_fits(
     budget_s: float,           # wall seconds for everything
     seeds: int = 1,            # final fits of the chosen family
     backbone: str | None = None,   # the folder of train.backbone, for the family of this name
+    dear: float = 1.0,         # as `dearness` gives it
 ) -> Plan:
     "Buy steps with a budget; it depends on sizes alone, never on the clock."
     wanted = [f for f in ("trees", "linear", "text", "portfolio", "nets", "backbone") if f in families or f == "trees"]
@@ -162,7 +172,7 @@ def plan_fits(
     for family in wordless:
         out[family] = "no column is of type text"
         wanted.remove(family)
-    available = HEADROOM * budget_s - sum(START[f] for f in wanted if f in ALWAYS)
+    available = HEADROOM * budget_s / dear - sum(START[f] for f in wanted if f in ALWAYS)
     refit_rows, refit_price = _refits(families, rows, shape, seeds, 0.5 * available)
     steps, poor = _shop(wanted, folds, shape, available - refit_price)
     while poor:   # what one family cannot use, the others may
@@ -175,7 +185,7 @@ def plan_fits(
     if refit_rows < rows:
         notes.append(f"the final model learns from {refit_rows:,} of {rows:,} rows; a larger train.budget_s uses all")
     notes += [f"{s.name} learns from at most {s.rows:,} rows a fold" for s in steps if s.stage == "full" and s.rows < max(folds)]
-    return Plan(tuple(steps), refit_rows, refit_price, budget_s, out, tuple(notes))
+    return Plan(tuple(steps), refit_rows, refit_price, budget_s, out, tuple(notes), dear)
 
 # %% ../../nbs/lib/train/08_budget.ipynb #7085fbde
 def _shop(wanted: Sequence[str], folds: Sequence[int], shape: Shape, left: float) -> tuple[list[Step], tuple[str, str] | None]:

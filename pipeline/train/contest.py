@@ -20,7 +20,7 @@ from ..core.metrics import LABELS, predictions_of
 from ..core.run import Estimate
 from ..data.synthetic import learning_rows
 from .backbone import check_folder
-from .budget import Plan, plan_fits, start_clock
+from .budget import Plan, dearness, plan_fits, start_clock
 from .checkpoints import Checkpoints
 from .choice import Choice, Cost, Limits, choose, goal_of, leaderboard, newest_rows, rows_of
 from .features import Encoder, learn_encoder
@@ -77,7 +77,8 @@ def open_contest(
     rows = replace(rows, weights=mitigation_weights(run.problem.evaluate.mitigation, frame, rows.target, contract["task"]))
     goal = goal_of(scope, run.problem.evaluate.recall if scope["metric"] == "precision_at_recall" else 0.8)
     folder = str(check_folder(train.backbone)) if "backbone" in scope["families"] else None
-    plan = plan_fits(scope["families"], [len(t) for t, _ in rows.folds], len(rows.target), rows.shape, train.budget_s, train.seeds, folder)
+    plan = plan_fits(scope["families"], [len(t) for t, _ in rows.folds], len(rows.target), rows.shape, train.budget_s, train.seeds, folder,
+                     dearness(train.clock, run.settings.threads))
     limits = limits_of(run, scope)
     run.save("train/plan", plan.table())
     return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock,

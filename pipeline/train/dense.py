@@ -160,6 +160,8 @@ def states_of(
 ) -> list[np.ndarray]:    # the output of each layer, the scores last: (rows, outputs)
     "A net's answer, layer after layer, in numpy."
     state, at, found = inputs_of(packed, matrix), 0, []
+    if not np.isfinite(packed.layers).all():   # said by name where the score is looked at
+        return [np.full((len(matrix), wide), np.nan) for wide in packed.widths[1:].tolist()]
     for place, (wide, out) in enumerate(zip(packed.widths[:-1].tolist(), packed.widths[1:].tolist())):
         weights = packed.layers[at:at + wide * out].reshape(wide, out)
         state = add_up(state, weights, packed.layers[at + wide * out:at + wide * out + out])

@@ -85,7 +85,12 @@ class Ensemble:
         "Probabilities or numbers; `steps` says nothing to an ensemble."
         if not len(matrix):
             return np.empty((0, self.shape.classes) if self.shape.classes else 0)
-        return check_answer(blend([member.predict(matrix) for _, _, member in self.members], [w for _, w, _ in self.members]))
+        weights = [weight for _, weight, _ in self.members]
+        if self.shape.classes == 2:   # the log-odds themselves: what `blend` would find by way of logarithms
+            most = float(np.log1p(-LEAST) - np.log(LEAST))
+            scores = [np.clip(_score(member, self.shape, matrix)[:, 0], -most, most) for _, _, member in self.members]
+            return check_answer(probabilities(sum(w * score for w, score in zip(weights, scores))))   # type: ignore[arg-type]
+        return check_answer(blend([member.predict(matrix) for _, _, member in self.members], weights))
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         "The weighed sum of the members' scores, (rows, scores)."

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/03_linear.ipynb #aa9900ad
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,15 @@ import numpy as np
 from .protocol import Fitting, OutOfTime, Shape, check_answer, even_weights, pick_rows, probabilities
 
 # %% auto #0
-__all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'Design', 'learn_design', 'add_by_owner', 'Linear', 'from_files', 'fit',
-           'weigh_columns']
+__all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'FEW', 'Design', 'learn_design', 'add_by_owner', 'Linear', 'from_files',
+           'fit', 'weigh_columns']
 
 # %% ../../nbs/lib/train/03_linear.ipynb #4fd4ee0b
 LEVELS = 40              # indicators for a category, at most
 INDICATORS = 2_000       # indicators in all, at most
 CELLS = 20_000_000       # rows x columns of the design, at most: more rows are sampled
 CLIP = 6.0               # standard deviations; what lies beyond counts as this far
+FEW = 4                  # rows up to which sums are taken value by value
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,55 @@ class Linear:
     centre: np.ndarray         # (columns,) the average training row
     steps: int = 0
 
+    @functools.cached_property
+    def terms(self) -> list[tuple[int, list[list[float]]]]:
+        "For each feature with indicators what its levels add, level after level; a last row of zeros for all others."
+        tables: dict[int, dict[int, list[float]]] = {}
+        at = len(self.design.numbers) + len(self.design.flagged)
+        for place, (feature, code) in enumerate(self.design.levels.tolist()):
+            tables.setdefault(feature, {})[code] = self.coefficients[at + place].tolist()
+        none = [0.0] * self.coefficients.shape[1]
+        return [(feature, [levels.get(code, none) for code in range(max(levels) + 1)] + [none]) for feature, levels in tables.items()]
+
+    @functools.cached_property
+    def _plain(self) -> tuple[list[Any], ...]:
+        numbers = list(zip(*(part.tolist() for part in (self.design.numbers, self.design.mean, self.design.scale, self.coefficients))))
+        flags = list(zip(self.design.flagged.tolist(), self.coefficients[len(numbers):].tolist()))
+        return numbers, flags, self.intercept.tolist()
+
     def score(self, matrix: np.ndarray) -> np.ndarray:
-        "The weighted sum, (rows, scores)."
-        return self.design.matrix(matrix) @ self.coefficients + self.intercept
+        "The weighted sum, (rows, scores): the intercept, then column after column of the design."
+        if len(matrix) <= FEW:   # a column at a time costs more than it saves: the same sums, value by value
+            return np.array([self._one(row) for row in np.asarray(matrix).tolist()]).reshape(len(matrix), len(self.intercept))
+        matrix, design = np.asarray(matrix), self.design
+        found = np.repeat(self.intercept[None], len(matrix), axis=0)
+        for place, mean, scale, weights in zip(design.numbers, design.mean, design.scale, self.coefficients):
+            found += np.nan_to_num(np.clip((matrix[:, place] - mean) / scale, -CLIP, CLIP), nan=0.0)[:, None] * weights
+        for place, weights in zip(design.flagged, self.coefficients[len(design.numbers):]):
+            found += np.isnan(matrix[:, place])[:, None] * weights
+        for place, levels in self.terms:
+            value, last = matrix[:, place], len(levels) - 1
+            with np.errstate(invalid="ignore"):
+                code = np.where((value >= 0) & (value < last) & (value == np.floor(value)), value, last).astype(np.int64)
+            found += np.array(levels)[code]
+        return found
+
+    def _one(self, row: list[float]) -> list[float]:
+        numbers, flags, intercept = self._plain
+        found = list(intercept)
+        for place, mean, scale, weights in numbers:
+            value = (row[place] - mean) / scale
+            if value == value:
+                value = min(max(value, -CLIP), CLIP)
+                found = [total + value * weight for total, weight in zip(found, weights)]
+        for place, weights in flags:
+            if row[place] != row[place]:
+                found = [total + weight for total, weight in zip(found, weights)]
+        for place, levels in self.terms:
+            value = row[place]
+            if 0 <= value < len(levels) - 1 and value == int(value):
+                found = [total + weight for total, weight in zip(found, levels[int(value)])]
+        return found
 
     def predict(self, matrix: np.ndarray, steps: int | None = None) -> np.ndarray:
         "Probabilities or numbers."

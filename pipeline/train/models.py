@@ -59,6 +59,12 @@ class Model:
         return self.about | {"family": self.family, "task": self.task, "classes": self.classes, "columns": self.features,
                              "features": len(self.encoder.features), "size_bytes": self.size_bytes, "digest": self.digest}
 
+    @property
+    def row_wise(self) -> bool:
+        "Does a row get the same bits alone as among many? A backbone multiplies matrices, whose sums depend on their shape."
+        members = getattr(self.estimator, "members", None)
+        return not {family for family, _, _ in members or [(self.family, 1.0, None)]} & {"backbone"}
+
     def encode(self, frame: pl.DataFrame) -> np.ndarray:
         "The matrix that the estimator sees."
         return self.encoder.encode(frame)

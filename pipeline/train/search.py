@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ from .protocol import Estimator, Fitting, OutOfTime, Shape, always, check_rows, 
 from .trees import is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial', 'Found',
-           'Recorded', 'Meter', 'final_config', 'run_search']
+__all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'SUSPECT', 'FLOOR', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal',
+           'blocks', 'Trial', 'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor', 'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -115,6 +115,7 @@ class Trial:
     planned_s: float = 0.0
     resumed: int = 0                             # folds that a checkpoint answered, wholly or from an epoch on
     models: list[Any] = field(default_factory=list, repr=False)   # estimators, one a fold, for what they cost to ask
+    least: int = 0                               # rounds that its last fit has at least
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class Meter:
     plan: Plan
     spent: float = 0.0
     stretch: float = 1.0   # rounds that the default needed, against the usual
+    floor: float = 0.0     # under the rounds of last fits, times their learning rate
 
     def charge(self, trial: Trial) -> None:
         "Book a trial as it turned out."
@@ -218,7 +220,7 @@ class Meter:
     @property
     def planned(self) -> float:
         "Seconds that may be planned with; a plan with final fits of its own keeps more back for slower machines."
-        return (HEADROOM if self.plan.refit_price else 0.9) * self.plan.budget_s
+        return (HEADROOM if self.plan.refit_price else 0.9) * self.plan.budget_s / self.plan.dear
 
 
 def final_config(
@@ -226,8 +228,41 @@ def final_config(
 ) -> dict[str, Any]:
     "Its configuration for all rows: trees get the folds' rounds and a tenth more."
     if trial.family in (*BOOSTED, "additive", "student"):
-        return trial.config | {"rounds": max(1, math.ceil(1.1 * trial.steps))}
+        return trial.config | {"rounds": max(1, math.ceil(1.1 * trial.steps), trial.least)}
     return trial.config
+
+# %% ../../nbs/lib/train/09_search.ipynb #42970cc8
+SUSPECT, FLOOR = 1 / 3, 1 / 4    # of the usual rounds; of those that random rows ask for
+
+
+def floor_of(
+    default: Trial,   # LightGBM's default after its folds
+    rows: Rows,
+    seed: int,
+    threads: int = 1,
+) -> float:           # rounds times learning rate that a last fit has at least; 0 where nothing is suspicious
+    "The floor under the rounds of last fits on ordered rows."
+    rolling = all(len(train) and len(valid) and train.max() < valid.min() for train, valid in rows.folds)
+    if not rolling or default.status != "done" or default.steps >= SUSPECT * usual_rounds(default.config):
+        return 0.0
+    last = int(max(valid.max() for _, valid in rows.folds)) + 1
+    drawn = np.random.default_rng(seed).permutation(last)
+    valid, train = np.sort(drawn[:last // 5]), np.sort(drawn[last // 5:])
+    train = train[pick_rows(len(train), default.rows, seed)]
+    weights = None if rows.weights is None else rows.weights[train]
+    model = fit(default.family, rows.shape, rows.matrix[train], rows.target[train],
+                Fitting(default.config, seed, threads, (rows.matrix[valid], rows.target[valid]), weights=weights))
+    return FLOOR * model.steps * float(default.config.get("learning_rate", 0.1))
+
+
+def with_floor(
+    trial: Trial,
+    floor: float,   # as `floor_of` gives it
+) -> Trial:
+    "The trial, with the rounds that its last fit has at least."
+    if floor and trial.family in BOOSTED and trial.status == "done":
+        trial.least = math.ceil(floor / float(trial.config.get("learning_rate", 0.1)))
+    return trial
 
 # %% ../../nbs/lib/train/09_search.ipynb #2ffe8907
 FURTHER = 12        # proposals of a short budget, at most
@@ -285,8 +320,12 @@ def run_search(
                 raise
             trial.status, trial.error = "failed", f"LightGBM: {error}"[:500]
         trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
-        trials.append(trial)
+        trials.append(with_floor(trial, meter.floor))
         meter.charge(trial)
+        if trial.name == "trees":
+            meter.floor = floor_of(trial, rows, seed, threads)
+            meter.spent += price("trees", trial.rows, rows.shape, trial.config) if meter.floor else 0.0
+            with_floor(trial, meter.floor)
         if trial.status == "done" and not trial.resumed:   # one that was cut short has no price of its own
             worked.append((clock() - begun, meter.spent - charged))
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,19 @@ from ..core.problem import Task
 from ..data.contract import Contract, Rule, target_values
 from ..data.targets import check_target
 from ..data.types import guess_type
-from .budget import Plan, Step, price, start_clock
-from .ensembles import Ensemble
+from .budget import Plan, Step, dearness, price, start_clock
+from .ensembles import Ensemble, blend
 from .features import Encoder, learn_encoder
 from .final import residual_width
+from .frontier import size_with_rounds
 from .models import Model, shape_of
 from .protocol import Fitting, Shape, check_rows, fit, simplicity
 from .search import Fold, Found, Goal, Rows, Trial, final_config, run_search
-from .trees import DEFAULT, PORTFOLIO, is_skewed
+from .trees import DEFAULT, PORTFOLIO, Trees, is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['GOALS', 'FEW_VALUES', 'PROBED', 'ORDER', 'KEEP', 'contract_of', 'folds_for', 'order_matters', 'Fitted', 'fit_table']
+__all__ = ['GOALS', 'FEW_VALUES', 'PROBED', 'ORDER', 'KEEP', 'END', 'contract_of', 'folds_for', 'order_matters', 'Fitted',
+           'fit_table']
 
 # %% ../../nbs/lib/train/23_tables.ipynb #5b249be9
 GOALS = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "rmse"}
@@ -114,6 +116,7 @@ def order_matters(
 # %% ../../nbs/lib/train/23_tables.ipynb #46210dc4
 ORDER = ("slow", "regular", "coded", "wide", "shallow", "extra")   # of the portfolio, where the budget is short
 KEEP = 0.05                                                        # of the best's gain over the default may be given up for a simpler model
+END = 1.05                                                         # times the budget: by then the last fits must be over
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def fit_table(
     metric: str | None = None,        # what ranks; by the task where None
     tolerance: float | None = None,   # of the metric; None: a twentieth of the best's gain over the default
     families: Sequence[str] = ("linear", "trees", "portfolio"),
+    most_mb: float = 5.0,             # of the shipped model
 ) -> Fitted:
     "The best model that a budget buys, and the simplest that is nearly as good."
     spent = start_clock(clock, threads)
@@ -152,11 +156,21 @@ def fit_table(
     shape, matrix = shape_of(told, encoder), encoder.encode(frame)
     check_rows(shape, matrix, outcomes, target)
     ordered = order_matters(shape, matrix, outcomes, seed, threads)
-    folds = folds_for(outcomes, shape, budget_s, ordered, seed)
+    dear = dearness(clock, threads)
+    folds = folds_for(outcomes, shape, budget_s / dear, ordered, seed)
     rows = Rows(shape, matrix, outcomes, folds, np.arange(len(outcomes)), target)
     goal = Goal(metric or GOALS[contract.task])
-    found = run_search(rows, _plan(rows, families, budget_s), goal, seed, threads, clock=spent, further="portfolio" in families, ensemble=True)
-    best, shipped = _keep(found, rows, told, encoder, seed, threads, budget_s, spent, tolerance)
+    plan = replace(_plan(rows, families, budget_s / dear), budget_s=budget_s, dear=dear)
+    found = run_search(rows, plan, goal, seed, threads, clock=spent, further="portfolio" in families, ensemble=True)
+
+    def left() -> float:
+        return END * budget_s - spent()
+
+    def took(trial: Trial) -> float:
+        return trial.cpu_s if clock == "core" else min(trial.wall_s, trial.cpu_s * dearness("core", threads) / threads)
+
+    last = _Last(found, rows, told, encoder, seed, threads, left, took)
+    best, shipped = _keep(last, tolerance, most_mb)
     return Fitted(best, shipped, found, ordered, spent())
 
 # %% ../../nbs/lib/train/23_tables.ipynb #1ba3dc58
@@ -182,13 +196,75 @@ def _plan(rows: Rows, families: Sequence[str], budget_s: float) -> Plan:
     return Plan((*steps, *rest), len(rows.target), 0.0, budget_s)
 
 
-def _keep(found: Found, rows: Rows, contract: dict[str, Any], encoder: Encoder, seed: int, threads: int, budget_s: float,
-          spent: Callable[[], float], tolerance: float | None) -> tuple[Model, Model]:
+@dataclass(frozen=True)
+class _Last:
+    "The last fits: on all rows where the budget pays for them."
+
+    found: Found
+    rows: Rows
+    contract: dict[str, Any]
+    encoder: Encoder
+    seed: int
+    threads: int
+    left: Callable[[], float]          # seconds until the budget's end
+    took: Callable[[Trial], float]     # seconds of the budget that a trial took
+
+    def need(self, trial: Trial) -> float:
+        "Seconds that a fit on all rows takes, by what the fits on the folds took."
+        fitted = min(trial.steps + patience(trial.config), most_rounds(trial.config)) if trial.family in ("trees", "portfolio") else 1
+        rounds = final_config(trial).get("rounds", 1) if trial.family in ("trees", "portfolio") else 1
+        return self.took(trial) / max(1, len(self.rows.folds)) * len(self.rows.target) / max(1, trial.rows) * rounds / max(1, fitted)
+
+    def parts(self, trial: Trial) -> list[Trial]:
+        "The trial, or those that it weighs together."
+        names = [member["name"] for member in trial.config.get("members", [])]
+        return [t for name in names for t in self.found.trials if t.name == name and t.stage == "full"] or [trial]
+
+    def fit(self, trial: Trial) -> Model:
+        "A candidate on all rows; members for whose fit no time is left, the dearest first, as the last fold's model."
+        config, parts = final_config(trial), self.parts(trial)
+        needs = {t.name: self.need(t) for t in parts}
+        kept: list[str] = []
+        for name in sorted(needs, key=lambda name: -needs[name]):
+            if sum(needs.values()) <= self.left():
+                break
+            kept.append(name)
+            needs.pop(name)
+        estimator: Any
+        if not kept:
+            estimator = fit(trial.family, self.rows.shape, self.rows.matrix, self.rows.target, Fitting(config, self.seed, self.threads))
+        elif "members" not in config:
+            estimator = _of_the_fold(trial)
+        else:
+            members = []
+            for place, (member, part) in enumerate(zip(config["members"], parts)):
+                own = Fitting(member["config"], self.seed + 1000 * place, self.threads)
+                made = _of_the_fold(part) if part.name in kept else fit(member["family"], self.rows.shape, self.rows.matrix, self.rows.target, own)
+                members.append((member["family"], float(member["weight"]), made))
+            estimator = Ensemble(self.rows.shape, tuple(members), max(member.steps for _, _, member in members))
+        return self.model(trial, config, estimator, {"from_the_last_fold": kept} if kept else {})
+
+    def model(self, trial: Trial, config: dict[str, Any], estimator: Any, more: dict[str, Any]) -> Model:
+        "With what a card says of it."
+        facts = {"config": config, "seed": self.seed, "rows": trial.rows if more.get("from_the_last_fold") else len(self.rows.target), "steps": estimator.steps,
+                 "validation": trial.value, "candidate": trial.name}
+        if self.rows.shape.task == "regression" and trial.answer is not None:
+            facts["residual"] = residual_width(self.rows.target[self.rows.valid], trial.answer)
+        return Model(trial.family, self.contract, self.encoder, estimator, facts | more)
+
+
+def _of_the_fold(trial: Trial) -> Any:
+    "The model that answered for the last fold, without the rounds that only showed that there was nothing more to learn."
+    model = trial.models[-1]
+    return model.first(trial.steps) if isinstance(model, Trees) and trial.steps else model
+
+
+def _keep(last: _Last, tolerance: float | None, most_mb: float) -> tuple[Model, Model]:
     "The best and the shipped one, fitted on all rows."
+    found, sign = last.found, last.found.goal.sign
     done = {t.name: t for t in found.trials if t.stage == "full" and t.status == "done" and t.value is not None and t.family != "dummy"}
     if not done:
         raise InputError(f"no candidate has an answer ({'; '.join(t.error for t in found.trials if t.error)}); give more rows or another metric")
-    sign = found.goal.sign
 
     def value(trial: Trial) -> float:
         return sign * float(trial.value or 0.0)
@@ -197,24 +273,48 @@ def _keep(found: Found, rows: Rows, contract: dict[str, Any], encoder: Encoder, 
     gain = value(chosen) - value(done.get("trees", chosen))
     granted = KEEP * gain if tolerance is None else tolerance
     simple = min((t for t in done.values() if value(chosen) - value(t) <= granted), key=lambda t: (simplicity(t.family), -value(t)))
+    best = shipped = last.fit(chosen)
+    if simple.name != chosen.name:
+        members = dict(zip([part.name for part in last.parts(chosen)], best.estimator.members)) if isinstance(best.estimator, Ensemble) else {}
+        kept = {"from_the_last_fold": [simple.name]} if simple.name in best.about.get("from_the_last_fold", []) else {}
+        shipped = last.model(simple, final_config(simple), members[simple.name][-1], kept) if simple.name in members else last.fit(simple)
+    if megabytes(shipped) <= most_mb:
+        return best, shipped
+    smaller = [t for t in done.values() if 1.1e-6 * t.size_bytes <= most_mb and t.name != simple.name]
+    cut, worth = _cut(shipped, simple, last, most_mb)
+    rival = max(smaller, key=value, default=None)
+    if rival is not None and (cut is None or value(rival) > worth):
+        other = last.fit(rival)
+        return best, other if megabytes(other) <= most_mb or cut is None else cut
+    return best, cut or shipped
 
-    def about(trial: Trial, config: dict[str, Any], steps: int) -> dict[str, Any]:
-        facts = {"config": config, "seed": seed, "rows": len(rows.target), "steps": steps, "validation": trial.value, "candidate": trial.name}
-        if rows.shape.task == "regression" and trial.answer is not None:
-            facts["residual"] = residual_width(rows.target[rows.valid], trial.answer)
-        return facts
 
-    def whole(trial: Trial) -> Model:
-        config = final_config(trial)
-        estimator = fit(trial.family, rows.shape, rows.matrix, rows.target, Fitting(config, seed, threads))
-        return Model(trial.family, contract, encoder, estimator, about(trial, config, estimator.steps))
+def _cut(model: Model, trial: Trial, last: _Last, most_mb: float) -> tuple[Model | None, float]:
+    "A boosted model, or several weighed together, with so many of its rounds as fit into a size, and what that is worth on the folds."
+    whole = [part[-1] for part in getattr(model.estimator, "members", ())] or [model.estimator]
+    parts, share = last.parts(trial), 1.0
+    if not all(isinstance(part, Trees) for part in whole) or not all(t.models for t in parts):
+        return None, 0.0
+    bare = sum(size_with_rounds(part.text, 1) for part in whole)
+    while share > 0.01 and sum(size_with_rounds(part.text, max(1, int(share * part.steps))) for part in whole) > 1e6 * most_mb:
+        share *= 0.95
+    if bare > 1e6 * most_mb or share <= 0.01:
+        return None, 0.0
+    short = [part.first(max(1, int(share * part.steps))) for part in whole]
+    told = [[m.predict(last.rows.matrix[valid], max(1, int(share * t.steps))) for m, (_, valid) in zip(t.models, last.rows.folds)] for t in parts]
+    answers = [np.concatenate(each) for each in told]
+    estimator: Any = short[0]
+    if isinstance(model.estimator, Ensemble):
+        weights = [weight for _, weight, _ in model.estimator.members]
+        estimator = Ensemble(last.rows.shape, tuple((family, weight, part) for (family, weight, _), part in zip(model.estimator.members, short)), max(s.steps for s in short))
+        answers = [blend(answers, weights)]
+    found = last.found.goal.measure(last.rows.target[last.rows.valid], answers[0])
+    about = model.about | {"candidate": f"{model.about['candidate']}, {share:.0%} of its rounds", "validation": found, "steps": estimator.steps}
+    return replace(model, estimator=estimator, about=about), last.found.goal.sign * float(found if found is not None else -np.inf * last.found.goal.sign)
 
-    best = whole(chosen)
-    if simple.name == chosen.name:
-        return best, best
-    if isinstance(best.estimator, Ensemble):
-        names = [member["name"] for member in chosen.config["members"]]
-        if simple.name in names:
-            family, _, estimator = best.estimator.members[names.index(simple.name)]
-            return best, Model(family, contract, encoder, estimator, about(simple, final_config(simple), estimator.steps))
-    return best, whole(simple)
+
+def megabytes(
+    model: Model,
+) -> float:
+    "What a model's own files weigh."
+    return sum(map(len, model.estimator.to_files().values())) / 1e6

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/14_target_encoding.ipynb #24051e47
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,15 @@ class TargetCoder:
         "The feature that each code comes from."
         return [place for place, codes in zip(self.places, self.tables) for _ in range(codes.shape[1])]
 
+    @functools.cached_property
+    def _plain(self) -> list[tuple[int, list[list[float]]]]:
+        return [(place, codes.tolist()) for place, codes in zip(self.places, self.tables)]
+
     def encode(self, matrix: np.ndarray) -> np.ndarray:
         "(rows, codes) for rows that were not learned from."
         if len(matrix) <= 4:   # a column at a time costs more than it saves: the same numbers, value by value
-            return np.array([[code for place, codes in zip(self.places, self.tables) for code in codes[_level(row[place], len(codes) - 1)].tolist()]
-                             for row in matrix.tolist()]).reshape(len(matrix), -1)
+            return np.array([[code for place, codes in self._plain for code in codes[_level(row[place], len(codes) - 1)]] for row in matrix.tolist()]
+                            ).reshape(len(matrix), -1)
         columns = [codes[_levels(matrix[:, place], len(codes) - 1)] for place, codes in zip(self.places, self.tables)]
         return np.column_stack(columns) if columns else np.empty((len(matrix), 0))
 

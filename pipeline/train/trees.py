@@ -167,7 +167,13 @@ class Trees:
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         "The sum over trees, (rows, scores)."
-        return self.booster.predict(self.view.show(matrix, self.shape), raw_score=True, num_iteration=self.steps).reshape(len(matrix), -1)
+        if not len(matrix):
+            return np.empty((0, self.shape.classes if self.shape.task == "multiclass" else 1))
+        shown, forest = self.view.show(matrix, self.shape), self._fast(len(matrix))
+        if forest is not None:
+            return forest.score(shown, self.steps).T
+        few = {"num_threads": 1} if len(matrix) <= 16 else {}
+        return self.booster.predict(shown, raw_score=True, num_iteration=self.steps, **few).reshape(len(matrix), -1)
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray | None:
         "(rows, features + 1), or (rows, classes, features + 1); they add up to the score (TreeSHAP)."
@@ -178,6 +184,10 @@ class Trees:
             return parts
         features = len(self.shape.sizes)
         return add_by_owner(parts, np.array([*self.view.owners(self.shape), features]), features + 1)
+
+    def first(self, rounds: int) -> Trees:
+        "The same booster with its first rounds only; what comes behind is left out of its text too."
+        return Trees(self.shape, _portable(self.booster.model_to_string(num_iteration=rounds)), rounds, self.view)
 
     def to_files(self) -> dict[str, bytes]:
         "LightGBM's text, without what depends on the machine; and the view, where it is not the matrix itself."

@@ -1,0 +1,421 @@
+"""A rollout that lives in the database: it climbs, goes back, is killed, is steered by people, and only ever one leads it."""
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.core import audit
+from pipeline.core.errors import InputError
+from pipeline.deploy.package import Contents, release
+from pipeline.deploy.registry import Registry
+from pipeline.deploy.schema import make_schema
+from pipeline.deploy.versions import Plan, point
+from pipeline.rollout.canary import Rules
+from pipeline.rollout.controller import Controller, Steering, describe
+from pipeline.rollout.gather import Reading
+from pipeline.rollout.state import EVENT
+from pipeline.train.models import train_model
+from pipeline.train.protocol import Fitting
+from tests.servers.postgres import PASSWORD, postgres, programs
+
+CONTRACT = {"target": "late", "task": "binary", "classes": ["no", "yes"], "positive": "yes", "features": ["hour"], "subject": "who", "columns": [
+    {"name": "hour", "type": "number", "dtype": "Float64", "nullable": False, "min": 5.0, "max": 23.0},
+    {"name": "who", "type": "category", "dtype": "String", "role": "subject"}, {"name": "late", "type": "category", "dtype": "String", "role": "target"}]}
+RULES = Rules(stages=(5.0, 25.0, 100.0), windows_per_stage=2, worse_by=.02, outcome_delay=0)
+READING = Reading("binary", ("no", "yes"), "yes", 2, 50.0, sticks="subject", paired=True)
+CHANCES = np.random.default_rng(3).beta(2, 3, 200_000)
+
+
+class World:
+    "A service in arrays: it routes by the plan, both models score what the old one answers, outcomes come at once."
+
+    def __init__(self, better: float = .1, errors: float = 0.0, outcomes: float = 1.0, lost: float = 0.0):
+        self.better, self.errors, self.outcomes, self.lost = better, errors, outcomes, lost
+        self.random, self.log, self.asked = np.random.default_rng(1), pl.DataFrame(), 0
+
+    def serve(self, plan: Plan, requests: int = 1500) -> None:
+        r, n = self.random, requests
+        who = r.integers(0, 4000, n)
+        trial = np.array([bool(plan.canary) and point(f"s{w}", plan.salt) * 100 < plan.share for w in who], dtype=bool)
+        at = self.asked + np.arange(n)
+        chance = CHANCES[at % len(CHANCES)]
+        came = r.random(n) < chance
+        noise = {1: .3, 2: .3 - self.better}
+        kept = ~trial | (r.random(n) >= self.lost)
+        parts = []
+        for role, version, mask in (("canary", 2, trial & kept), ("live", 1, ~trial), ("shadow", 2, ~trial if plan.shadow else np.zeros(n, dtype=bool))):
+            p = np.clip(chance + r.normal(0, noise[version], n), .01, .99)[mask]
+            failed = r.random(len(p)) < (self.errors if version == 2 else 0)
+            parts.append(pl.DataFrame({"request_id": [f"r{i}" for i in at[mask]], "row": 0, "version": version, "role": role, "status": np.where(failed, 500, 200), "ms": 1 + r.random(len(p)),
+                                       "prediction": np.where(p > .4, "yes", "no"), "p_no": 1 - p, "p_yes": p, "subject": [f"s{w}" for w in who[mask]],
+                                       "outcome": np.where(came[mask], "yes", "no"), "told": r.random(len(p)) < self.outcomes}))
+        self.asked += n
+        parts = [part for part in parts if len(part)]
+        if not parts:
+            return
+        frame = pl.concat(parts)
+        self.log = pl.concat([self.log, frame.with_columns(number=pl.int_range(len(self.log), len(self.log) + len(frame), dtype=pl.Int64))])
+
+    def read(self, after: int, inputs: bool) -> pl.DataFrame:
+        return self.log.filter(pl.col("number") > after)
+
+    def hear(self, after: int) -> pl.DataFrame:
+        return self.log.filter("told").with_columns(outcome_number=pl.col("number")).filter(pl.col("outcome_number") > after)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A store with three released packages, to be copied."
+    root = tmp_path_factory.mktemp("packages")
+    hour = np.random.default_rng(5).uniform(5, 23, 200)
+    model = train_model("trees", pl.DataFrame({"hour": hour}), (hour > 15).astype(int), CONTRACT, Fitting({"rounds": 3})).save(root / "trained")
+    for i in range(3):
+        release(root / "store", root / f"c{i}", "late", model, Contents(CONTRACT, make_schema(CONTRACT).to_dict(), {"threshold": 0.4}, [], {"name": "late"}, f"card {i}", {}))
+    return root / "store"
+
+
+def opened(packages: Path, place: Path, url: str = "") -> Registry:
+    subprocess.run(["cp", "-r", str(packages), str(place / "store")], check=True)
+    registry = Registry(place / "store", url)
+    for folder in sorted((place / "store" / "models").iterdir()):
+        registry.register(folder, "go", "late/main", by="ci")
+    for version, states in ((1, ("staging", "canary", "production")), (2, ("staging",)), (3, ("staging",))):
+        for state in states:
+            registry.move("late", version, state, "a reason", by="ann")
+    return registry
+
+
+@pytest.fixture
+def steering(packages: Path, tmp_path: Path) -> Iterator[Steering]:
+    registry = opened(packages, tmp_path)
+    yield Steering(registry)
+    registry.close()
+
+
+def begin(steering: Steering, rules: Rules = RULES, reading: Reading = READING, **more) -> None:
+    steering.begin("late", reading.version, rules, reading, "better on validation", "ann", subject="who", review_s=0.0, **more)
+
+
+def controller(steering: Steering, world: World, holder: str = "one") -> Controller:
+    return Controller(steering, "late", world.read, world.hear, holder)
+
+
+def follow(steering: Steering, world: World, most: int = 20, holder: str = "one") -> list:
+    leads, decisions = controller(steering, world, holder), []
+    while steering.rollouts.active("late") and len(decisions) < most:
+        world.serve(steering.plans.current("late"))
+        decisions.append(leads.step())
+    return decisions
+
+
+def live(steering: Steering) -> tuple[int, int | None, float]:
+    "Versions that answer, and the share."
+    plan, versions = steering.plans.current("late"), {e.digest: e.version for e in steering.registry.entries("late")}
+    return versions[plan.live], versions.get(plan.canary), plan.share
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def anywhere(request: pytest.FixtureRequest, packages: Path, tmp_path: Path) -> Iterator[Steering]:
+    if request.param == "sqlite":
+        registry = opened(packages, tmp_path)
+        yield Steering(registry)
+        registry.close()
+        return
+    if programs() is None:
+        pytest.skip("PostgreSQL is not installed here")
+    os.environ["PGPASS"] = PASSWORD
+    with postgres() as running:
+        registry = opened(packages, tmp_path, running.url)
+        yield Steering(registry)
+        registry.close()
+    del os.environ["PGPASS"]
+
+
+def test_a_better_one_climbs_and_every_transition_has_its_numbers(anywhere: Steering) -> None:
+    begin(anywhere)
+    assert live(anywhere) == (1, 2, 5.0) and anywhere.registry.entry("late", 2).state == "canary"
+    decisions = follow(anywhere, World())
+    shares = [d.share for d in decisions]
+    assert shares == sorted(shares) and set(shares) == {5, 25, 100} and all(shares.count(s) >= RULES.windows_per_stage for s in (5, 25, 100))
+    assert anywhere.rollouts.current("late").status == "promoted" and live(anywhere) == (2, None, 0) and anywhere.registry.holder("late").version == 2
+    events = anywhere.rollouts.events("late", looks=False)
+    assert [e.event for e in events] == ["started", "advanced", "advanced", "promoted"] and [e.share for e in events] == [5, 25, 100, 100]
+    for event in events[1:]:
+        assert event.numbers["evidence_enough"] >= 1 / RULES.part and event.numbers["outcomes"] > 100 and "at most" in event.reason
+    trail = [e["details"] for e in audit.entries(anywhere.registry.store) if e["event"] == EVENT]
+    assert [d["event"] for d in trail] == ["started", "advanced", "advanced", "promoted"] and audit.verify(anywhere.registry.store)
+    begun = time.monotonic()
+    anywhere.back("late", "complaints since noon", "bob")      # from production, too
+    assert time.monotonic() - begun < 5 and live(anywhere) == (1, None, 0) and anywhere.registry.holder("late").version == 1
+    with pytest.raises(InputError, match="taken back already"):
+        anywhere.back("late", "again")
+
+
+@pytest.mark.parametrize("world, word", [({"better": -.5}, "worse by"), ({"errors": .2}, "errors")])
+def test_a_worse_one_goes_back_while_few_see_it(steering: Steering, world: dict[str, float], word: str) -> None:
+    begin(steering)
+    decisions = follow(steering, World(**world))
+    assert decisions[-1].decision == "roll back" and decisions[-1].share == 5 and word in decisions[-1].why
+    assert live(steering) == (1, None, 0) and steering.registry.entry("late", 2).state == "staging"
+    assert steering.rollouts.events("late")[-1].event == "rolled back" and steering.rollouts.current("late").status == "rolled back"
+    begin(steering, reading=replace(READING, version=3))       # another one may be tried
+    assert live(steering) == (1, 3, 5.0)
+
+
+def test_without_shadow_subjects_are_compared(steering: Steering) -> None:
+    begin(steering, Rules(stages=(50.0, 100.0), windows_per_stage=2, worse_by=.05, outcome_delay=0), replace(READING, paired=False, kpi="outcome"))
+    decisions = follow(steering, World(better=-.6), 12)
+    assert decisions[-1].decision == "roll back" and decisions[-1].outcomes <= 2000      # as many as there are subjects of either
+    assert steering.rollouts.current("late").state.uplift.p > .05                        # the outcome itself is the same
+
+
+@pytest.mark.parametrize("requests", [0, 12])
+def test_little_traffic_is_never_promoted(steering: Steering, requests: int) -> None:
+    begin(steering)
+    world = World()
+    leads = controller(steering, world)
+    world.serve(steering.plans.current("late"), 40)
+    for _ in range(6):
+        world.serve(steering.plans.current("late"), requests)
+        assert leads.step().decision == "hold"
+    assert live(steering) == (1, 2, 5.0)
+
+
+def test_outcomes_that_do_not_come_and_subjects_that_are_lost_hold_it(steering: Steering) -> None:
+    begin(steering)
+    few = follow(steering, World(outcomes=.3), 4)
+    assert "outcomes have come" in few[-1].why and live(steering)[2] == 5
+    steering.back("late", "another try")
+    begin(steering, replace(RULES, stages=(50.0, 100.0)), replace(READING, version=3))
+    lost = follow(steering, World(lost=.5), 4)
+    assert "subjects were answered by the new model where 50 % were asked for" in lost[-1].why and lost[-1].decision == "hold"
+
+
+def test_nothing_moves_forward_in_maintenance_and_a_clock_that_jumps_stops_nothing(steering: Steering) -> None:
+    begin(steering, maintenance=["daily 03:00-04:00"])
+    world, night, day = World(), dt.datetime(2030, 1, 2, 3, 30, tzinfo=dt.UTC), dt.datetime(2030, 1, 2, 12, tzinfo=dt.UTC)
+    leads = controller(steering, world)
+    for _ in range(4):
+        world.serve(steering.plans.current("late"))
+        last = leads.step(night)
+    assert last.why.startswith("maintenance: daily 03:00-04:00") and live(steering)[2] == 5
+    world.serve(steering.plans.current("late"))
+    assert leads.step(day).decision == "promote"
+    yesterday = controller(steering, world)                      # a new process, a clock that was set back, a review an hour
+    assert yesterday._due(replace(steering.rollouts.active("late"), facts=steering.rollouts.active("late").facts | {"review_s": 3600.0}), day - dt.timedelta(days=1))
+
+
+def test_people_hold_resume_and_promote(steering: Steering) -> None:
+    begin(steering)
+    world = World()
+    steering.hold("late", "the fair is on", "bob")
+    assert all(d.decision == "hold" and "held by bob: the fair is on" in d.why for d in follow(steering, world, 4)[-2:]) and steering.plans.current("late").hold
+    seen = steering.rollouts.active("late")
+    with pytest.raises(InputError, match="only a running one can be held"):
+        steering.hold("late", "again")
+    steering.resume("late", "the fair is over", "bob")
+    with pytest.raises(InputError, match="is at revision .*: bob changed it .the fair is over"):
+        steering.promote("late", "it looks good", "ann", revision=seen.revision)
+    assert steering.promote("late", "it looks good", "ann").share == 25 == live(steering)[2]
+    assert describe(steering.rollouts.active("late"))["why"] == "it looks good"
+    assert steering.promote("late", "the owner wants it", "ann", whole=True).status == "promoted" and live(steering) == (2, None, 0)
+    assert steering.rollouts.events("late")[-1].numbers["outcomes"] > 0
+
+
+def test_a_failing_one_goes_back_even_while_it_is_held(steering: Steering) -> None:
+    begin(steering)
+    steering.hold("late", "the fair is on", "bob")
+    assert follow(steering, World(errors=.3))[-1].decision == "roll back" and live(steering) == (1, None, 0)
+
+
+# -- killed, raced, overtaken
+
+class Killed(BaseException):
+    "What kill -9 looks like from inside."
+
+
+@pytest.mark.parametrize("where", ["before the row", "before the traffic", "before it is noted", "on the way back", "at the end"])
+def test_killed_anywhere_another_one_ends_it_as_if_nothing_had_happened(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    registry = opened(packages, tmp_path)
+    steering, world = Steering(registry), World(errors=.3 if where == "on the way back" else 0)
+    begin(steering)
+    target, name, after = {"before the row": (steering.rollouts, "change", lambda a, k: a[1] == "advanced"), "before the traffic": (steering.plans, "change", lambda a, k: k.get("share") == 25),
+                           "before it is noted": (steering.rollouts, "planned", lambda a, k: live(steering)[2] == 25), "on the way back": (steering.rollouts, "change", lambda a, k: a[1] == "rolled back"),
+                           "at the end": (steering.plans, "change", lambda a, k: k.get("live") == steering.rollouts.current("late").digest)}[where]
+    real = getattr(target, name)
+
+    def dies(*args, **kwargs):
+        if after(args, kwargs):
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, dies)
+    with pytest.raises(Killed):
+        follow(steering, world)
+    shares = {"before the row": 5, "before the traffic": 5, "before it is noted": 25, "on the way back": 0, "at the end": 100}
+    assert live(steering)[2] == shares[where], "what was asked for last, never more"
+    registry.close()
+    registry = Registry(tmp_path / "store")
+    steering = Steering(registry)
+    second = controller(steering, world, "one")            # the same name: the lease goes on; another one waits for its end
+    decision = second.step()
+    if where == "on the way back":
+        assert decision is None and steering.rollouts.current("late").status == "rolled back" and live(steering) == (1, None, 0)
+    elif where == "at the end":
+        assert decision is None and steering.rollouts.current("late").status == "promoted" and live(steering) == (2, None, 0) and registry.holder("late").version == 2
+    else:
+        assert decision.share == (5 if where == "before the row" else 25)
+        follow(steering, world)
+        assert steering.rollouts.current("late").status == "promoted"
+        windows = [e.numbers["window"] for e in steering.rollouts.events("late") if "window" in e.numbers]
+        assert windows == list(range(len(windows))), "no window counts twice, none is left out"
+    registry.close()
+
+
+def test_of_two_controllers_one_acts_and_the_other_takes_over(steering: Steering) -> None:
+    begin(steering)
+    world = World()
+    one, two = controller(steering, world), controller(steering, world, "two")
+    now = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
+    for i in range(2):
+        world.serve(steering.plans.current("late"))
+        assert one.step(now + dt.timedelta(seconds=i)) is not None and two.step(now + dt.timedelta(seconds=i)) is None
+    assert two.step(now + dt.timedelta(seconds=61 + i)) is not None and one.step(now + dt.timedelta(seconds=62 + i)) is None
+
+
+def test_many_controllers_at_once_review_every_window_once(steering: Steering) -> None:
+    begin(steering, replace(RULES, windows_per_stage=100))
+    world = World()
+    world.serve(steering.plans.current("late"))
+    barrier, faults = threading.Barrier(4), []
+
+    def race(i: int) -> None:
+        mine = controller(Steering(steering.registry), world, "same" if i % 2 else f"c{i}")      # two even claim the same name
+        barrier.wait()
+        try:
+            for _ in range(4):
+                mine.step()
+        except InputError as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=race, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    windows = [e.numbers["window"] for e in steering.rollouts.events("late") if e.event == "looked"]
+    assert not faults and windows == list(range(len(windows))) and windows
+    seen = steering.rollouts.active("late").state
+    assert seen.served == sum(e.numbers["new"] for e in steering.rollouts.events("late") if e.event == "looked") == world.log.filter(pl.col("role") == "canary").height
+
+
+def test_a_person_who_goes_back_during_a_review_wins(steering: Steering) -> None:
+    begin(steering)
+    world = World()
+    follow(steering, world, 1)
+    leads = controller(steering, world)
+    read = leads.read
+
+    def slow(after: int, inputs: bool) -> pl.DataFrame:
+        steering.back("late", "complaints", "bob")
+        return read(after, inputs)
+
+    leads.read = slow
+    world.serve(steering.plans.current("late"))
+    assert leads.step() is None and live(steering) == (1, None, 0) and steering.rollouts.current("late").by == "bob"
+
+
+@pytest.mark.parametrize("change, ends, share", [({"share": 1.0}, "held", 5.0), ({"share": 60.0}, "held", 5.0), ({"canary": None, "share": 0.0}, "rolled back", 0.0)])
+def test_traffic_that_somebody_else_changed(steering: Steering, change: dict, ends: str, share: float) -> None:
+    begin(steering)
+    world = World()
+    steering.plans.change("late", steering.plans.current("late").revision, "by hand", "eve", **change)
+    world.serve(steering.plans.current("late"))
+    controller(steering, world).step()
+    seen = steering.rollouts.current("late")
+    assert seen.status == ends and "by hand" in seen.reason and live(steering)[2] == share
+
+
+def test_what_cannot_be_started_is_said(steering: Steering) -> None:
+    with pytest.raises(InputError, match="answers everything already|is production"):
+        begin(steering, reading=replace(READING, version=1))
+    with pytest.raises(InputError, match="needs a reason"):
+        steering.begin("late", 2, RULES, READING, " ", "ann")
+    begin(steering)
+    with pytest.raises(InputError, match="v2 is running; promote it or take it back"):
+        begin(steering, reading=replace(READING, version=3))
+    assert live(steering) == (1, 2, 5.0) and steering.registry.entry("late", 3).state == "staging"
+
+
+# -- with the real log, a real process and a real kill -9
+
+PROBLEM = {"problem": {"name": "late", "statement": "Will it be late, asked before it leaves?", "kpi": {"name": "late", "baseline": 0, "target": 1, "unit": ""}, "task": "binary", "target": "late"},
+           "data": {"sources": [{"name": "t", "kind": "csv", "path": "t.csv"}]}, "monitor": {"outcome_delay_days": 0},
+           "rollout": {"stages": [25, 100], "subject": "who", "days_per_stage": .0001, "review_minutes": .005, "worse_by": .02, "maintenance": ["daily 00:00-23:59", "daily 23:59-00:00"]}}
+
+
+def say(project: Path, *words: str) -> tuple[int, dict]:
+    done = subprocess.run([sys.executable, "-m", "pipeline", "rollout", *words, "--json"], cwd=project, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=120)
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+
+
+def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path: Path) -> None:
+    from pipeline.deploy.inference_log import Layout, Recorder, note_outcomes
+
+    (tmp_path / "outputs").mkdir()
+    registry = opened(packages, tmp_path / "outputs")
+    store = registry.store
+    (tmp_path / "settings.ini").write_text("[outputs]\npath = outputs\n")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "late.yml").write_text(json.dumps(PROBLEM))
+    code, told = say(tmp_path, "start", "late", "--version", "2", "--reason", "better on validation")
+    assert code == 0 and told["share"] == 25 and told["status"] == "running"
+    plan = Steering(registry).plans.current("late")
+    recorder = Recorder(store, "late", {v: Layout(("hour",), (), "who", ("no", "yes")) for v in (1, 2)}, interval=60, collects=False)
+    random, outcomes = np.random.default_rng(0), []
+    for i in range(1200):
+        who, p = f"s{i % 900}", random.random()
+        trial = point(who, plan.salt) * 100 < 25
+        for version, role in ([(2, "canary")] if trial else [(1, "live"), (2, "shadow")]):
+            answer = float(np.clip(p + random.normal(0, .3 if version == 1 else .05), 0, 1))
+            recorder.add(time.time(), f"r{i}", version, role, 200, .5, json.dumps({"rows": [{"hour": 7.0, "who": who}]}).encode(),
+                         json.dumps({"predictions": [{"prediction": "yes", "p": {"no": 1 - answer, "yes": answer}}]}).encode())
+        outcomes.append({"request_id": f"r{i}", "row": 0, "value": "yes" if random.random() < p else "no"})
+    recorder.close()
+    note_outcomes(store, "late", outcomes, ["no", "yes"])
+    run = [sys.executable, "-m", "pipeline", "rollout", "run", "late", "--json"]
+    process = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    line = process.stdout.readline()
+    process.kill()
+    process.wait()
+    first = json.loads(line)
+    assert first["share"] == 25 and first["decision"] == "hold" and first["new"] + first["old"] == 1200 and first["outcomes"] > 600, "it has learned, and waits for the end of maintenance"
+    steering = Steering(registry)
+    kept = steering.rollouts.active("late")
+    assert kept.state.served == first["new"] and kept.share == 25 == live(steering)[2] and kept.holder
+    registry.engine.connect().close()
+    with registry.transaction("late") as connection:               # maintenance is over, and the lease of the dead one too
+        facts = json.dumps({**kept.facts, "maintenance": []})
+        connection.execute(steering.rollouts.rollouts.update().values(facts=facts, until=dt.datetime(2020, 1, 1)))
+    process = subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    second = json.loads(process.stdout.readline())
+    process.terminate()
+    process.wait()
+    assert second["share"] == 25 and second["window"] > first["window"] and second["outcomes"] == first["outcomes"] and second["new"] == 0, "nothing is counted again"
+    begun = time.monotonic()
+    code, told = say(tmp_path, "back", "late", "--reason", "the drill")
+    assert code == 0 and told["status"] == "rolled back" and live(steering) == (1, None, 0) and time.monotonic() - begun < 30
+    assert say(tmp_path, "back", "late", "--reason", "again")[0] == 2
+    registry.close()
