@@ -106,7 +106,7 @@ def problem_text(name: str, task: str, **sections: dict[str, Any]) -> str:
         },
         "data": {"sources": [{"name": "t", "kind": "csv", "path": "t.csv"}]},
         "deploy": {"latency_p99_ms": 1000, "rss_mb": 4000},
-        "rollout": {"subject": "tailnum", "days_per_stage": 4, "worse_by": 0.01},
+        "rollout": {"subject": "tailnum", "days_per_stage": 4, "worse_by": 0.01, "live": False},
     }
     return json.dumps({k: problem.get(k, {}) | sections.get(k, {}) for k in problem | sections})
 

@@ -348,15 +348,41 @@ def test_traffic_that_somebody_else_changed(steering: Steering, change: dict, en
     assert seen.status == ends and "by hand" in seen.reason and live(steering)[2] == share
 
 
+@pytest.mark.parametrize("to, ends, now", [("production", "promoted", (2, None, 0)), ("retired", "aborted", (1, None, 0))])
+def test_a_move_in_the_registry_is_followed(steering: Steering, to: str, ends: str, now: tuple) -> None:
+    begin(steering)
+    steering.registry.move("late", 2, to, "the owner wants it", "eve")
+    assert controller(steering, World()).step() is None
+    assert steering.rollouts.current("late").status == ends and live(steering) == now and steering.registry.entry("late", 2).state == to
+
+
 def test_what_cannot_be_started_is_said(steering: Steering) -> None:
     with pytest.raises(InputError, match="answers everything already|is production"):
         begin(steering, reading=replace(READING, version=1))
     with pytest.raises(InputError, match="needs a reason"):
         steering.begin("late", 2, RULES, READING, " ", "ann")
     begin(steering)
-    with pytest.raises(InputError, match="v2 is running; promote it or take it back"):
+    with pytest.raises(InputError, match="v2 is on trial already; promote it or take it back"):
         begin(steering, reading=replace(READING, version=3))
     assert live(steering) == (1, 2, 5.0) and steering.registry.entry("late", 3).state == "staging"
+    steering.back("late", "another one first")
+    steering.registry.move("late", 3, "canary", "by hand", "eve")
+    with pytest.raises(InputError, match="v3 is on trial already"):
+        begin(steering)
+    assert steering.rollouts.active("late") is None and live(steering) == (1, None, 0)
+
+
+def test_a_start_that_somebody_thwarts_leaves_nothing_behind(steering: Steering, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quicker(*args, **kwargs):
+        raise InputError("late v3 is on trial already")
+
+    monkeypatch.setattr(steering.registry, "move", quicker)
+    with pytest.raises(InputError, match="on trial already"):
+        begin(steering)
+    monkeypatch.undo()
+    assert steering.rollouts.active("late") is None and steering.plans.current("late") is None and steering.rollouts.current("late").status == "aborted"
+    begin(steering)
+    assert live(steering) == (1, 2, 5.0)
 
 
 # -- with the real log, a real process and a real kill -9
@@ -417,5 +443,4 @@ def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path
     begun = time.monotonic()
     code, told = say(tmp_path, "back", "late", "--reason", "the drill")
     assert code == 0 and told["status"] == "rolled back" and live(steering) == (1, None, 0) and time.monotonic() - begun < 30
-    assert say(tmp_path, "back", "late", "--reason", "again")[0] == 2
     registry.close()

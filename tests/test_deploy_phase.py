@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 import deploy_world as world
+from pipeline.core.errors import InputError
 from pipeline.core.run import function_named, read_claims, read_receipt
 from pipeline.core.store import Artifact, read_artifact
 from pipeline.deploy.batch import predict_file
@@ -26,18 +28,22 @@ def recomputed(run: Path, phase: str) -> None:
 
 
 def test_a_good_package_goes(tmp_path: Path) -> None:
-    run = world.build(tmp_path)
+    run = world.build(tmp_path, deploy={"latency_p99_ms": 1000, "rss_mb": 4000, "soak_s": 6, "uptime": 0.5, "cost_per_1000": 1.0})
     names = world.execute("06_deploy", tmp_path)
     assert names["error"] is None
     found = checks(run, "06_deploy")
-    assert {c["verdict"] for c in found.values()} == {"go"}
-    for limit in ("latency_p99_ms", "throughput_rps", "model_mb", "rss_mb", "uptime"):
+    assert {c["verdict"] for c in found.values()} <= {"go", "not applicable"} and {c["verdict"] for title, c in found.items() if title.startswith("Soak")} == {"go"}
+    for limit in ("latency_p99_ms", "throughput_rps", "model_mb", "rss_mb", "uptime", "cost_per_1000"):
         assert any(f"deploy.{limit}" in title for title in found)
     recomputed(run, "06_deploy")
     claims = {c.name: c.value for c in read_claims(run / "06_deploy")}
+    soak = pl.read_parquet(run / "06_deploy/soak.parquet")
+    assert soak["killed"][0] == 3 and claims["soak_wrong"] == 0 and claims["soak_failed_share"] < 0.5 and len(soak) == 600
+    assert claims["served_minus_trained"] <= 1e-9 and pl.read_parquet(run / "06_deploy/replay_validation.parquet").height == 1500
+    assert claims["money_per_1000"] == pytest.approx(claims["cpu_ms_per_1000"] / 3.6e6 * 0.04) and claims["joules_per_1000"] == pytest.approx(claims["cpu_ms_per_1000"] / 100)
     assert claims["model_mb"] * 1e6 == sum(p.stat().st_size for p in (run / "06_deploy/package/model").iterdir())
     outputs = read_receipt(run / "06_deploy")["outputs"]
-    assert [n for n, o in outputs.items() if o["timing"]] == ["deploy/latencies", "deploy/resources", "deploy/throughput"]
+    assert [n for n, o in outputs.items() if o["timing"]] == ["deploy/latencies", "deploy/resources", "deploy/soak", "deploy/throughput"]
     assert (run / "06_deploy/package/card.md").read_text().startswith("# tiny")
 
     frame = world.rows("binary", 50, seed=4)
@@ -69,7 +75,8 @@ def test_the_same_content_is_the_same_package(tmp_path: Path) -> None:
 def test_many_classes_and_a_linear_model_go(tmp_path: Path) -> None:
     run = world.build(tmp_path, "multiclass", 400, "linear")
     assert world.execute("06_deploy", tmp_path)["error"] is None
-    assert {c["verdict"] for c in checks(run, "06_deploy").values()} == {"go"}
+    found = checks(run, "06_deploy")
+    assert {c["verdict"] for c in found.values()} == {"go", "not applicable"} and found["Soak (deploy.soak_s)"]["verdict"] == "not applicable"
 
 
 def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> None:
@@ -89,6 +96,39 @@ def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> N
         assert (found[title]["verdict"], found[title]["limit"]) == ("no-go", limit) and float(found[title]["found"].split(" ")[0]) > 0
 
 
+def test_the_price_of_a_core_hour_is_the_price_of_answers(tmp_path: Path) -> None:
+    from pipeline.core.problem import load_problem
+    from pipeline.core.settings import load_settings
+    from pipeline.deploy.load import per_1000
+
+    costs = []
+    for price in ("0.04", "0.08"):
+        (tmp_path / "settings.ini").write_text(f"[prices]\ncore_hour = {price}\n")
+        settings = load_settings(tmp_path)
+        measured = {"cpu_ms_per_1000": 250.0} | {n: getattr(settings, n) for n in ("core_hour", "watts_per_core", "gram_co2e_per_kwh")}
+        costs.append([per_1000(measured, what) for what in ("money", "joules", "co2e_g")])
+    assert costs[1][0] == 2 * costs[0][0] > 0 and costs[0][1:] == costs[1][1:]
+    (tmp_path / "wrong.yml").write_text(world.problem_text("tiny", "binary", deploy={"memory_mb": 5}))
+    with pytest.raises(InputError, match="memory_mb"):
+        load_problem(tmp_path / "wrong.yml")
+
+
+def test_another_model_behind_the_service_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.deploy import rehearsal
+
+    run = world.build(tmp_path, "binary", 400, production=False, deploy={"uptime": 0.01})
+    original = rehearsal.validation_rows
+
+    def spoilt(run_: Any) -> Any:
+        frame, told = original(run_)  # type: ignore[misc]
+        return frame, told.with_columns(p_true=pl.when(pl.int_range(pl.len()) >= 7).then(pl.col("p_true") + 1e-6).otherwise("p_true"))
+
+    monkeypatch.setattr(rehearsal, "validation_rows", spoilt)
+    assert world.execute("06_deploy", tmp_path)["error"].exit_code == 1
+    found = checks(run, "06_deploy")["Served equals the trained model on the validation set, to 1e-9"]
+    assert found["verdict"] == "no-go" and found["why"].startswith("row 7, column p_true: ")
+
+
 def test_a_batch_problem_needs_no_latency(tmp_path: Path) -> None:
     run = world.build(tmp_path, "binary", 400, production=False, problem={"mode": "batch"}, deploy={"latency_p99_ms": 0.01})
     assert world.execute("06_deploy", tmp_path)["error"] is None
@@ -97,8 +137,6 @@ def test_a_batch_problem_needs_no_latency(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["--data", "--out"])
 def test_a_batch_says_what_it_needs(tmp_path: Path, missing: str) -> None:
-    from pipeline.core.errors import InputError
-
     data, out = (tmp_path / "nothing.csv", tmp_path / "out.csv") if missing == "--data" else (tmp_path / "in.csv", tmp_path / "out.xlsx")
     with pytest.raises(InputError):
         predict_file(tmp_path / "outputs" / "tiny" / "main", data, out)

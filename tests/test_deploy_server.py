@@ -141,25 +141,6 @@ def test_a_foreign_host_name_gets_nothing(server: Staged) -> None:
     assert status(server, "GET", "/health", host="localhost:1234")[0] == 200
 
 
-def test_a_killed_worker_is_replaced(package: tuple[Path, Path]) -> None:
-    with staged(package[1], audit.public_key(package[0], KEY)) as running:
-        workers = [p for p in psutil.Process(running.process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-        assert len(workers) == 1
-        workers[0].kill()
-        workers[0].wait(10)
-        await_ready(running)
-        assert running.process.poll() is None
-
-
-def test_it_stops_when_told_and_leaves_nothing_behind(package: tuple[Path, Path]) -> None:
-    with staged(package[1], audit.public_key(package[0], KEY)) as running:
-        family = [psutil.Process(running.process.pid), *psutil.Process(running.process.pid).children(recursive=True)]
-    assert running.process.returncode == 0
-    assert not psutil.wait_procs(family, timeout=10)[1]
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((running.host, running.port))
-
-
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     "`serve` as the command calls it; only for starts that are refused."
     code = ("import sys; from pipeline.core.errors import PilothouseError; from pipeline.deploy.service import serve\n"
@@ -230,7 +211,7 @@ def test_a_served_run_answers_and_stops_by_ctrl_c(run_folder: Path) -> None:
     await_ready(running)
     assert status(running, "GET", "/health")[0] == 200
     assert [json.loads(process.stdout.readline())["path"] for _ in range(2)] == ["/ready", "/health"]
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)      # as a terminal sends it
     assert process.wait(20) == 0
     process.stdout.close()
 
@@ -383,6 +364,8 @@ def test_it_ends_without_dropping_a_request(guarded: Guarded) -> None:
     slow.close()
     thread.join()
     assert set(statuses) == {200} and server.process.wait(20) == 0 and not psutil.wait_procs(family, timeout=10)[1]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((server.host, server.port))
     read = read_inferences(guarded.store, "tiny")
     assert len(read.filter(pl.col("status") == 200)) >= len(statuses) + 1     # the last of them, too, are in the log
 

@@ -191,7 +191,10 @@ def test_a_collector_that_dies_after_its_commit_takes_nothing_twice(recorder: Re
     assert len(list((tmp_path / "inferences/tiny").glob("*.rows"))) == 2
     note(recorder, 20, 25)
     recorder.flush()
-    assert collect(tmp_path, "tiny") == 5
+    half = [tmp_path / "inferences/tiny" / f".{int(time.time() - age) * 10**9:020}-1-a.rows.x" for age in (0, 7200)]     # what writers leave who are killed
+    for left in half:
+        left.write_bytes(b"half")
+    assert collect(tmp_path, "tiny") == 5 and [left.exists() for left in half] == [True, False]
     assert read_inferences(tmp_path, "tiny")["request_id"].to_list() == [f"r{i}" for i in range(25)]
 
 

@@ -1,6 +1,7 @@
 """A package is put live for real: twice is once, nobody is dropped, and what is broken never meets a caller."""
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,16 +18,19 @@ from typing import Any
 import pytest
 
 import deploy_world as world
+from pipeline.cli.main import main
 from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
 from pipeline.data.contract import target_values
 from pipeline.deploy import deployment
-from pipeline.deploy.deployment import Deployed, ask, deploy, go_back, history, plain_row, read_live, stop_all
+from pipeline.deploy.deployment import Deployed, ask, deploy, go_back, history, plain_row, read_live, smoke, stop_all
 from pipeline.deploy.infrastructure import Blueprint, write_infrastructure
 from pipeline.deploy.inspection import UNIT, inspect
 from pipeline.deploy.package import KEY, Contents, release
 from pipeline.deploy.registry import Registry
+from pipeline.deploy.sbom import read_lock, serving_lock
 from pipeline.deploy.schema import make_schema
+from pipeline.deploy.service import free_port
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -177,9 +181,10 @@ def test_ping(site: Site) -> None:
     live = read_live(site.place)
     if live is None:
         pytest.skip("nothing is live: the first test says why")
-    done = [subprocess.run([sys.executable, "-m", "pipeline", "deploy", "ping", "--port", str(port)], capture_output=True, text=True, cwd=world.ROOT).returncode
-            for port in (live["port"], 1)]
-    assert done == [0, 4]
+    assert [main(["deploy", "ping", "--port", str(port)]) for port in (live["port"], 1)] == [0, 4]
+    folder = str(site.place / "releases" / live["release"])
+    assert main(["deploy", "smoke", folder, "--port", str(live["port"])]) == 0 and main(["deploy", "smoke", folder, "--port", "1"]) == 4
+
 
 # -- infrastructure files: each rule is seen to refuse
 
@@ -340,3 +345,64 @@ def test_continuous_integration_cannot_promote(files: dict[str, str], site: Site
     assert done.returncode == 2 and "comes from a run with the verdict no-go" in done.stderr, done.stderr
     assert registry.entries() == before and registry.holder("tiny").version == 1
     registry.close()
+
+
+HIDE = """
+import sys
+from importlib.metadata import packages_distributions
+NAMES = {names!r} | {{"pip", "setuptools"}}
+HIDDEN = {{module for module, owners in packages_distributions().items() if not {{o.lower().replace("_", "-").replace(".", "-") for o in owners}} & NAMES}} - {{"pipeline", "sitecustomize"}}
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_the_containers_own_commands(files: dict[str, str], site: Site, tmp_path: Path) -> None:
+    "ENTRYPOINT and HEALTHCHECK of the Dockerfile, on the image's content, with the libraries of its lock alone, for other machines: tokens and TLS."
+    made = site.assemble(0, tmp_path / "releases")
+    names = {one.name for one in serving_lock(read_lock((world.ROOT / "requirements.lock").read_text()))}
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide/sitecustomize.py").write_text(HIDE.format(names=names))
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(secrets / "tls.key"), "-out", str(secrets / "tls.crt"),
+                    "-days", "2", "-subj", "/CN=service"], check=True, capture_output=True)
+    token = "0123456789abcdef0123456789abcdef"
+    (secrets / "tokens").write_text(json.dumps({"sha256": hashlib.sha256(token.encode()).hexdigest(), "roles": ["operator"], "name": "smoke"}) + "\n")
+    (secrets / "tokens").chmod(0o600)
+
+    def command(word: str, port: int) -> list[str]:
+        line = next(line for line in files["Dockerfile"].splitlines() if line.startswith(word))
+        words = [w.replace("/srv/release", str(made)).replace("/run/secrets", str(secrets)).replace("8443", str(port)) for w in json.loads(line[line.index("["):])]
+        return [sys.executable if words[0] == "python" else words[0], *words[1:]]
+
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hide'}:{made / 'app'}", "PYTHONDONTWRITEBYTECODE": "1", "SMOKE_TOKEN": token}
+    port = free_port("127.0.0.1", 0)
+    with (tmp_path / "said").open("wb") as said:
+        service = subprocess.Popen(command("ENTRYPOINT", port), cwd=made, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and service.poll() is None and not healthy(port):
+                time.sleep(.1)
+            assert service.poll() is None and healthy(port), (tmp_path / "said").read_text()
+            check = subprocess.run(command("HEALTHCHECK", port), cwd=made, env=environment, capture_output=True, text=True)
+            assert check.returncode == 0, check.stderr
+            assert smoke(made, port, token, tls=True)["answers a row"] == 200
+            with pytest.raises(IntegrityError, match="GET /metrics was answered with 401"):
+                smoke(made, port, None, tls=True)
+        finally:
+            deployment._stop(service.pid)
+            service.wait()
+    words = command("ENTRYPOINT", port)
+    bare = subprocess.run(words[:words.index("--tokens")], cwd=made, env=environment, capture_output=True, text=True, timeout=120)
+    assert bare.returncode == 3 and "without a token would let anyone ask" in bare.stderr, bare.stderr
+
+
+def healthy(port: int) -> bool:
+    try:
+        return ask(port, "GET", "/ready", tls=True, timeout_s=20)[0] == 200
+    except OSError:
+        return False

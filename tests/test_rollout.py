@@ -13,8 +13,25 @@ from hypothesis import strategies as st
 
 import deploy_world as world
 from pipeline.core.errors import InputError
-from pipeline.rollout.canary import Requests, Rules, State, follow, from_frame, review, start, to_frame
-from pipeline.rollout.sequential import Bet, Errors, confidence_sequence, count_errors, place
+from pipeline.rollout.canary import TESTS, Look, Requests, Rules, State, consider, follow, from_frame, review, standing, start, to_frame
+from pipeline.rollout.sequential import (
+    Bet,
+    Errors,
+    Mean,
+    Shift,
+    Split,
+    as_ratio,
+    budget,
+    confidence_sequence,
+    count_answers,
+    count_errors,
+    count_kpi,
+    count_subjects,
+    matched,
+    new_uplift,
+    observe,
+    place,
+)
 from pipeline.deploy.versions import point
 from pipeline.rollout.traffic import in_slice, points, routed, split_table, subjects_of
 from test_deploy_phase import checks, recomputed
@@ -116,6 +133,99 @@ def test_four_times_the_errors_are_found_soon() -> None:
             look, state = look + 1, count_errors(state, int(random.binomial(100, .02)), 100, int(random.binomial(1900, .005)), 1900)
         looks.append(look)
     assert np.median(looks) <= 8 and max(looks) < 100
+
+
+def test_a_running_mean_covers_at_every_look_and_resumes() -> None:
+    missed = 0
+    for seed in range(150):
+        values, state = np.random.default_rng(seed).beta(2, 6, 600), Mean(.05)
+        for part in np.array_split(values, 20):
+            state = observe(state, part)
+        missed += not state.low <= .25 <= state.high
+        assert abs(observe(Mean(.05), values).low - state.low) < 1e-9
+    assert missed / 150 <= .05 and state.high - state.low < .1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_matched_groups_use_everything_once(n: int, m: int) -> None:
+    random = np.random.default_rng(n * 100 + m)
+    new, old = random.random(n), random.random(m)
+    found = matched(new, old)
+    assert len(found) == min(n, m) and (np.abs(found) <= 1).all()
+    if 0 < n <= m:
+        assert found.mean() == pytest.approx(new.mean() - np.mean([g.mean() for g in np.array_split(old, n)]), abs=.2)
+    assert len(matched(new, np.zeros(0))) == 0
+
+
+def test_speed_that_moves_for_both_alarms_nobody_and_one_that_moves_for_one_does() -> None:
+    "The speed rises threefold within each window; a third of the windows have hardly any traffic of the new model."
+    alarms, found = 0, 0
+    for seed in range(60):
+        random, same, slow = np.random.default_rng(seed), Mean(.005), Mean(.005)
+        for look in range(30):
+            n, m = int(random.choice([3, 60, 300])), 900
+            new, old = (np.linspace(0, np.log(3), k) + np.sin(look) + random.normal(0, .5, k) for k in (n, m))
+            same, slow = observe(same, as_ratio(matched(new, old))), observe(slow, as_ratio(matched(new + np.log(1.6), old)))
+        alarms += not same.low <= .5 <= same.high
+        found += slow.low > as_ratio(np.array([np.log(1.25)]))[0]
+    assert alarms <= 1 and found >= 57
+
+
+def test_answers_that_move_within_what_is_tolerated_alarm_within_the_budget() -> None:
+    alarms = 0
+    for seed in range(40):
+        random, state = np.random.default_rng(seed), Shift(.05, .2)
+        for look in range(20):
+            busy = int(random.integers(200, 1500))
+            old = random.beta(2 + np.sin(look), 5, busy)                                # they change with the hour, for both
+            new = np.where(random.random(60) < .2, .5, random.beta(2 + np.sin(look), 5, 60))   # one answer is given a fifth more often: the edge
+            state = count_answers(state, new, old)
+        alarms += state.rejected
+    assert alarms / 40 <= .05
+
+
+def test_lost_subjects_are_seen_and_none_where_none_are() -> None:
+    held = 0
+    for seed in range(200):
+        random, fine, lossy = np.random.default_rng(seed), Split(.01, 10.0), Split(.01, 10.0)
+        for _ in range(40):
+            came = int(random.binomial(600, .1))
+            fine, lossy = count_subjects(fine, came, 600 - came), count_subjects(lossy, int(random.binomial(came, .75)), 600 - came)
+        held += fine.rejected
+        assert lossy.rejected
+    assert held / 200 <= .01
+
+
+def test_a_kpi_without_a_difference_is_significant_in_at_most_a_twentieth() -> None:
+    wrong = 0
+    for seed in range(120):
+        random, state = np.random.default_rng(seed), new_uplift(.05, 1.0)
+        for look in range(20):
+            rate = .1 + .05 * np.sin(look)
+            state = count_kpi(state, matched((random.random(80) < rate).astype(float), (random.random(300) < rate).astype(float)))
+        wrong += state.p < .05 or not state.interval[0] <= 0 <= state.interval[1]
+    assert wrong / 120 <= .05
+
+
+def test_the_parts_of_the_budget_are_the_budget() -> None:
+    assert sum(budget(RULES.alpha, TESTS).values()) == pytest.approx(RULES.alpha)
+    state = start(RULES)
+    used = [state.worse.alpha, state.errors.alpha, state.limit.alpha, state.latency.alpha, state.slower.alpha / 2, state.shift.alpha]
+    assert sum(used) == pytest.approx(RULES.alpha)
+    shown = {row["test"]: row for row in standing(state, RULES)}
+    assert sum(1 / row["boundary"] for row in shown.values() if row["does"] == "roll back" and row["boundary"]) == pytest.approx(RULES.alpha - state.slower.alpha / 2)
+
+
+def test_errors_that_both_have_do_not_accuse_the_new_one() -> None:
+    "An outage of what both need: a fifth of all requests fail, far more than the absolute limit."
+    random, state, none = np.random.default_rng(0), start(RULES), np.zeros(0)
+    for _ in range(20):
+        failed, old = random.random(100) < .2, random.random(900) < .2
+        state, decision = consider(state, Look(failed, old, none, none), RULES)
+    assert decision.decision == "hold" and state.errors.new > 300
+    alone, decision = consider(start(RULES), Look(random.random(400) < .2, np.zeros(0, dtype=bool), none, none), RULES)
+    assert decision.decision == "roll back" and "are tolerated" in decision.why        # nobody to compare with: the absolute limit holds
 
 
 # -- the controller

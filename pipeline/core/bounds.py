@@ -119,6 +119,7 @@ def accelerated(
     left: np.ndarray,        # the metric with blocks left out in turn
     units: int,              # blocks that were drawn
     level: float = 0.95,
+    careful: bool = False,   # as wide as the jackknife's standard error asks for, where that is more
 ) -> tuple[float, float]:
     "The BCa interval, widened for few blocks; raises `InputError` when most draws are undefined."
     usable, normal = drawn[np.isfinite(drawn)], NormalDist()
@@ -128,7 +129,9 @@ def accelerated(
     bias = normal.inv_cdf(float(np.clip(below, 0.5 / len(usable), 1 - 0.5 / len(usable))))
     speed, z = acceleration(left), normal.inv_cdf((1 + level) / 2)
     shares = [normal.cdf(bias + (bias + side) / max(1 - speed * (bias + side), 0.1)) for side in (-z, z)]
-    low, high = value + (np.quantile(usable, shares, method="weibull") - value) * expanded(units, level)
+    error = math.sqrt(max(float(((left - left.mean()) ** 2).sum()), 0.0) * (len(left) - 1) / len(left)) if careful and np.isfinite(left).all() else 0.0
+    wider = max(1.0, error / float(usable.std())) if usable.std() > 0 else 1.0
+    low, high = value + (np.quantile(usable, shares, method="weibull") - value) * expanded(units, level) * wider
     return float(low), float(high)
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #ef2a5e16

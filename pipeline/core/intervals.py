@@ -213,7 +213,8 @@ def span(
         errors.append(_errors(terms, counts))
     drawn, spreads = np.concatenate(values), np.concatenate(errors)
     if len(terms) == 1 and first.name == "r2":
-        return (value, *studentized_rest(value, _left_out_error(_combined(terms, _leaving_out(units)), units), drawn, spreads, level))
+        left = from_sums("r2", first.sums.sum(0) - first.sums)     # without each block
+        return (value, *studentized_rest(value, math.sqrt(float(((left - left.mean()) ** 2).sum()) * (units - 1) / units), drawn, spreads, level))
     return (value, *studentized(value, error, drawn, spreads, level))
 
 
@@ -257,11 +258,6 @@ def _leaving_out(units: int) -> np.ndarray:
     "Each block, or group of blocks, left out in turn."
     groups = min(units, LEFT_OUT)
     return (np.arange(units)[None, :] % groups != np.arange(groups)[:, None]).astype(float)
-
-
-def _left_out_error(left: np.ndarray, units: int) -> float:
-    "The jackknife's standard error, from groups of blocks left out in turn."
-    return math.sqrt(float(((left - left.mean()) ** 2).sum()) * (len(left) - 1) / len(left))
 
 
 def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int, level: float) -> tuple[float, float, float]:

@@ -314,8 +314,9 @@ class RolloutSection(Section):
     slower_by: Positive = Field(0.25, description="times as long as the live model in the same window, less one, that is tolerated")
     shift_max: Share = Field(0.2, description="share of all answers by which a tenth of them may grow")
     outcomes_min: Share = Field(0.5, description="of the outcomes that are due, so many must be known before the share grows")
-    review_minutes: Positive = Field(60.0, description="time between two reviews of live traffic")
+    review_minutes: Positive = Field(5.0, description="time between two reviews of live traffic; looking more often costs no error")
     shadow: bool = Field(True, description="the new model scores the live one's requests too, for the record; false where a prediction changes the outcome")
+    live: bool = Field(True, description="the rollout phase also plays production through a live service and carries out the runbook on it; false where no port may be opened")
     kpi: Literal["none", "outcome", "gain"] = Field("none", description="what is told beside: the outcome itself, or the gain by evaluate.costs")
     maintenance: list[Annotated[str, Field(pattern=MAINTENANCE)]] = Field([], description="UTC, such as 'Sat 22:00-02:00' or 'daily 03:00-03:30'; the share does not grow meanwhile")
 

@@ -276,7 +276,7 @@ def deploy(
     port: int = 8000,               # where callers ask, on this machine; 0: a free one
     token_ref: str | None = None,   # env:NAME
     files: Path | None = None,      # infrastructure files for the release
-    within_s: float = 120.0,        # until a new release must be ready
+    within_s: float = 300.0,        # until a new release must be ready: the first start compiles
     by: str = "",
     program: Path | None = None,    # the folder `pipeline` of the program; the one that runs here by default
 ) -> Deployed:
@@ -288,7 +288,7 @@ def deploy(
 def go_back(
     place: Path,
     token_ref: str | None = None,
-    within_s: float = 120.0,
+    within_s: float = 300.0,
     by: str = "",
 ) -> Deployed:
     "The release that was live before this one, started, tested and switched to like any other."

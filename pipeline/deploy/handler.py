@@ -144,7 +144,7 @@ class Service:
         self.tokens = self.tokens or Tokens(self.token)
         self.traffic = answers if isinstance(answers, Traffic) else Traffic(Served(answers, answers.digest))
         self.shadows = Shadows()
-        self._ids = Ids()
+        self._ids, self._explaining = Ids(), threading.Lock()
         self._encode = msgspec.json.Encoder().encode
         self._prepared: tuple[Routing | None, dict[int, Answerer]] = (None, {})
         self._routes: dict[str, tuple[str, str, Answer]] = {
@@ -335,7 +335,8 @@ class Service:
     def _explained(self, answerer: Answerer, found: Found) -> list[dict[str, Any]] | None:
         if len(found.scores) > MAX_EXPLAINED:
             raise Refused(413, "too many rows", f"{len(found.scores):,} rows were sent, {MAX_EXPLAINED} are explained at once; send them in parts")
-        return answerer.explain(found)
+        with self._explaining:       # one after the other: each keeps a core busy for milliseconds a row
+            return answerer.explain(found)
 
     def _predict_table(self, call: Call, lenient: bool) -> Reply:
         call.kept = b""       # the record keeps a table that was answered, no other

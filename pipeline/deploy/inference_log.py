@@ -27,7 +27,7 @@ import polars as pl
 from ..core.crypto import are_forgotten, named, pseudonym_key, seal, subject_keys, token
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 from ..core.problem import check_name
-from ..core.store import locked, write_whole
+from ..core.store import write_whole
 from ..data.targets import class_name
 from .growing import Growing
 
@@ -289,25 +289,26 @@ def collect(
     store, spool, taken = Path(store), Path(store) / "inferences" / check_name(name, "problem"), 0
     if not spool.is_dir():
         return 0
-    with locked(spool / ".lock"):
-        for table, kind, read in zip(inference_tables(store, name), ("rows", "outcomes"), (_read_records, _read_outcomes)):
-            waiting = sorted(spool.glob(f"*.{kind}"))
-            if not waiting:
-                continue
-            with table.turn():
-                about = table.told().get("about", {})
-                for file in [file for file in waiting if file.name in set(about.get("taken", ()))]:
-                    file.unlink()         # taken already, by somebody who was killed before this line
-                for files in _groups([file for file in waiting if file.exists()]):
-                    rows, about = read(store, name, files, about)
-                    table.append(rows, about | {"taken": [file.name for file in files]})
-                    taken += rows.height
-                    for file in files:
-                        file.unlink()
-                table.compact()
-        for left in spool.glob(".*.rows.*"):          # of a worker that was killed while it wrote
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+    for table, kind, read in zip(inference_tables(store, name), ("rows", "outcomes"), (_read_records, _read_outcomes)):
+        waiting = sorted(spool.glob(f"*.{kind}"))
+        if not waiting:
+            continue
+        with table.turn():
+            about = table.told().get("about", {})
+            for file in waiting:
+                if file.name in set(about.get("taken", ())):
+                    file.unlink(missing_ok=True)         # taken already, by somebody who was killed before this line
+            for files in _groups([file for file in waiting if file.exists()]):
+                rows, about = read(store, name, files, about)
+                table.append(rows, about | {"taken": [file.name for file in files]})
+                taken += rows.height
+                for file in files:
+                    file.unlink()
+            table.compact()
+    for left in spool.glob(".*"):          # half-written by a worker that was killed; its place in time is in its name
+        written = left.name[1:21]
+        if written.isdigit() and time.time() - int(written) / 1e9 > 3600:
+            left.unlink(missing_ok=True)
     return taken
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #76dd5e0c

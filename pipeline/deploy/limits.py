@@ -50,7 +50,7 @@ def claim_limits(
         run.check("Throughput of a batch (deploy.throughput_rps)", rows, at_least=limits.throughput_rps, answers=["deploy.throughput_rps", "O6"])
     run.check("Model on disk (deploy.model_mb)", size, at_most=limits.model_mb, answers=["deploy.model_mb"])
     run.check("Memory of the service (deploy.rss_mb)", memory, at_most=limits.rss_mb, answers=["deploy.rss_mb", "O6"])
-    run.check("Requests answered (deploy.uptime)", up.value, at_least=limits.uptime, answers=["deploy.uptime"])
+    run.check("Requests answered (deploy.uptime)", up, at_least=limits.uptime, bound="value", answers=["deploy.uptime"])
     costs = claim_costs(run)
     told = {
         "latency_p99_ms": limits.latency_p99_ms,

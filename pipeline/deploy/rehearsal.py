@@ -32,7 +32,7 @@ __all__ = ['REPLAYED', 'VALIDATED', 'SINGLE', 'LOAD_S', 'ATTEMPTS', 'Rehearsal',
 
 # %% ../../nbs/lib/deploy/14_rehearsal.ipynb #9ac705e9
 REPLAYED = 100_000      # rows of the holdout at most
-VALIDATED = 2_000       # rows of the validation set at most, evenly from first to last
+VALIDATED = 5_000       # rows of the validation set at most, evenly from first to last
 SINGLE = 200            # of these one by one
 LOAD_S = 10.0           # seconds that a load sample may take, one request after the other
 ATTEMPTS = 5            # a machine shared with others is given so many chances to be quiet

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import polars as pl
@@ -103,9 +104,12 @@ def _read_date(value: Any, spec: Field) -> dt.date | dt.datetime:
         raise _Bad("is not a date", "a date like 2013-09-01 or 2013-09-01T17:30:00")
     if spec.dtype == "Date":
         return moment.date()
-    if "time_zone='" in spec.dtype:
-        return moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
-    return moment.astimezone(dt.UTC).replace(tzinfo=None) if moment.tzinfo else moment
+    try:
+        if "time_zone='" in spec.dtype:    # its parts (hour, day) are those of the column's own zone
+            return (moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).astimezone(ZoneInfo(spec.dtype.split("time_zone='")[1].split("'")[0]))
+        return moment.astimezone(dt.UTC).replace(tzinfo=None) if moment.tzinfo else moment
+    except OverflowError:
+        raise _Bad("is outside of the calendar in UTC", "a date between the years 1 and 9999") from None
 
 
 def _lone_surrogate(text: str) -> bool:

@@ -61,6 +61,8 @@ class Application:
 
     def __rsgi_init__(self, loop: Any) -> None:
         loop.add_signal_handler(signal.SIGUSR1, self.drain)
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the parent drains and then stops its workers
         for start in self.starts:
             start()
 
@@ -88,7 +90,7 @@ class Application:
             body = b"" if scope.method == "GET" and "content-length" not in headers else await self._body(scope.method, headers, protocol)
             if crowd is not None:       # who is sent away has been heard: a sender that is cut off reads no answer
                 raise crowd
-            if path in self.slow:
+            if path in self.slow or "explain" in headers.get("prefer", "").lower():     # milliseconds a row: nobody else waits for them
                 import asyncio
 
                 status, sent, out = await asyncio.to_thread(service.handle, scope.method, path, dict(headers.items()), body)
@@ -262,7 +264,8 @@ def load_application(
     from pipeline.deploy.journal import Journal
 
     die_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)   # until there is something to drain
+    for early in (signal.SIGUSR1, signal.SIGINT):    # until there is something to drain
+        signal.signal(early, signal.SIG_IGN)
     key = Ed25519PublicKey.from_public_bytes(serving.key)
     live = load_served(Path(serving.folder), key)
     journal = Journal(sys.stdout.buffer) if serving.log else None

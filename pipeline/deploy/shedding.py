@@ -111,8 +111,8 @@ class Queue:
     ) -> None:
         "Answered."
         self.waiting -= 1
-        if seconds is not None:
-            self.mean += 0.05 * (seconds - self.mean) if self.mean else seconds
+        if seconds is not None:     # one request of ten thousand rows must not send everybody away
+            self.mean += 0.05 * (min(seconds, max(0.005, 4 * self.mean)) - self.mean)
 
     def hold(self, n: int) -> None:
         "More bytes of a body; raises `Refused` with 429 where all of them are too many."

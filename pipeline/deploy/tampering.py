@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/deploy/16_tampering.ipynb #00b26ca6
 from __future__ import annotations
 
+import datetime as dt
 import os
 import shutil
 from collections.abc import Callable
@@ -43,6 +44,9 @@ def tamper(
         ("an older version offered as new", lambda f: None, packed.manifest["version"] + 1),
     ]
     rows = [_refusal(run.scratch / "tampered", packed, *way) for way in ways]
+    if packed.manifest.get("expires"):
+        after = dt.date.fromisoformat(packed.manifest["expires"]) + dt.timedelta(days=1)
+        rows.append(_refusal(run.scratch / "tampered", packed, f"offered on {after}, the day after its last one", lambda f: None, 0, after))
     rows.append({"what was done": "one byte changed, then served", **_served(run.scratch / "served", packed, model)})
     frame = pl.DataFrame(rows)
     run.save("deploy/tampered", frame)
@@ -75,10 +79,10 @@ def _copy(packed: Packed, place: Path) -> Path:
     return place
 
 
-def _refusal(place: Path, packed: Packed, what: str, change: Callable[[Path], Any], newest: int) -> dict[str, Any]:
+def _refusal(place: Path, packed: Packed, what: str, change: Callable[[Path], Any], newest: int, on: dt.date | None = None) -> dict[str, Any]:
     change(_copy(packed, place))
     try:
-        verify_package(place, packed.key, newest)
+        verify_package(place, packed.key, newest, on)
     except IntegrityError as error:
         return {"what was done": what, "refused": True, "answer": str(error)}
     return {"what was done": what, "refused": False, "answer": "accepted"}

@@ -111,6 +111,9 @@ class Steering:
             raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging (pilothouse models {name} --move {version} --to staging --reason '…')")
         if entry.verdict == "no-go":
             raise InputError(f"{name} v{version} comes from a run with the verdict no-go and cannot be tried; mend what failed and run again")
+        tried = self.registry.holder(name, "canary")
+        if tried is not None and tried.version != version:
+            raise InputError(f"{name} v{tried.version} is on trial already; promote it or take it back before v{version} is tried")
         live = self.registry.holder(name, "production")
         old = plan.live if plan else live.digest if live else ""
         if not old:
@@ -122,7 +125,12 @@ class Steering:
         if reading.kpi != "none":
             first = replace(first, uplift=new_uplift(rules.alpha, reading.kpi_scale))
         rollout = self.rollouts.start(name, version, entry.digest, old, rules, facts, plan.revision if plan else 0, by, reason, first)
-        return self.settle(rollout)
+        try:
+            return self.settle(rollout)
+        except InputError as error:      # somebody was quicker in the registry or with the traffic: nothing has begun
+            self._withdraw(rollout, by, str(error))
+            self.rollouts.change(self.rollouts.get(rollout.number), "aborted", by, str(error), None, "aborted", replace(first, status="rolled back"))
+            raise
 
     def settle(
         self,
@@ -138,6 +146,10 @@ class Steering:
             entry = self.registry.entry(rollout.name, rollout.version)
             if entry.state == "staging":
                 self.registry.move(rollout.name, rollout.version, "canary", rollout.reason, rollout.by)
+            elif entry.state != "canary":      # a person moved it in the registry
+                on = entry.state == "production"
+                return self.settle(self.rollouts.change(rollout, "promoted" if on else "aborted", entry.by, f"it is {entry.state}: {entry.reason}", _numbers(rollout.state),
+                                                        "promoted" if on else "aborted", replace(rollout.state, status="promoted" if on else "rolled back")))
             if plan is None or not _follows(plan, rollout):
                 changes: dict[str, Any] = {"live": rollout.old, "canary": rollout.digest, "share": rollout.share, "shadow": rollout.facts["reading"]["paired"],
                                            "slice": dict(rollout.facts["reading"]["slice"]), "subject": rollout.facts["subject"],

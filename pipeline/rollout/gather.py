@@ -68,6 +68,9 @@ def gather(
     rules: Rules,
 ) -> tuple[Look, Reading, str]:  # the last: why nothing can be compared; empty: it can
     "What the next window brought, and how far the log has been read then."
+    none = np.zeros(0)
+    if not len(log):
+        return Look(none.astype(bool), none.astype(bool), none, none), replace(reading, tops=(*reading.tops, reading.read)[-(rules.outcome_delay + 2):]), ""
     log, why = _sided(log.filter(pl.col("number") > reading.begin), reading)
     top = max(int(log["number"].max() or -1), reading.read) if len(log) else reading.read   # type: ignore[arg-type]
     fresh = log.filter(pl.col("number") > reading.read)
@@ -102,7 +105,7 @@ def unsettled(
     review_s: float,      # between two reviews
 ) -> int:                 # for `Reading.stage`
     "A stage's split is counted from when every worker follows it and what came before has landed in the log."
-    return -2 - (math.ceil(SETTLES_S / review_s) if review_s else 0)
+    return -1 - max(1, math.ceil(SETTLES_S / review_s) if review_s else 1)
 
 # %% ../../nbs/lib/rollout/08_gather.ipynb #ae1b402a
 def _sided(log: pl.DataFrame, reading: Reading) -> tuple[pl.DataFrame, str]:

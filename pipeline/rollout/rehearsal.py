@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from ..core.display import Html, facts, note, stack, table
-from .canary import Rules
+from .canary import FEWEST, Rules
 from .controller import reading_for
 from .drill import FEW
 from .exercise import EXERCISES, Exercise, Ground, carry_out, exercise_table, in_words
@@ -67,6 +68,7 @@ class Rehearsed:
     replays: tuple[Replay, ...] = ()
     exercises: tuple[Exercise, ...] = ()
     days: int = 0                                      # of production that passed
+    stages: tuple[float, ...] = ()                     # percent
     shown: Html | None = field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
@@ -78,15 +80,15 @@ def rehearse(
     trial: Trial,
 ) -> Rehearsed:
     "Roll out and drill on a live service; saves what was seen."
-    if trial.why or len(trial.requests) < FEW:
-        why = trial.why or f"{len(trial.requests):,} production requests are too few to show it"
+    if trial.why or not run.problem.rollout.live or len(trial.requests) < FEW:
+        why = trial.why or ("rollout.live is off" if not run.problem.rollout.live else f"{len(trial.requests):,} production requests are too few to show it")
         run.not_applicable("Rollout through the live service", why, ["I6", "I7"])
         return Rehearsed(why, shown=note(f"Not applicable: {why}."))
     stage = _stage(run, trial)
     try:
         with served(stage, flush_s=0.05, subject=run.problem.comply.subject, log_inputs=run.problem.deploy.log_inputs) as server:
             days, replays = _days(run, trial, stage), []
-            rules, left = _rules(run, trial), days
+            rules, left = _rules(run, trial, days), days
             for called in (UP, BACK):
                 reading = reading_for(run.problem, stage.folder(called), stage.versions[called])
                 replays.append(play(stage, server, called, left, rules, reading, run.problem.rollout.subject))
@@ -101,7 +103,7 @@ def rehearse(
     run.save("rollout/replay", rows, timing=True)
     run.save("rollout/exercises", exercise_table(exercises), timing=True)
     passed = sum(len(r.rows) for r in replays)
-    found = Rehearsed("", tuple(replays), tuple(exercises), passed)
+    found = Rehearsed("", tuple(replays), tuple(exercises), passed, rules.stages)
     _judge(run, found)
     return replace(found, shown=_shown(found, rows))
 
@@ -119,7 +121,7 @@ def _stage(run: Run, trial: Trial) -> Stage:
     some = train[np.sort(run.rng("rollout stage").choice(len(train), min(LEARNED, len(train)), replace=False))]
     target = target_values(some, contract)
     about = {"residual": float(np.nanstd(target))} if task == "regression" else {}
-    worse = train_model("trees", some, turned_round(target, task, len(contract.get("classes") or ())), contract, Fitting({"rounds": 20}), about=about)
+    worse = train_model("linear", some, turned_round(target, task, len(contract.get("classes") or ())), contract, Fitting({}), about=about)
     place: Path = run.scratch / "stage"
     place.mkdir(parents=True)
     models = {"default": run.load("train/default"), UP: run.load(shipped(run)), BACK: worse.save(place / "worse")}
@@ -139,9 +141,12 @@ def _days(run: Run, trial: Trial, stage: Stage) -> list[Day]:
     return make_days(trial.rows, trial.requests["window"].to_numpy(), trial.days, columns, outcomes, said.subject, trial.rules.outcome_delay, REPLAYED, run.rng("rollout replay"))
 
 
-def _rules(run: Run, trial: Trial) -> Rules:
+def _rules(run: Run, trial: Trial, days: Sequence[Day]) -> Rules:
+    "The problem's rules, begun at the first share that so few requests can show anything about."
     said = run.problem.rollout
-    return replace(trial.rules, slower_by=said.slower_by, shift_max=said.shift_max, outcomes_min=said.outcomes_min)
+    daily = np.mean([len(day.bodies) for day in days if day.bodies])
+    told = [s for s in trial.rules.stages if s / 100 * daily * trial.rules.windows_per_stage >= 2 * FEWEST]
+    return replace(trial.rules, stages=tuple(told or trial.rules.stages[-1:]), slower_by=said.slower_by, shift_max=said.shift_max, outcomes_min=said.outcomes_min)
 
 
 def _judge(run: Run, found: Rehearsed) -> None:
@@ -164,6 +169,7 @@ def _shown(found: Rehearsed, rows: pl.DataFrame) -> Html:
     parts: list[Html] = [facts(
         {
             "sent over HTTP": f"{sum(r.sent for r in found.replays):,} requests of {found.days} days of production in {seconds:.0f} s, {found.days * 86_400 / max(seconds, 1e-9):,.0f} times as fast as they came",
+            "stages": " → ".join(f"{s:g} %" for s in found.stages) + "; at a smaller share so few requests show nothing",
             "the run's model": _told(found.replays[0]),
             "a model that was made worse": _told(found.replays[1]),
         }, "Through the live service")]

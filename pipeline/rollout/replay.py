@@ -8,7 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from pipeline.deploy.staging import Staged
 
 # %% auto #0
-__all__ = ['LATE', 'NEVER', 'Day', 'make_days', 'Reader', 'Replay', 'play', 'await_plan']
+__all__ = ['LATE', 'NEVER', 'SETTLE_S', 'Day', 'make_days', 'Reader', 'Replay', 'play', 'await_plan']
 
 # %% ../../nbs/lib/rollout/16_replay.ipynb #706e9a06
 LATE, NEVER = 0.1, 0.02     # of the outcomes: a day later than the rest; never
+SETTLE_S = 0.15             # that a day's last answers get to reach the log, a few of its intervals
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,18 @@ class Reader:
 
     def outcomes(self, after: int) -> pl.DataFrame:
         "Outcomes after a number."
-        self.look()
         return _after(self._heard, "outcome_number", after)
 
     def await_rows(self, ids: Sequence[str], within_s: float = 30.0) -> None:
         "Wait until the log holds these requests; raises `EnvironmentFault`."
         wanted, deadline = set(ids), time.monotonic() + within_s
         while time.monotonic() < deadline:
+            time.sleep(SETTLE_S)
             self.look()
             for rows in reversed(self._rows):
                 wanted -= set(rows["request_id"])
                 if not wanted:
                     return
-            time.sleep(0.05)
         raise EnvironmentFault(f"{len(wanted)} answered requests are not in the inference log within {within_s:g} s; look into the service's log")
 
 
@@ -162,6 +162,7 @@ def play(
     rules: Rules,                    # windows are days
     reading: Reading,                # what is compared, for that version
     subject: str | None,             # the field that sticks to a version
+    headers: Mapping[str, str] | None = None,   # of each request: a token of role operator, where the service asks for one
     watch: Callable[[Replay, Rollout], None] = lambda replay, rollout: None,   # after each day
 ) -> Replay:
     "Roll a version out over these days, as far as the controller goes."
@@ -172,15 +173,16 @@ def play(
     steering.begin(name, version, rules, reader.begun(reading), "replay: better on validation", OPERATOR, subject=subject, review_s=0.0)
     controller = Controller(steering, name, reader.log, reader.outcomes, "replay")
     replay, connection, begun = Replay(called), server.connect(), time.monotonic()
+    sent = {"content-type": "application/json", "prefer": "handling=lenient", **(headers or {})}
     tried: set[str] = set()       # subjects that the new version has answered
     try:
         for day in days:
-            await_plan(server, steering)
-            answers = _send(connection, day, replay)
+            await_plan(server, stage, sent)
+            answers = _send(connection, day, replay, sent)
+            _tell(connection, day, sent)
             replay.mixed += sum(1 for who, v in answers if who in tried and v != version)
             tried |= {who for who, v in answers if v == version}
             reader.await_rows(day.ids)
-            _tell(connection, day)
             decision = controller.step(anyway=True)
             now = steering.rollouts.current(name)
             assert now is not None
@@ -192,7 +194,7 @@ def play(
         replay.ended = steering.rollouts.current(name)
         if replay.ended is not None and replay.ended.active:
             steering.back(name, "replay: the days ended before the evidence", OPERATOR)
-        await_plan(server, steering)
+        await_plan(server, stage, sent)
     finally:
         connection.close()
     replay.seconds = time.monotonic() - begun
@@ -201,16 +203,17 @@ def play(
 
 def await_plan(
     server: Staged,
-    steering: Steering,
+    stage: Stage,
+    headers: Mapping[str, str],
     within_s: float = 60.0,
 ) -> None:
     "Wait until the service follows the newest plan; raises `EnvironmentFault`."
-    (plan,) = steering.plans.history(_name_of(steering), 1)
+    plan = stage.now
     deadline, connection = time.monotonic() + within_s, server.connect()
     wanted = f"pilothouse_plan_revision {plan.revision:g}\n".encode()
     try:
         while time.monotonic() < deadline:
-            connection.request("GET", "/metrics")
+            connection.request("GET", "/metrics", headers=dict(headers))
             if wanted in connection.getresponse().read():
                 return
             time.sleep(0.05)
@@ -219,15 +222,11 @@ def await_plan(
     raise EnvironmentFault(f"the service does not follow plan {plan.revision} within {within_s:g} s; look into its log")
 
 # %% ../../nbs/lib/rollout/16_replay.ipynb #356609af
-def _name_of(steering: Steering) -> str:
-    return steering.rollouts.all()[0].name
-
-
-def _send(connection: http.client.HTTPConnection, day: Day, replay: Replay) -> list[tuple[str, int]]:
+def _send(connection: http.client.HTTPConnection, day: Day, replay: Replay, headers: Mapping[str, str]) -> list[tuple[str, int]]:
     "The day's requests; who was answered by which version."
     answers = []
     for body, given, subject in zip(day.bodies, day.ids, day.subjects):
-        connection.request("POST", "/predict", body, {"content-type": "application/json", "prefer": "handling=lenient", "x-request-id": given})
+        connection.request("POST", "/predict", body, {**headers, "x-request-id": given})
         response = connection.getresponse()
         content = response.read()
         replay.sent += 1
@@ -238,10 +237,10 @@ def _send(connection: http.client.HTTPConnection, day: Day, replay: Replay) -> l
     return answers
 
 
-def _tell(connection: http.client.HTTPConnection, day: Day) -> None:
+def _tell(connection: http.client.HTTPConnection, day: Day, headers: Mapping[str, str]) -> None:
     for first in range(0, len(day.outcomes), 5000):
         part = day.outcomes[first:first + 5000]
-        connection.request("POST", "/outcomes", json.dumps({"outcomes": part}).encode(), {"content-type": "application/json"})
+        connection.request("POST", "/outcomes", json.dumps({"outcomes": part}).encode(), dict(headers))
         response = connection.getresponse()
         content = response.read()
         if response.status != 200:

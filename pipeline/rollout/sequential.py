@@ -246,8 +246,9 @@ def count_answers(
         return replace(state, edges=tuple(map(float, edges)), bets=(Bet((1 + state.most) / 2, False, state.alpha),) * (2 * len(edges) + 1))
     if not len(new) or not len(old):
         return state
-    bets = tuple(place(bet, as_unit(matched((_part(new, state.edges) == i).astype(float), (_part(old, state.edges) == i).astype(float))))
-                 for i, bet in enumerate(state.bets))
+    groups = min(len(new), len(old))
+    grown = as_unit(_shares(_part(new, state.edges), groups, len(state.bets)) - _shares(_part(old, state.edges), groups, len(state.bets)))
+    bets = tuple(place(bet, grown[:, i]) for i, bet in enumerate(state.bets))
     top = max(b.log_wealth for b in bets)
     wealth = top + math.log(sum(math.exp(b.log_wealth - top) for b in bets) / len(bets))
     return replace(state, bets=bets, best=max(state.best, wealth))
@@ -256,6 +257,13 @@ def count_answers(
 def _part(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
     "Which part a value lies in; an edge is a part of its own, so that one class or one constant is."
     return np.searchsorted(edges, values, "left") + np.searchsorted(edges, values, "right")
+
+
+def _shares(parts: np.ndarray, groups: int, kinds: int) -> np.ndarray:
+    "Each part's share of each group of `matched`."
+    sizes = np.diff([*(np.arange(groups) * len(parts) // groups), len(parts)])
+    counts = np.bincount(np.repeat(np.arange(groups), sizes) * kinds + parts, minlength=groups * kinds)
+    return counts.reshape(groups, kinds) / sizes[:, None]
 
 
 def as_unit(difference: np.ndarray) -> np.ndarray:

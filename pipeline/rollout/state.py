@@ -207,6 +207,7 @@ class Rollouts:
         "Lead a rollout, or go on leading it."
         table = self.rollouts
         free = (table.c.holder == "") | (table.c.holder == holder) | table.c.until.is_(None) | (table.c.until < now)
+        free |= table.c.until > now + dt.timedelta(seconds=2 * seconds)      # no lease is that long: a clock was set back
         with self.registry.transaction("") as connection:
             done = connection.execute(table.update().where((table.c.number == number) & free).values(holder=holder, until=now + dt.timedelta(seconds=seconds)))
             return bool(done.rowcount == 1)

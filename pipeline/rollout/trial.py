@@ -205,7 +205,7 @@ def _introduce(trial: Trial, slice_: Mapping[str, str]) -> Html:
             "compared on": trial.loss,
             "tolerated": f"worse by {rules.worse_by:g}, errors {rules.errors_max:.2%}, 1 % of requests over {trial.limit_ms:g} ms",
             "outcomes known after": f"{rules.outcome_delay} review{'s' if rules.outcome_delay != 1 else ''}",
-            "error budget": f"{rules.alpha:.0%} for the whole rollout, {rules.part:.1%} for each of five tests, however often they are looked at",
+            "error budget": f"{rules.alpha:.0%} for the whole rollout, {rules.part:.1%} of it for the test on quality, however often it is looked at",
         },
         "The rollout",
     )

@@ -96,13 +96,14 @@ def rollout(seed: int, noise: float = 0.0, worse: float = 0.0, worse_share: floa
         base = min(.004 * math.exp(drift[look] + .5 * hour), .2)
         failed, old_failed = random.random(n) < min(base * errors, .9), random.random(m) < base
         within = np.linspace(0, .3 * hour, 50)      # the speed changes during a window too
-        ms, old_ms = (np.exp(speed[look] + .4 * hour + np.interp(np.linspace(0, 1, k), np.linspace(0, 1, 50), within) + random.normal(0, .5, k)) * f for k, f in ((n, slow), (m, 1.0)))
-        p = random.beta(2, 4, m)                     # the shadow's pairs: rows that the old model answered
-        came = (random.random(m) < np.clip(p + random.normal(0, .1, m), 0, 1)).astype(float)
-        old = np.clip(p + random.normal(0, .1, m), .01, .99)
-        new = np.full(m, .33) if stuck else old if not noise and not worse_share else np.clip(p + random.normal(0, .1, m), .01, .99)
+        ms, old_ms = (np.exp(speed[look] + .4 * hour + np.interp(np.linspace(0, 1, c), np.linspace(0, 1, 50), within) + random.normal(0, .5, c)) * f for c, f in ((n, slow), (m, 1.0)))
+        k = min(m, 300)
+        p = random.beta(2, 4, k)                     # the shadow's pairs: of the rows that the old model answered, those whose outcome comes
+        came = (random.random(k) < np.clip(p + random.normal(0, .1, k), 0, 1)).astype(float)
+        old = np.clip(p + random.normal(0, .1, k), .01, .99)
+        new = np.full(k, .33) if stuck else old if not noise and not worse_share else np.clip(p + random.normal(0, .1, k), .01, .99)
         loss = (old - came) ** 2
-        difference = (new - came) ** 2 - loss + worse + worse_share * (loss.mean() if m else 0.0) if not stuck else np.zeros(0)
+        difference = (new - came) ** 2 - loss + worse + worse_share * (loss.mean() if k else 0.0) if not stuck else np.zeros(0)
         state, decision = consider(state, Look(failed, old_failed, np.clip(difference, -1, 1), (ms > 1e9).astype(float), len(difference), None, (old_ms > 1e9).astype(float),
                                                matched(np.log(ms), np.log(old_ms)), new, old, None, n, m), RULES)
         if state.status != "running":
