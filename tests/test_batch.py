@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -166,6 +167,12 @@ def test_without_ray_or_a_cluster_one_sentence(data: Path, tmp_path: Path, monke
         patch.setitem(sys.modules, "ray", None)
         with pytest.raises(EnvironmentFault, match="Ray, which is not installed"):
             predict_file("run", data / "in.csv", tmp_path / "out.csv", engine="ray")
+    pytest.importorskip("ray")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(EnvironmentFault, match=f"no Ray cluster answers at {address}: .*refused"):
+            predict_file("run", data / "in.csv", tmp_path / "out.csv", engine="ray", address=address)
 
 
 def two_nodes() -> tuple[Any, Any]:

@@ -198,9 +198,15 @@ def test_outcomes_that_do_not_come_and_subjects_that_are_lost_hold_it(steering: 
     few = follow(steering, World(outcomes=.3), 4)
     assert "outcomes have come" in few[-1].why and live(steering)[2] == 5
     steering.back("late", "another try")
-    begin(steering, replace(RULES, stages=(50.0, 100.0)), replace(READING, version=3))
-    lost = follow(steering, World(lost=.5), 4)
+    begin(steering, replace(RULES, stages=(50.0, 100.0)))
+    world = World(lost=.5)
+    lost = follow(steering, world, 4)
     assert "subjects were answered by the new model where 50 % were asked for" in lost[-1].why and lost[-1].decision == "hold"
+    steering.hold("late", "the router lost them, it is mended", "bob")
+    steering.resume("late", "count anew", "bob")
+    world.lost = 0.0
+    found = follow(steering, world, 3)
+    assert not any("subjects" in d.why for d in found) and found[-1].decision == "promote"
 
 
 def test_nothing_moves_forward_in_maintenance_and_a_clock_that_jumps_stops_nothing(steering: Steering) -> None:

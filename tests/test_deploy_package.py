@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pipeline.deploy.first_load import check_loads
 from pipeline.deploy.package import KEY, MANIFEST, SIGNATURE, Contents, load_package, package_of, release, released, verify_package
 from pipeline.deploy.sbom import SERVING, check_sbom, installed, make_sbom, read_lock, serving_lock
 from pipeline.deploy.schema import make_schema
+from pipeline.deploy.versions import Plan, Served, Traffic
 from pipeline.data.contract import target_values
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
@@ -172,8 +174,15 @@ def test_a_model_that_kills_its_reader_kills_a_child(made: tuple[Path, Path], tm
     key = audit.public_key(made[0] / "store", KEY)
     package = damaged(made, tmp_path, b"num_leaves=15", b"num_leaves=99")
     verify_package(package, key)
-    with pytest.raises(IntegrityError, match=r"dies with SIG(ABRT|SEGV|BUS).*nothing was loaded here"):
-        check_loads(package, key)
+
+    def load(digest: str) -> Served:
+        check_loads(made[0] / "store" / "models" / digest, key)
+        return Served(load_package(made[0] / "store" / "models" / digest, key), digest)
+
+    traffic = Traffic(Served(load_package(made[1], key), made[1].name), load)
+    before = traffic.routing
+    assert not traffic.apply(Plan("tiny", package.name)) and traffic.routing is before, "what is live stays live"
+    assert re.search(r"dies with SIG(ABRT|SEGV|BUS).*nothing was loaded here", traffic.refused), traffic.refused
 
 
 def test_what_has_loaded_once_is_not_tried_again(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

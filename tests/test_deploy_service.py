@@ -1,6 +1,7 @@
 """What callers send, good and bad: every answer is right or a 4xx that names the field."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import string
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import deploy_world as world
 from pipeline.core.errors import InputError, IntegrityError
 from pipeline.data.contract import target_values
+from pipeline.deploy.answers import answerer_of
 from pipeline.deploy.batch import predict_all, read_rows, write_rows
 from pipeline.deploy.predict import Predictor
 from pipeline.deploy.frames import check_frame
@@ -294,9 +296,8 @@ def test_numbers_survive_csv_and_json(numbers: list[float | None]) -> None:
 
 def thorough(made: Predictor) -> Service:
     "A service without the quick way."
-    service = Service(made)
-    for answerer in service._answerers(service.traffic.routing).values():
-        answerer._quick = None
+    service = Service(dataclasses.replace(made))
+    answerer_of(service.predictor)._quick = None
     return service
 
 
@@ -416,8 +417,6 @@ class Notes:
 
 @pytest.fixture(scope="module")
 def two() -> tuple[Served, Served]:
-    import dataclasses
-
     old = predictor("binary")
     return Served(old, "a" * 64), Served(dataclasses.replace(predictor("binary", "linear"), version=4), "b" * 64)
 

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from pipeline.core.errors import InputError
+from pipeline.train.fast import prepare
 from pipeline.train.features import Coded, Encoder, learn_encoder
 from pipeline.train.models import load_model, retrain, train_model
 from pipeline.train.protocol import FAMILIES, Fitting, OutOfTime, Shape, fit, from_files
@@ -81,13 +82,29 @@ def test_a_saved_model_answers_the_same_for_a_frame_and_for_one_row(family: str,
     assert np.array_equal(answer, model.predict(frame)) and np.isfinite(answer).all()
     assert answer.shape == ((len(target), len(model.classes)) if model.classes else (len(target),))
     for i in (0, 2, 5, 30):
-        assert np.allclose(loaded.predict_row(frame.row(i, named=True)), np.atleast_1d(answer[i]), atol=1e-6)
+        alone = loaded.predict_row(frame.row(i, named=True))
+        assert np.array_equal(alone, np.atleast_1d(answer[i])) if loaded.row_wise else np.allclose(alone, np.atleast_1d(answer[i]), atol=1e-6)
     assert loaded.predict(frame.head(0)).shape[0] == 0
     parts = loaded.contributions(frame)
     if parts is not None:
         assert parts.shape[-1] == len(contract["features"]) + 1 and np.allclose(parts.sum(axis=-1), loaded.score(frame), atol=1e-6)
     again = retrain(loaded, frame.head(100), target[:100])
     assert again.family == family and np.isfinite(again.predict(frame)).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_weighed_net_gives_the_same_bits_ready_or_not_alone_or_among_many(task: str) -> None:
+    _, shape, matrix, target = encoded(task)
+    members = [{"family": "nets", "config": {"epochs": 3}, "weight": 0.5}, {"family": "linear", "config": {}, "weight": 0.25},
+               {"family": "portfolio", "config": {"rounds": 9, "num_leaves": 6, "categories": "both"}, "weight": 0.25}]
+    model = fit("ensemble", shape, matrix, target, Fitting({"members": members}, 2))
+    odd = np.asarray(matrix).copy()
+    odd[0], odd[1], odd[2] = np.nan, 1e300, -1e300
+    wanted = model.predict(odd)
+    alone = np.concatenate([model.predict(odd[i:i + 1]) for i in range(12)])
+    prepare(model)
+    assert np.array_equal(wanted[:12], alone) and np.array_equal(model.predict(odd), wanted)
+    assert np.array_equal(np.concatenate([model.predict(odd[i:i + 1]) for i in range(len(odd))]), wanted)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import deploy_world as world
-from pipeline.cli.main import main
+from pipeline.cli.main import main, plain_run
 from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
 from pipeline.data.contract import target_values
@@ -206,6 +206,8 @@ def test_files_follow_from_the_problem(files: dict[str, str]) -> None:
     container = kubernetes["kubernetes/deployment.yml"]["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["memory"] == "641M" and container["image"] == "late-flights:v3-abababababab"
     assert kubernetes["kubernetes/scaling.yml"]["spec"]["maxReplicas"] == 8 and "MemoryMax=641M" in files["late-flights.service"]
+    phases = next(step["run"] for step in yaml.safe_load(files["ci.yml"])["jobs"]["phases"]["steps"] if step.get("name") == "phases").split()
+    assert plain_run(phases[1:]) == {"problem": "params/problem.yml", "name": "ci", "changes": ["train.budget_s=20"]}, "the command knows these words"
     with pytest.raises(InputError, match="has no digest"):
         write_infrastructure(Blueprint("x", 1, "ab" * 32, "python:3.11-slim"))
 
@@ -406,3 +408,12 @@ def healthy(port: int) -> bool:
         return ask(port, "GET", "/ready", tls=True, timeout_s=20)[0] == 200
     except OSError:
         return False
+
+
+def test_releases_of_long_ago_are_forgotten(tmp_path: Path) -> None:
+    names = [f"{n:016d}" for n in (1, 2, 3, 4, 5, 6, 1)]
+    for name in names:
+        (tmp_path / "releases" / name).mkdir(parents=True, exist_ok=True)
+        deployment._note(tmp_path, "live", {"name": "tiny", "version": 1, "package": ""}, tmp_path / "releases" / name, "ann")
+    deployment._forget(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "releases").iterdir()) == [names[n] for n in (0, 2, 3, 4, 5)]

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,12 +19,13 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.train.budget import Plan, Step, plan_fits, price
 from pipeline.train.checkpoints import Checkpoints
 from pipeline.train.ensembles import blend, weigh_greedily
+from pipeline.train.features import Encoder
 from pipeline.train.hindsight import optimism, sensitivity
 from pipeline.train.models import load_model, retrain, train_model
 from pipeline.train.proposals import propose
 from pipeline.train.protocol import Fitting, Shape, fit
 from pipeline.train.search import Found, Goal, Rows, Trial, run_search
-from pipeline.train.tables import contract_of, fit_table, order_matters
+from pipeline.train.tables import _Last, contract_of, fit_table, order_matters
 from pipeline.train.target_encoding import learn_codes
 from pipeline.train.trees import DEFAULT, PORTFOLIO
 
@@ -91,6 +94,25 @@ def test_equal_rows_give_an_equal_search() -> None:
     joined = one.named("ensemble")
     assert joined is not None and joined.value is not None
     assert all(joined.value >= t.value for t in one.trials if t.value is not None and t.family != "ensemble")
+
+
+def test_a_last_fit_that_cannot_be_paid_keeps_the_last_folds_model() -> None:
+    rows = some_rows()
+    found = run_search(rows, a_plan(rows, 3), Goal("roc_auc"), 3, clock=lambda: 0.0, ensemble=True)
+    joined = found.named("ensemble")
+    assert joined is not None
+    told: dict[str, Any] = {"task": "binary", "classes": ["0", "1"]}
+    spent = _Last(found, rows, told, Encoder(()), 1, 1, lambda: 0.0, lambda trial: 1.0)
+    model = spent.fit(joined)
+    names = [member["name"] for member in joined.config["members"]]
+    assert sorted(model.about["from_the_last_fold"]) == sorted(names) and model.about["rows"] == 400
+    for name, (_, _, kept) in zip(names, model.estimator.members):  # type: ignore[attr-defined]
+        trial = found.named(name)
+        assert trial is not None and np.array_equal(kept.predict(rows.matrix), trial.models[-1].predict(rows.matrix, trial.steps or None))
+    dearest = max(names, key=lambda name: spent.need(found.named(name)))  # type: ignore[arg-type]
+    all_but_one = sum(spent.need(t) for t in spent.parts(joined)) - 0.01
+    assert replace(spent, left=lambda: all_but_one).fit(joined).about["from_the_last_fold"] == [dearest]
+    assert "from_the_last_fold" not in replace(spent, left=lambda: 1e9).fit(joined).about
 
 
 def test_what_cannot_be_paid_is_passed_over_and_kept_as_a_row() -> None:

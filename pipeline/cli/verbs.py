@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from .run import drawn_pages, run_named, run_problem
-from ..core.errors import EnvironmentFault, InputError
+from ..core.errors import EnvironmentFault, InputError, PilothouseError
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'rollouts', 'Problem', 'Reason', 'advice', 'deployments', 'Place', 'Token',
@@ -731,7 +731,11 @@ def deploy_up(
     run = run_named(name, settings)
     folder, key = package_of(run)
     admit(settings.store, settings.database, folder, downgrade, load=False)
-    done = deploy(to, folder, key, port, token or None, files_of(run), by=who())
+    try:
+        done = deploy(to, folder, key, port, token or None, files_of(run), by=who())
+    except PilothouseError as error:
+        audit.append(settings.store, "deployment.refused", {"run": f"{run.parent.name}/{run.name}", "to": to.name, "by": who(), "why": str(error)})
+        raise
     if done.changed:
         audit.append(settings.store, "package.deployed", {"name": done.name, "version": done.version, "release": done.release, "to": to.name, "by": who()})
     return _tell_deployed(done, as_json)

@@ -200,7 +200,7 @@ def span(
     value = float(_combined(terms, one)[0])
     if first.sums is None:
         drawn = np.concatenate([_combined(terms, d) for d in drawn_together(units, seed, draws, first.rows)])
-        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level))
+        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level, careful=len(first.ranked) > 1))
     error = float(_errors(terms, one)[0])
     if len(terms) == 1 and first.name in SHARES:
         return (value, *share_bounds(value, error, units, first.rows, level))

@@ -312,7 +312,7 @@ class RolloutSection(Section):
     worse_by: NotNegative = Field(0.002, description="loss of the main metric that is tolerated")
     errors_max: Share = 0.01
     slower_by: Positive = Field(0.25, description="times as long as the live model in the same window, less one, that is tolerated")
-    shift_max: Share = Field(0.2, description="share of all answers by which a tenth of them may grow")
+    shift_max: Share = Field(0.5, description="share of all answers by which a tenth of them may grow before outcomes say that it is right")
     outcomes_min: Share = Field(0.5, description="of the outcomes that are due, so many must be known before the share grows")
     review_minutes: Positive = Field(5.0, description="time between two reviews of live traffic; looking more often costs no error")
     shadow: bool = Field(True, description="the new model scores the live one's requests too, for the record; false where a prediction changes the outcome")

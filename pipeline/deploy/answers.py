@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 MAX_EXPLAINED = 100    # rows of a request that may be explained
 
 # %% auto #0
-__all__ = ['MAX_EXPLAINED', 'ARROW', 'Found', 'counted', 'Answerer', 'rows_of', 'read_arrow', 'write_arrow', 'read_tensors']
+__all__ = ['MAX_EXPLAINED', 'ARROW', 'Found', 'counted', 'Answerer', 'answerer_of', 'rows_of', 'read_arrow', 'write_arrow',
+           'read_tensors']
 
 # %% ../../nbs/lib/deploy/08_answers.ipynb #4bd868a2
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ class Answerer:
         import msgspec
 
         self.predictor, self.version, self.classes = predictor, predictor.version, list(predictor.model.classes)
-        self.asked_beside = tuple(beside)
         self.beside = [name for name in beside if name not in predictor.schema.names]
         self.writer = Writer(predictor.name, predictor.version, self.classes)
         self._quick = None if predictor.rule else open_reader(predictor.schema, predictor.model.encoder, self.beside)
@@ -146,6 +146,17 @@ class Answerer:
         aside = set(self.beside)
         own = sent if not aside else [{k: v for k, v in row.items() if k not in aside} if isinstance(row, Mapping) else row for row in sent]
         return check_rows(own, schema, lenient)
+
+
+def answerer_of(
+    predictor: Predictor,
+    beside: tuple[str, ...] = (),
+) -> Answerer:
+    "The answerer of a predictor, made once; a version that comes back has its own at hand."
+    known: dict[tuple[str, ...], Answerer] = predictor.__dict__.setdefault("_answerers", {})
+    if beside not in known:
+        known[beside] = Answerer(predictor, beside)
+    return known[beside]
 
 
 def rows_of(

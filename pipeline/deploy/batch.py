@@ -102,9 +102,42 @@ def _batches(path: Path, columns: Sequence[str], at_once: int) -> Iterator[pl.Da
         parquet = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)     # else every page that was read stays in memory
         found: Iterable[Any] = (pl.from_arrow(batch) for batch in parquet.iter_batches(at_once, columns=wanted))
     else:
-        found = (batch.select(wanted) for batch in lazy.collect_batches(chunk_size=at_once, maintain_order=True))   # every cell is counted: a line that is too long is an error
+        found = (pl.read_csv(text, infer_schema=False, null_values=[""]).select(wanted) for text in _csv_blocks(path))   # every cell is counted: a line that is too long is an error
     yield pl.DataFrame(schema={n: known[n] for n in wanted})
     yield from found
+
+
+def _csv_blocks(path: Path, size: int = 16_000_000) -> Iterator[bytes]:
+    "A CSV in pieces that are CSVs with the same header; a line end within quotes ends no row."
+    with path.open("rb") as file:
+        held, header = file.read(size), b""
+        while held:
+            more = file.read(size)
+            end = _row_end(held) if more else len(held)
+            if end:
+                yield header + held[:end]
+            if end and not header:
+                header = held[:_first_row_end(held)]
+            held = held[end:] + more
+
+
+def _first_row_end(held: bytes) -> int:
+    "After the first line end with an even number of quotes before it, or all of it."
+    end = 1 + held.find(b"\n")
+    while end and held.count(b'"', 0, end) % 2:
+        end = 1 + held.find(b"\n", end)
+    return end or len(held)
+
+
+def _row_end(held: bytes) -> int:
+    "After the last line end with an even number of quotes before it; 0 where there is none."
+    quotes, at, stop = held.count(b'"'), held.rfind(b"\n"), len(held)
+    while at >= 0:
+        quotes -= held.count(b'"', at, stop)
+        if quotes % 2 == 0:
+            return at + 1
+        at, stop = held.rfind(b"\n", 0, at), at
+    return 0
 
 
 def _cut(batches: Iterable[pl.DataFrame], at_once: int) -> Iterator[pl.DataFrame]:

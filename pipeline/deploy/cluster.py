@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['AHEAD', 'ATTEMPTS', 'Part', 'answer_rows', 'answer_part', 'package_bytes', 'frame_bytes', 'answer_on_cluster']
+__all__ = ['AHEAD', 'ATTEMPTS', 'PATIENCE_S', 'Part', 'answer_rows', 'answer_part', 'package_bytes', 'frame_bytes',
+           'answer_on_cluster']
 
 # %% ../../nbs/lib/deploy/10_cluster.ipynb #e417ed67
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def _unpacked(package: dict[str, bytes], public_key: bytes) -> Predictor:
 # %% ../../nbs/lib/deploy/10_cluster.ipynb #ea3bda6f
 AHEAD = 2        # parts on their way for each core
 ATTEMPTS = 10    # times that a part is given to another worker when one died
+PATIENCE_S = 5.0
 
 
 def answer_on_cluster(
@@ -138,10 +142,13 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
+    here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}     # Ray asks nobody for a password
     try:
-        here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}     # Ray asks nobody for a password
+        if re.fullmatch(r".+:\d+", address):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()     # Ray itself would try for minutes
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", **({} if address else here))
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises nothing narrower where a node does not start in time
         raise EnvironmentFault(f"no Ray cluster answers at {address or 'this machine'}: {str(error).splitlines()[0][:160]}; start one with `ray start`, or use --engine local") from error
 
 

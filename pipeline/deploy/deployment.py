@@ -23,7 +23,7 @@ from ..core.store import digest, digest_file, disk_errors, locked, write_whole
 from .package import LOCK, MANIFEST, verify_package
 
 # %% auto #0
-__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'LIVE', 'PATIENCE_S', 'assemble', 'check_release', 'public_key_of',
+__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'LIVE', 'KEPT', 'PATIENCE_S', 'assemble', 'check_release', 'public_key_of',
            'serve_release', 'plain_row', 'smoke', 'ask', 'read_live', 'run_door', 'Deployed', 'deploy', 'go_back',
            'stop_all', 'history']
 
@@ -88,9 +88,10 @@ def serve_release(
 ) -> None:
     "What a container, a unit or `deploy` starts: try the package in a child process, then serve it."
     from pipeline.deploy.first_load import check_loads
-    from pipeline.deploy.service import serve_package
+    from pipeline.deploy.service import Serving, serve_package
 
     key = public_key_of(release)
+    Serving(str(release / PACKAGE), key.public_bytes_raw(), host, **more).check()
     check_loads(release / PACKAGE, key)
     serve_package(release / PACKAGE, key, host, port, **more)
 
@@ -192,6 +193,7 @@ def _same(release: Path, told: dict[str, Any], expected: dict[str, Any], version
 
 # %% ../../nbs/lib/deploy/28_deployment.ipynb #5453f782
 LIVE = "live.json"
+KEPT = 5            # releases that one can go back to
 PATIENCE_S = 5.0
 
 
@@ -344,6 +346,7 @@ def _bring(place: Path, release: Path, port: int, token_ref: str | None, within_
     _note(place, "live", told, release, by)
     if now and _alive(now):
         _stop(now["pid"])
+    _forget(place)
     return _deployed(live, door, True)
 
 
@@ -444,6 +447,13 @@ def _stop(pid: int) -> None:
         return
     for left in psutil.wait_procs(family, timeout=20)[1]:
         left.kill()
+
+
+def _forget(place: Path) -> None:
+    "Releases that were live longest ago, beyond those that one may want to go back to."
+    lived = list(dict.fromkeys(e["release"] for e in reversed(history(place)) if e["event"] == "live"))
+    for name in lived[KEPT:]:
+        shutil.rmtree(place / "releases" / name, ignore_errors=True)
 
 
 def _note(place: Path, event: str, told: dict[str, Any], release: Path, by: str, why: str = "") -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from polars.exceptions import PanicException
 
 from ..core.errors import InputError, suggest
-from .answers import ARROW, MAX_EXPLAINED, Answerer, Found, read_arrow, read_tensors, write_arrow
+from .answers import ARROW, MAX_EXPLAINED, Answerer, Found, answerer_of, read_arrow, read_tensors, write_arrow
 from .counts import Counts
 from .openapi import CSP, example_row, openapi, page, tensor_type
 from .requests import Limits, Refused, peek, read_json, too_large
@@ -157,6 +157,7 @@ class Service:
         if self.outcomes is not None:
             self._routes["/outcomes"] = ("POST", "/outcomes", self._outcomes)
         self._answerers(self.traffic.routing)
+        self.traffic.ready = self._answerers      # in the thread that loads a version, not by the first request that it answers
 
     @property
     def predictor(self) -> Predictor:
@@ -287,10 +288,8 @@ class Service:
         if known is not routing:
             plan = routing.plan
             beside = () if plan is None else tuple(dict.fromkeys([*([plan.subject] if plan.subject else []), *plan.slice]))
-            kept = [answerer for answerer in found.values() if answerer.asked_beside == beside]
-            made = {id(served): next((a for a in kept if a.predictor is served.predictor), None) or Answerer(served.predictor, beside) for served in routing.served}
-            self._prepared = routing, made
-            return made
+            found = {id(served): answerer_of(served.predictor, beside) for served in routing.served}
+            self._prepared = routing, found
         return found
 
     def _pick(self, call: Call, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Answerer, Answerer | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from ..core.display import Html, note, stack, table
-from ..core.store import digest, digest_file, write_whole
+from ..core.store import digest_file, write_whole
 from .infrastructure import Blueprint, write_infrastructure
 from .inspection import inspect
 from .package import MANIFEST
@@ -25,9 +25,14 @@ if TYPE_CHECKING:
 __all__ = ['WHAT', 'provide', 'blueprint_of', 'files_of']
 
 # %% ../../nbs/lib/deploy/29_provision.ipynb #eb1510fa
-WHAT = {"Dockerfile": "the image: two stages, libraries by hash, no root", ".dockerignore": "what may go into it", "compose.yml": "one machine with Docker",
-        "deploy.sh": "build, start beside, ask, switch, or go back", "ci.yml": "each push runs the phases and cannot promote",
-        "kubernetes": "pods, service, scaling, disruption, network", "argo": "a canary by the stages of the problem file"}
+WHAT = {
+    "Dockerfile": "the image: two stages, libraries by hash, no root", ".dockerignore": "what may go into it", "compose.yml": "one machine with Docker",
+    "deploy.sh": "build, start beside, ask, switch, or go back", "ci.yml": "each push runs the phases and cannot promote",
+    "kubernetes/serviceaccount.yml": "an identity without rights in the cluster", "kubernetes/deployment.yml": "the pods: limits, probes, no root",
+    "kubernetes/service.yml": "one address for all pods", "kubernetes/scaling.yml": "how many pods, by load", "kubernetes/disruption.yml": "how many may be gone at once",
+    "kubernetes/network.yml": "who may call; nobody is called", "argo/rollout.yml": "a canary by the stages of the problem file",
+    "argo/analysis.yml": "what stops it: errors, refusals, latency", "argo/scaling.yml": "how many pods, by load, while Argo has them",
+}
 
 
 def provide(
@@ -49,8 +54,8 @@ def provide(
     run.save("deploy/infrastructure", folder)
     run.require(title, not flaws, f"{len(files)} files, {len(flaws)} broken rules", "; ".join(f"{flaw.file}: {flaw.said}" for flaw in flaws[:3]), answers=["I3"])
     return stack(
-        table(pl.DataFrame([{"file": name, "what it is": WHAT.get(name.partition("/")[0], "a unit for a machine without containers")} for name in files]),
-              f"{len(files)} files for release {digest(folder)[:12]}…, none written by hand", rows=20),
+        table(pl.DataFrame([{"file": name, "what it is": WHAT.get(name, "a unit for a machine without containers")} for name in files]),
+              f"{len(files)} files, none written by hand", rows=20),
         table(pl.DataFrame([vars(flaw) for flaw in flaws]), "Broken rules") if flaws else note("Every file passes its schema and its rules.", "info"),
     )
 

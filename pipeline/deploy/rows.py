@@ -22,7 +22,7 @@ from ..data.terms import breaks
 from .schema import MAX_TEXT, SHOWN_LEVELS, Field, Finding, Schema, dtype_of
 
 # %% auto #0
-__all__ = ['quiet_value', 'Checked', 'check_rows', 'check_columns', 'shortened', 'summarise']
+__all__ = ['quiet_value', 'Checked', 'check_rows', 'check_columns', 'make_columns', 'shortened', 'summarise']
 
 # %% ../../nbs/lib/deploy/02_rows.ipynb #47a1a42b
 _SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"   # as polars strips
@@ -211,6 +211,14 @@ def check_columns(
     columns = {spec.name: _column(spec, given[spec.name], refused, warned, lenient) for spec in schema.fields}
     made = _make(columns, schema, refused) if schema.derived and not refused else None
     return Checked(schema, columns, sorted(refused, key=lambda f: f.row), warned, made)
+
+
+def make_columns(
+    columns: Mapping[str, list[Any]],     # of `Schema.sources`, as the model reads them
+    schema: Schema,
+) -> pl.DataFrame | None:                 # None: a row cannot be made
+    "The derived columns of rows that were read."
+    return _make(columns, schema, [])
 
 
 def _make(columns: Mapping[str, list[Any]], schema: Schema, refused: list[Finding]) -> pl.DataFrame | None:

@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from pipeline.deploy.inference_log import Recorder
 
 # %% auto #0
-__all__ = ['DRAINED', 'READY', 'Application', 'Serving', 'serve', 'serve_package', 'load_application', 'load_served',
-           'is_loopback', 'check_binding', 'read_secret', 'free_port']
+__all__ = ['DRAINED', 'SMALL', 'IDLE_S', 'READY', 'Application', 'Serving', 'serve', 'serve_package', 'load_application',
+           'load_served', 'is_loopback', 'check_binding', 'read_secret', 'free_port']
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #1cced19e
 DRAINED = 64_000_000   # bytes of an oversized body that are read and dropped, so that its sender can read the answer
+SMALL = 65_536         # bytes of a body that is read in one go: as many connections as a worker holds cannot fill the memory with them
+IDLE_S = 0.05          # seconds between two looks whether the worker has nothing to do
 READY = ("/ready", "/v2/health/ready")
 
 
@@ -63,8 +65,17 @@ class Application:
         loop.add_signal_handler(signal.SIGUSR1, self.drain)
         loop.remove_signal_handler(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the parent drains and then stops its workers
+        self.loop, self.due = loop, loop.time() + IDLE_S
+        loop.call_at(self.due, self._look)
         for start in self.starts:
             start()
+
+    def _look(self) -> None:
+        now = self.loop.time()
+        if now - self.due < IDLE_S / 2:     # on time: nothing stood before it
+            self.queue.idle()
+        self.due = now + IDLE_S
+        self.loop.call_at(self.due, self._look)
 
     def __rsgi_del__(self, loop: Any) -> None:
         end(*self.closers)
@@ -81,12 +92,11 @@ class Application:
         service, queue, path = self.service, self.queue, scope.path
         begun = time.time_ns() if self.traces else 0
         headers = scope.headers if "host" in scope.headers else {**dict(scope.headers.items()), "host": scope.authority or ""}
-        entered = False
+        entered = None
         try:
             crowd = None if path in OPEN else queue.crowd()     # health is asked most when much is going on
             if crowd is None and path not in OPEN:
-                queue.enter()
-                entered = True
+                entered = queue.enter()
             body = b"" if scope.method == "GET" and "content-length" not in headers else await self._body(scope.method, headers, protocol)
             if crowd is not None:       # who is sent away has been heard: a sender that is cut off reads no answer
                 raise crowd
@@ -99,14 +109,14 @@ class Application:
             else:
                 start = time.perf_counter()
                 status, sent, out = service.handle(scope.method, path, headers, body)
-                if entered:
-                    entered = False
-                    queue.leave(time.perf_counter() - start)
+                if entered is not None:
+                    queue.leave(entered, time.perf_counter() - start)
+                    entered = None
         except Refused as refused:
             status, sent, out = self._refusal(refused, scope.method, path)
         finally:
-            if entered:
-                queue.leave()
+            if entered is not None:
+                queue.leave(entered)
         if self.draining:
             sent = [*sent, ("connection", "close")]
         protocol.response_bytes(status, sent, out)
@@ -127,18 +137,14 @@ class Application:
         limits, told = self.service.limits, headers.get("content-length", "")
         try:
             async with asyncio.timeout(limits.read_s):
-                if told.isdecimal() and int(told) <= limits.body_bytes:
-                    self.queue.hold(int(told))
-                    try:
-                        return await protocol()
-                    finally:
-                        self.queue.release(int(told))
+                if told.isdecimal() and int(told) <= min(SMALL, limits.body_bytes):
+                    return await protocol()
                 return await self._stream(protocol, limits)
         except TimeoutError:
             raise Refused(408, "body too slow", f"the body did not arrive within {limits.read_s:g} s") from None
 
     async def _stream(self, protocol: Any, limits: Limits) -> bytes:
-        "A body of unknown length; more than the limit is read and dropped, then refused."
+        "A long body, or one of unknown length; more than the limit is read and dropped, then refused."
         parts, size, held = [], 0, 0
         try:
             async for part in protocol:

@@ -202,6 +202,7 @@ class Traffic:
         self.routing = Routing(live)
         self.load = load
         self.refused = ""            # why the last plan was not followed
+        self.ready: Callable[[Routing], Any] = lambda routing: None     # asked before a routing is followed
         self._kept = {live.digest: live}
         self._changing = threading.Lock()
 
@@ -217,7 +218,9 @@ class Traffic:
                 self.refused = str(error)
                 return False
             assert live
-            self.routing, self.refused = Routing(live, canary, plan), ""
+            routing = Routing(live, canary, plan)
+            self.ready(routing)
+            self.routing, self.refused = routing, ""
             self._forget()
             return True
 

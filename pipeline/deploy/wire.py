@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from .rows import quiet_value
+from .rows import make_columns, quiet_value
 from .schema import Field, Schema
 
 if TYPE_CHECKING:
     from pipeline.train.features import Coding, Encoder
 
 # %% auto #0
-__all__ = ['NeedsWords', 'Codes', 'Reader', 'open_reader', 'Writer']
+__all__ = ['REMEMBERED', 'NeedsWords', 'Codes', 'Made', 'Reader', 'open_reader', 'Writer']
 
 # %% ../../nbs/lib/deploy/03_wire.ipynb #a3fb7cd8
 class NeedsWords(Exception):
@@ -43,6 +44,48 @@ class Codes(dict[Any, Any]):
         coded = self.code(found[0])
         return coded[0] if len(coded) == 1 else coded
 
+# %% ../../nbs/lib/deploy/03_wire.ipynb #baf9d16e
+REMEMBERED = 20_000     # combinations of values
+
+
+class Made:
+    "The features of made columns, by what they are made from."
+
+    def __init__(
+        self,
+        schema: Schema,
+        made: Sequence[tuple[int, str, Callable[[Any], tuple[float, ...]]]],     # place in the row, name and coder of each made column that the model reads
+        places: Mapping[str, int],                                               # of each column that is sent
+    ) -> None:
+        self.schema, self.places, self._coders = schema, [place for place, _, _ in made], [(name, code) for _, name, code in made]
+        at = [places[spec.name] for spec in schema.sources]
+        self.key: Callable[[Sequence[Any]], Any] = itemgetter(*at)
+        self._single = len(at) == 1
+        self._known: dict[Any, list[Any]] = {}
+
+    def of(
+        self,
+        rows: Sequence[Sequence[Any]],      # as they were sent
+    ) -> dict[Any, list[Any]]:              # key -> a number for each made column, or a tuple of them
+        "Everything that these rows need; raises `NeedsWords`."
+        if len(self._known) > REMEMBERED:
+            self._known = {}
+        known = self._known
+        missing = list(dict.fromkeys(key for row in rows if (key := self.key(row)) not in known))
+        if missing:
+            columns: dict[str, list[Any]] = {}
+            for spec, values in zip(self.schema.sources, [missing] if self._single else zip(*missing)):
+                read = [quiet_value(value, spec) for value in values]
+                if None in read:
+                    raise NeedsWords(spec.name)
+                columns[spec.name] = [value[0] for value in read if value]
+            made = make_columns(columns, self.schema)
+            if made is None:
+                raise NeedsWords
+            coded = [[one[0] if len(one) == 1 else one for one in map(code, made[name].to_list())] for name, code in self._coders]
+            known.update(zip(missing, map(list, zip(*coded))))
+        return known
+
 # %% ../../nbs/lib/deploy/03_wire.ipynb #ba92f36e
 class Reader:
     "Bodies of `{rows: [{column: value}]}` to a matrix."
@@ -56,22 +99,25 @@ class Reader:
         import msgspec
 
         specs, coders = {spec.name: spec for spec in schema.fields}, encoder.coders
-        pairs = [(specs[coding.name], coding) for coding in encoder.codings]
-        fields: list[tuple[str, Any]] = [(f"f{i}", _kind(spec, coding)) for i, (spec, coding) in enumerate(pairs)]
-        names = {f"f{i}": spec.name for i, (spec, _) in enumerate(pairs)}
-        fields += [(f"b{i}", Any, None) for i in range(len(beside))]   # type: ignore[misc]
-        names |= {f"b{i}": name for i, name in enumerate(beside)}
-        row: Any = msgspec.defstruct("Row", fields, rename=names, forbid_unknown_fields=True)
+        own = [(specs.get(coding.name), coding) for coding in encoder.codings]                   # None: made here
+        others = [spec for spec in schema.fields if spec.name not in coders]                     # read only to make columns from
+        kinds = [_kind(spec, coding) if spec else Any for spec, coding in own] + [_kind(spec, None) for spec in others] + [Any] * len(beside)
+        sent = [coding.name if spec else None for spec, coding in own] + [spec.name for spec in others] + list(beside)
+        optional = [spec is None for spec, _ in own] + [False] * len(others) + [True] * len(beside)
+        fields: list[Any] = [(f"f{i}", kind, None) if free else (f"f{i}", kind) for i, (kind, free) in enumerate(zip(kinds, optional))]
+        names = {f"f{i}": f"\ufffd{i}" if name is None else name for i, name in enumerate(sent)}     # what is made here is nobody's to send
+        row: Any = msgspec.defstruct("Row", fields, rename=names, forbid_unknown_fields=True, kw_only=True)
         self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(msgspec.defstruct("Request", [("rows", list[row])], forbid_unknown_fields=True)).decode
         self._refused = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError)
-        self._values = msgspec.structs.astuple
-        self._convert, self._column_kinds = msgspec.convert, [(spec.name, list[kind]) for (spec, _), (_, kind, *_) in zip(pairs, fields)]   # type: ignore[valid-type]
-        self._ends = np.cumsum([0] + [len(coding.features) for _, coding in pairs]).tolist()
-        self._own, self._width, self._beside = len(pairs), len(encoder.features), bool(beside)
-        turned = [(place, _exchange(spec, coding, coders[spec.name]), len(coding.features) > 1)
-                  for place, (spec, coding) in enumerate(pairs) if not _as_sent(spec, coding)]
+        self._values, self._convert = msgspec.structs.astuple, msgspec.convert
+        self._column_kinds: list[tuple[str | None, Any]] = [(name, list[kind]) for name, kind in zip(sent[:len(own) + len(others)], kinds)]    # type: ignore[valid-type]
+        self._own, self._width, self._more = len(own), len(encoder.features), len(sent) > len(own)
+        turned = [(place, _exchange(spec, coding, coders[coding.name]), len(coding.features) > 1)
+                  for place, (spec, coding) in enumerate(own) if spec and not _as_sent(spec, coding)]
         self._codes = [(place, codes) for place, codes, wide in turned if not wide]
-        self._wide = [(place, codes) for place, codes, wide in reversed(turned) if wide]
+        made = [(place, coding) for place, (spec, coding) in enumerate(own) if spec is None]
+        self._wide = sorted([(place, codes) for place, codes, wide in turned if wide] + [(place, _as_it_is) for place, coding in made if len(coding.features) > 1], key=lambda w: -w[0])
+        self._made = Made(schema, [(place, coding.name, coders[coding.name]) for place, coding in made], {name: i for i, name in enumerate(sent) if name}) if made else None
 
     def rows(
         self,
@@ -88,15 +134,35 @@ class Reader:
         rows: list[Any],        # as `rows` gave them
     ) -> np.ndarray | None:     # (rows, features); None: there is a value about which something must be said
         "What the model sees."
-        found: list[Any] = []
-        own, codes, wide = self._own, self._codes, self._wide
+        return self._coded(list(map(self._values, rows)))
+
+    def columns(
+        self,
+        columns: Mapping[str, Sequence[Any]],    # plain values by column, of one length, every column of the model
+    ) -> np.ndarray | None:                      # (rows, features); None: there is something to say
+        "What the model sees of columns that were sent as such."
+        rows = len(next(iter(columns.values())))
         try:
-            for row in map(self._values, rows):
+            given = [[None] * rows if name is None else self._convert(columns[name], kind) for name, kind in self._column_kinds]
+        except self._refused:
+            return None
+        found = self._coded(list(zip(*given)))
+        return None if found is None or np.isinf(found).any() else found
+
+    def _coded(self, rows: list[tuple[Any, ...]]) -> np.ndarray | None:
+        found: list[Any] = []
+        own, more, codes, wide, made = self._own, self._more, self._codes, self._wide, self._made
+        try:
+            known = {} if made is None else made.of(rows)
+            for row in rows:
                 values = list(row)
-                if self._beside:
+                if more:
                     del values[own:]
                 for place, code in codes:
                     values[place] = code(values[place])
+                if made is not None:
+                    for place, coded in zip(made.places, known[made.key(row)]):
+                        values[place] = coded
                 for place, code in wide:
                     values[place:place + 1] = code(values[place])
                 found += values
@@ -104,34 +170,20 @@ class Reader:
             return None
         return np.array(found, float).reshape(len(rows), self._width)     # None becomes NaN
 
-    def columns(
-        self,
-        columns: Mapping[str, Sequence[Any]],    # plain values by column, of one length, every column of the model
-    ) -> np.ndarray | None:                      # (rows, features); None: there is something to say
-        "What the model sees of columns that were sent as such."
-        codes = dict(self._codes + self._wide)
-        found = np.empty((len(next(iter(columns.values()))), self._width))
-        try:
-            for place, (name, kind) in enumerate(self._column_kinds):
-                values = self._convert(columns[name], kind)
-                exchange = codes.get(place)
-                found[:, self._ends[place]:self._ends[place + 1]] = np.array(values if exchange is None else [exchange(v) for v in values], float).reshape(len(values), -1)
-        except (NeedsWords, *self._refused):
-            return None
-        return None if np.isinf(found).any() else found
-
 
 def open_reader(
     schema: Schema,
     encoder: Encoder,
     beside: Sequence[str] = (),
 ) -> Reader | None:
-    "A reader, or None where a schema has what only the thorough way can read: made columns, whole texts, odd names."
+    "A reader, or None where a schema has what only the thorough way can read: whole texts, odd names, columns made from nothing."
     from pipeline.deploy.requests import ODD
 
     names = [*schema.names, *(name for name in beside if name not in schema.names)]
     plain = all(spec.type != "text" and (spec.type != "category" or spec.dtype in ("String", "Categorical")) for spec in schema.fields)
-    if schema.derived or encoder.text_columns or not plain or sorted(encoder.columns) != sorted(schema.names) or any(ODD.search(name) for name in names):
+    made = {d.name for d in schema.derived}
+    whole = set(encoder.columns) == {spec.name for spec in schema.fields if spec not in schema.sources or spec.name in encoder.columns} | made
+    if encoder.text_columns or not plain or not whole or made and not schema.sources or any(ODD.search(name) for name in names):
         return None
     return Reader(schema, encoder, [name for name in beside if name not in schema.names])
 
@@ -148,7 +200,11 @@ def _as_sent(spec: Field, coding: Coding) -> bool:
     return spec.type == "number" == coding.type and spec.dtype == "Float64" and not (spec.agreed or {}).get("levels")
 
 
-def _kind(spec: Field, coding: Coding) -> Any:
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _kind(spec: Field, coding: Coding | None) -> Any:
     "What msgspec checks: type and range, in which nothing needs a word. A whole number may be written with a point."
     from msgspec import Meta
 

@@ -59,7 +59,7 @@ class Rules:
     errors_max: float = 0.01                                    # error rate that is tolerated, where the old one has less
     outcome_delay: int = 1                                      # windows until outcomes are known
     slower_by: float = 0.25                                     # times as long, less one, that is tolerated
-    shift_max: float = 0.2                                      # share by which a part of the answers may grow
+    shift_max: float = 0.5                                      # share by which a part of the answers may grow, while outcomes are not known
     outcomes_min: float = 0.5                                   # of the outcomes that are due, so many must be known
 
     @property
@@ -316,11 +316,11 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
     if _too_slow(state, rules):
         return "roll back", (f"takes {ratio_of(state.slower.value):.2f} times as long as the old model in the same windows "
                              f"(at least {ratio_of(state.slower.low):.2f}), {1 + rules.slower_by:.2f} is tolerated")
-    if state.shift.rejected:
+    if state.shift.rejected and not state.better[state.stage].rejected:      # what outcomes have shown to be good may look different
         return "roll back", f"some answers are given {rules.shift_max:.0%} of all requests more often than the old model gives them in the same windows"
     if state.split.rejected:
         return "hold", (f"{state.split.new:,} of {state.split.new + state.split.old:,} subjects were answered by the new model where {state.split.share:g} % were asked for; "
-                        "find out who is lost, until then nothing may be compared")
+                        "find out who is lost; until then nothing may be compared, and after a hold, resume counts anew")
     if still:
         return "hold", still
     lasted = now + 1 - state.since

@@ -22,9 +22,9 @@ from ..core.errors import EnvironmentFault, InputError
 from ..core.run import clock
 from ..deploy.registry import Registry, who
 from ..deploy.versions import Plan, Plans
-from .canary import Decision, Rules, State, advanced, consider, standing, start
+from .canary import SPLIT, Decision, Rules, State, advanced, consider, standing, start
 from .gather import Reading, gather, reading_of, unsettled
-from .sequential import new_uplift
+from .sequential import Split, new_uplift
 from .state import Rollout, Rollouts
 
 if TYPE_CHECKING:
@@ -175,8 +175,11 @@ class Steering:
         return self._operate(name, revision, lambda r: self.rollouts.change(r, "held", by or who(), reason, status="held") if r.status == "running" else _not(r, "running", "held"))
 
     def resume(self, name: str, reason: str, by: str = "", revision: int | None = None) -> Rollout:
-        "Go on after a hold."
-        return self._operate(name, revision, lambda r: self.rollouts.change(r, "resumed", by or who(), reason, status="running") if r.status == "held" else _not(r, "held", "resumed"))
+        "Go on after a hold; the split of subjects is counted anew."
+        def on(seen: Rollout) -> Rollout:
+            state = replace(seen.state, split=Split(SPLIT, seen.share))
+            return self.rollouts.change(seen, "resumed", by or who(), reason, None, "running", state, _resettled(seen.facts))
+        return self._operate(name, revision, lambda r: on(r) if r.status == "held" else _not(r, "held", "resumed"))
 
     def promote(
         self,

@@ -66,7 +66,7 @@ def tests_of(
     "Where each test stands, as the page shows it."
     return [
         {"name": f"{row['test']} ({row['unit']})", "now": row["estimate"], "low": row["low"], "high": row["high"], "boundary": row["tolerated"],
-         "evidence": row["evidence"], "needed": row["boundary"], "state": f"decided: {row['does']}" if row["crossed"] else "quiet"}
+         "evidence": row["evidence"], "needed": row["boundary"], "state": "quiet" if not row["crossed"] else "enough" if row["does"] == "promote" else f"decided: {row['does']}"}
         for row in standing(rollout.state, rollout.rules)
     ]
 

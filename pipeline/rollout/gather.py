@@ -17,10 +17,11 @@ from .canary import Look, Rules
 from .sequential import losses, matched
 
 # %% auto #0
-__all__ = ['ENOUGH', 'SETTLES_S', 'Reading', 'reading_of', 'gather', 'by_size', 'unsettled']
+__all__ = ['ENOUGH', 'DISTINCT', 'SETTLES_S', 'Reading', 'reading_of', 'gather', 'by_size', 'unsettled']
 
 # %% ../../nbs/lib/rollout/08_gather.ipynb #f52e0398
 ENOUGH = 30      # outcomes from which the range of a number is taken
+DISTINCT = 20    # answers of the old model, below which the range of answers has no tenths
 SETTLES_S = 3.0  # until a change of the traffic has reached every worker and the log
 
 
@@ -81,7 +82,9 @@ def gather(
     window = (tops[0], tops[1]) if len(tops) == rules.outcome_delay + 2 else (0, 0)
     answers = _answers(log, reading)
     subjects = _subjects(log, reading)
-    stage = reading.stage if reading.stage >= -1 else top if reading.stage == -2 else reading.stage + 1
+    stage = reading.stage
+    if stage < -1 and len(new):              # the traffic follows: a version that is not loaded yet loses nobody
+        stage = top if stage == -2 else stage + 1
     reading, differences, known, kpi = _outcomes(outcomes.filter(pl.col("number") > reading.begin) if len(outcomes) else outcomes, reading)
     counted = log.filter((pl.col("side") == ("shadow" if reading.paired else "new")) & (pl.col("status") == 200) & (pl.col("number") > window[0]) & (pl.col("number") <= window[1]))
     look = Look(
@@ -129,8 +132,7 @@ def _sided(log: pl.DataFrame, reading: Reading) -> tuple[pl.DataFrame, str]:
 def _number(frame: pl.DataFrame, reading: Reading) -> np.ndarray:
     "An answer as one number."
     if reading.task == "binary":
-        column = f"p_{reading.positive or reading.classes[-1]}"
-        return frame[column].to_numpy() if column in frame.columns else np.zeros(0)
+        return frame[f"p_{reading.positive or reading.classes[-1]}"].to_numpy()
     if reading.task == "multiclass":
         return frame["prediction"].replace_strict(list(reading.classes), range(len(reading.classes)), default=None, return_dtype=pl.Float64).to_numpy()
     return frame["prediction"].cast(pl.Float64).to_numpy()
@@ -139,6 +141,9 @@ def _number(frame: pl.DataFrame, reading: Reading) -> np.ndarray:
 def _answers(log: pl.DataFrame, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
     "This window's answers of both models, on the same rows where they are known."
     good = log.filter(pl.col("status") == 200)
+    answer = f"p_{reading.positive or reading.classes[-1]}" if reading.task == "binary" else "prediction"
+    if answer not in log.columns or (reading.task != "multiclass" and good.filter(pl.col("side") == "old")[answer].n_unique() < DISTINCT):
+        return np.zeros(0), np.zeros(0)      # beside a model that hardly tells one row from another, every model answers otherwise
     new, old = (good.filter(pl.col("side") == side) for side in (("shadow", "old") if reading.paired else ("new", "old")))
     if reading.paired:
         key = ["request_id", "row"]

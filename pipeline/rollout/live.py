@@ -33,7 +33,7 @@ def traffic_rows(
     minutes: float = MINUTES,      # back from now
 ) -> list[dict[str, Any]]:         # role, version, requests, per_s, errors, error_share, p50_ms, p99_ms
     "Answers of each version in that time, requests not rows."
-    recent = log.filter((pl.col("at") > now - minutes * 60) & (pl.col("at") <= now)).unique("request_id", keep="first", maintain_order=True) if len(log) else log
+    recent = log.filter((pl.col("at") > now - minutes * 60) & (pl.col("at") <= now)).unique(["request_id", "role"], keep="first", maintain_order=True) if len(log) else log
     if not len(recent):
         return []
     span = max(min(minutes * 60, now - float(recent["at"].min())), 1.0)   # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def traffic_path(
     begun = now - minutes * 60
     counted: dict[tuple[int, str], int] = {}
     if len(log):
-        recent = log.filter((pl.col("at") > begun) & (pl.col("at") <= now)).unique("request_id", keep="first")
+        recent = log.filter((pl.col("at") > begun) & (pl.col("at") <= now)).unique(["request_id", "role"], keep="first")
         places = recent.select(((pl.col("at") - begun) // width).cast(pl.Int64).clip(0, BUCKETS - 1).alias("place"), "role")
         counted = {(p, r): n for p, r, n in places.group_by("place", "role").len().iter_rows()}
     if not counted:
