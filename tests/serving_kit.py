@@ -1,6 +1,7 @@
 """Packages of a small world, and real servers in processes of their own."""
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -129,6 +130,8 @@ def running(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        with contextlib.suppress(ProcessLookupError):      # whoever stayed behind
+            os.killpg(process.pid, signal.SIGKILL)
         reader.join(10)
         process.stdout.close()
 

@@ -228,6 +228,23 @@ def test_errors_that_both_have_do_not_accuse_the_new_one() -> None:
     assert decision.decision == "roll back" and "are tolerated" in decision.why        # nobody to compare with: the absolute limit holds
 
 
+def test_other_answers_go_back_only_while_no_outcome_says_that_they_are_right() -> None:
+    random, none, ok = np.random.default_rng(0), np.zeros(0), np.zeros(200, dtype=bool)
+
+    def looks(differences: np.ndarray) -> tuple[State, str]:
+        state, rules = start(RULES), Rules(windows_per_stage=100, worse_by=.01)
+        for _ in range(12):
+            state, decision = consider(state, Look(ok[:50], ok, differences, none, answers=np.full(50, .9), old_answers=random.random(200)), rules)
+            if decision.decision == "roll back":
+                break
+        return state, decision.why
+
+    state, why = looks(none)
+    assert state.status == "rolled back" and "some answers are given 50% of all requests more often" in why
+    state, _ = looks(np.full(100, -.05))
+    assert state.status == "running" and state.shift.rejected
+
+
 # -- the controller
 
 def traffic(

@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/deploy/27_process.ipynb #47e87e13
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['BACKLOG', 'HEADERS_S', 'listen', 'Deaths', 'make_server', 'die_with_parent', 'end']
+__all__ = ['BACKLOG', 'HEADERS_S', 'listen', 'Deaths', 'make_server', 'Orphan', 'end']
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #f5a2c736
 BACKLOG = 4096          # connections that wait, and that a worker holds
@@ -137,13 +136,26 @@ def _holder(duplicate: Any) -> Any:
     return holder(duplicate.detach(), False, BACKLOG)
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #be98ef07
-def die_with_parent() -> None:
-    "End when the parent ends, however it ended (Linux)."
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
-        if os.getppid() != parent:      # it ended in between
-            os._exit(0)
+class Orphan:
+    "Ends this process when its parent is gone: as if told to, and after some seconds by force."
+
+    def __init__(self, after_s: float = 10.0):
+        self.parent, self.after_s = os.getppid(), after_s
+        self._since = 0.0
+
+    def look(
+        self,
+        now: float,   # seconds
+    ) -> bool:
+        "Whether the parent is gone."
+        if os.getppid() == self.parent:
+            return False
+        if not self._since:
+            self._since = now
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif now - self._since > self.after_s:
+            os._exit(1)
+        return True
 
 
 def end(

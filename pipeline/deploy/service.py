@@ -24,7 +24,7 @@ from ..core.settings import secret
 from ..core.store import locked
 from .board import Board
 from .handler import Service
-from .process import die_with_parent, end, listen, make_server
+from .process import Orphan, end, listen, make_server
 from .requests import Limits, Refused, too_large
 from .shedding import Queue, Rates
 from .telemetry import Telemetry, telemetry
@@ -55,9 +55,10 @@ class Application:
         starts: Sequence[Callable[[], Any]] = (),    # called when the worker is about to answer
         closers: Sequence[Callable[[], Any]] = (),   # called when it has answered its last request
         traces: Telemetry | None = None,
+        orphan: Orphan | None = None,
     ):
         self.service, self.queue, self.starts, self.closers = service, queue or Queue(), tuple(starts), tuple(closers)
-        self.draining = False
+        self.draining, self.orphan = False, orphan
         self.slow = {path for _, path in service.extensions}
         self.traces, self.known = traces, {path for _, path in service.routes} | self.slow
 
@@ -72,6 +73,8 @@ class Application:
 
     def _look(self) -> None:
         now = self.loop.time()
+        if self.orphan:
+            self.orphan.look(now)
         if now - self.due < IDLE_S / 2:     # on time: nothing stood before it
             self.queue.idle()
         self.due = now + IDLE_S
@@ -269,7 +272,7 @@ def load_application(
 
     from pipeline.deploy.journal import Journal
 
-    die_with_parent()
+    orphan = Orphan()
     for early in (signal.SIGUSR1, signal.SIGINT):    # until there is something to drain
         signal.signal(early, signal.SIG_IGN)
     key = Ed25519PublicKey.from_public_bytes(serving.key)
@@ -298,7 +301,7 @@ def load_application(
     if serving.extensions:
         module, _, function = serving.extensions.partition(":")
         service.extensions = getattr(importlib.import_module(module), function)(service, Path(serving.store), live.predictor.name, serving.database)
-    return Application(service, queue, starts, closers, traces)
+    return Application(service, queue, starts, closers, traces, orphan)
 
 
 def load_served(

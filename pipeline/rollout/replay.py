@@ -249,4 +249,4 @@ def _tell(connection: http.client.HTTPConnection, day: Day, headers: Mapping[str
 
 def _row(called: str, day: Day, decision: Decision, now: Rollout) -> dict[str, Any]:
     return {"version": called, "day": day.label, "share": decision.share, "new": decision.new, "old": decision.old, "outcomes": decision.outcomes,
-            "difference": decision.mean, "evidence_worse": min(decision.evidence_worse, 1e9), "evidence_enough": min(decision.evidence_enough, 1e9), "decision": decision.decision, "why": decision.why, "status": now.status}
+            "difference": decision.mean, "times_as_long": decision.slower, "evidence_worse": min(decision.evidence_worse, 1e9), "evidence_enough": min(decision.evidence_enough, 1e9), "decision": decision.decision, "why": decision.why, "status": now.status}

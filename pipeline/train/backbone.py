@@ -231,7 +231,7 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
     if fitting.late():
         raise OutOfTime
     strength = float(fitting.config.get("strength", 0.01 if shape.classes else 1.0))
-    found, intercept, steps = weigh_columns(shape, x, y, w, strength, int(fitting.config.get("iterations", 100)), fitting.threads)
+    found, intercept, steps = weigh_columns(shape, x, y, w, strength, int(fitting.config.get("iterations", 100)))
     mean = np.asarray(x.mean(axis=0)).ravel()
     starts, texts = reader.starts, len(shape.texts)
     coefficients, meaning = found[:starts[-1]], scale * found[starts[-1]:].reshape(texts, -1, found.shape[1])

@@ -183,7 +183,7 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
     rows = pick_rows(len(matrix), max(200, CELLS // max(1, len(design.owners))), fitting.seed)
     x, y, w = design.matrix(matrix[rows]), target[rows], even_weights(fitting.weights, len(target))[rows]
     strength, iterations = float(fitting.config.get("strength", 1.0)), int(fitting.config.get("iterations", 100))
-    coefficients, intercept, steps = weigh_columns(shape, x, y, w, strength, iterations, fitting.threads)
+    coefficients, intercept, steps = weigh_columns(shape, x, y, w, strength, iterations)
     return Linear(shape, design, coefficients, intercept, x.mean(axis=0), steps)
 
 
@@ -194,7 +194,6 @@ def weigh_columns(
     weights: np.ndarray,    # (rows,) one on average
     strength: float,        # of the penalty
     iterations: int,
-    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, int]:   # coefficients (columns, scores), intercept (scores,), iterations taken
     "Logistic regression or ridge on the columns of a design; a class that no row has is given next to no chance."
     scores = shape.classes if shape.classes > 2 else 1
@@ -214,7 +213,7 @@ def weigh_columns(
             share = np.clip(np.average(y, weights=weights), 1e-6, 1 - 1e-6)
             intercept[0] = np.log(share / (1 - share))
         return coefficients, intercept, 0
-    found = _logistic(x, y.astype(int), weights, strength, iterations, threads)
+    found = _logistic(x, y.astype(int), weights, strength, iterations)
     steps = int(np.max(found.n_iter_))
     if scores == 1:
         coefficients[:, 0], intercept[0] = found.coef_[0], found.intercept_[0]
@@ -225,14 +224,14 @@ def weigh_columns(
     return coefficients, intercept, steps
 
 
-def _logistic(x: Any, y: np.ndarray, weights: np.ndarray, strength: float, iterations: int, threads: int) -> Any:
+def _logistic(x: Any, y: np.ndarray, weights: np.ndarray, strength: float, iterations: int) -> Any:
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(threads), warnings.catch_warnings():
+    with threadpool_limits(1), warnings.catch_warnings():   # a second core waits more than it helps: 2.4 times the core-seconds, and other bits
         warnings.simplefilter("ignore", ConvergenceWarning)   # the number of iterations is part of the configuration
         return LogisticRegression(C=1 / strength, max_iter=iterations).fit(x, y, weights)
 

@@ -233,7 +233,7 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
     if fitting.late():
         raise OutOfTime
     strength = float(fitting.config.get("strength", 0.01 if shape.classes else 1.0))
-    coefficients, intercept, steps = weigh_columns(shape, x, y, w, strength, int(fitting.config.get("iterations", 100)), fitting.threads)
+    coefficients, intercept, steps = weigh_columns(shape, x, y, w, strength, int(fitting.config.get("iterations", 100)))
     mean = np.asarray(x.mean(axis=0)).ravel()
     starts = reader.starts
     said = np.array([mean[a:b] @ coefficients[a:b] for a, b in zip(starts, starts[1:])]).reshape(len(starts) - 1, -1)
