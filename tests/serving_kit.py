@@ -78,8 +78,11 @@ class Running:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):      # one that ends in this very moment
+                found += [child] if "spawn_main" in " ".join(child.cmdline()) else []
+        return found
 
     def records(self, event: str) -> list[dict[str, Any]]:
         "Log lines of an event."

@@ -395,7 +395,7 @@ def test_the_documentation_page_needs_nothing_from_outside(service: Service) -> 
 def test_prometheus_reads_latency_and_predictions_by_version(service: Service) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    counted = Service(service.predictor)
+    counted = Service(dataclasses.replace(service.predictor, expires="2027-01-31"))
     for rows in ([GOOD], [GOOD] * 3, [{**GOOD, "carrier": "ZZ"}]):
         ask(counted, json.dumps({"rows": rows}))
     families = {family.name: family for family in text_string_to_metric_families(counted.handle("GET", "/metrics", {})[2].decode())}
@@ -403,6 +403,7 @@ def test_prometheus_reads_latency_and_predictions_by_version(service: Service) -
              for name in ("pilothouse_predict_seconds", "pilothouse_prediction")}
     assert found["pilothouse_predict_seconds"]["count"] == 3 == found["pilothouse_predict_seconds"]["bucket"] and found["pilothouse_prediction"]["count"] == 4
     assert {s.labels["status"]: s.value for s in families["pilothouse_answers"].samples} == {"200": 2, "422": 1}
+    assert families["pilothouse_package_expires_timestamp_seconds"].samples[0].value == 1_801_440_000   # the first second of February
 
 
 class Notes:

@@ -118,14 +118,14 @@ def type_in(office: Office, rules: Rules, reading: Reading) -> None:
 
     stage, callers, wrong = office.ground.stage, office.ground.callers, office.ground.stage.versions["wrong"]
     Steering(stage.registry).begin("tiny", wrong, rules, reading, "by mistake", "bob", subject="tailnum")
-    assert callers.wait(lambda asked: any(a.version == wrong for a in asked[-50:]), 20)
+    assert callers.wait(lambda asked: any(a.version == wrong for a in asked[-50:]), 60)
     commands = {key: STEPS[key].command.replace("@name@", "tiny") for key in ("look", "hold", "resume", "back", "models", "trail", "log", "before")}
     for key, command in commands.items():
         decided = time.monotonic()
         assert app(shlex.split(command)[1:], standalone_mode=False) in (0, None), command
         if key in ("back", "before"):
             gone = stage.versions[{"back": "wrong", "before": "new"}[key]]
-            assert callers.wait(lambda asked, gone=gone: len(asked) > 60 and all(a.version != gone and a.status == 200 for a in asked[-60:]), 20), command
+            assert callers.wait(lambda asked, gone=gone: len(asked) > 60 and all(a.version != gone and a.status == 200 for a in asked[-60:]), 60), command
             office.typed[key] = judge(key, "", command, decided, 5.0, callers.since(decided), {v for v in stage.versions.values() if v != gone})
 
 

@@ -200,7 +200,7 @@ def span(
     value = float(_combined(terms, one)[0])
     if first.sums is None:
         drawn = np.concatenate([_combined(terms, d) for d in drawn_together(units, seed, draws, first.rows)])
-        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level, careful=len(first.ranked) > 1))
+        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level, careful=len(first.ranked) > 1 or first.name == "precision_at_recall" and len(terms) > 1))
     error = float(_errors(terms, one)[0])
     if len(terms) == 1 and first.name in SHARES:
         return (value, *share_bounds(value, error, units, first.rows, level))
@@ -261,7 +261,7 @@ def _leaving_out(units: int) -> np.ndarray:
 
 
 def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int, level: float) -> tuple[float, float, float]:
-    "One calibration error by test inversion; a combination by the spread of its draws around the value without noise."
+    "One calibration error by test inversion; a combination by the spread of what its draws are without their noise, around that of all rows."
     first = terms[0][1]
     assert first.sums is not None
     one, units = np.ones((1, first.units)), first.units
@@ -271,11 +271,25 @@ def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int,
         total, wider = first.sums.sum(0), math.sqrt(units / (units - 1))
         sums = np.concatenate([np.einsum("du,um->dm", d.astype(float), first.sums[:, :bins]) for d in drawn_together(units, seed, draws)])
         return (value, *inverted(total[:bins], (sums - total[:bins]) * wider, float(total[-1]), level))
-    plain = [(factor, Redrawn("ece", t.units, t.rows, np.delete(t.sums, np.s_[bins:-1], axis=1))) for factor, t in terms if t.sums is not None]
-    drawn = np.concatenate([_combined(plain, d) for d in drawn_together(units, seed, draws)])
-    clean = value if first.name == "ece_debiased" else value + float(_combined(plain, one)[0] - drawn.mean())
+    clean, drawn = 0.0, np.zeros(draws)
+    for factor, term in terms:
+        assert term.sums is not None
+        sums = term.sums[:, :bins]
+        off = np.concatenate([np.einsum("du,um->dm", d.astype(float), sums) for d in drawn_together(units, seed, draws)])
+        spread = off.std(axis=0)
+        clean += factor * float(_without_noise(sums.sum(0), spread)) / float(term.sums[:, -1].sum())
+        drawn += factor * _without_noise(off, spread) / float(term.sums[:, -1].sum())
     ends = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2], method="weibull") * expanded(units, level)
     return value, clean + float(ends[0]), clean + float(ends[1])
+
+
+def _without_noise(off: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    "The sum of |distances|, less what normal noise of this spread adds on average: twice the value less the mean of |value + noise|."
+    spread = np.maximum(spread, 1e-12)
+    part = np.abs(off) / spread
+    inside = np.vectorize(math.erf)(part / math.sqrt(2))
+    folded = np.abs(off) * inside + spread * math.sqrt(2 / math.pi) * np.exp(-(part**2) / 2)
+    return (2 * np.abs(off) - folded).sum(axis=-1)   # type: ignore[no-any-return]
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #8c340feb
 def bootstrap(

@@ -51,6 +51,12 @@ def claim_limits(
     run.check("Model on disk (deploy.model_mb)", size, at_most=limits.model_mb, answers=["deploy.model_mb"])
     run.check("Memory of the service (deploy.rss_mb)", memory, at_most=limits.rss_mb, answers=["deploy.rss_mb", "O6"])
     run.check("Requests answered (deploy.uptime)", up, at_least=limits.uptime, bound="value", answers=["deploy.uptime"])
+    valid = packed.manifest.get("expires")
+    if limits.expires_days:
+        run.require("The package says until when it is valid (deploy.expires_days)", bool(valid) and packed.manifest.get("expires_days") == limits.expires_days,
+                    f"until {valid}" if valid else "no date", "pack it again", f"{limits.expires_days:g} days", answers=["deploy.expires_days"])
+    else:
+        run.not_applicable("The package says until when it is valid (deploy.expires_days)", "deploy.expires_days is 0", ["deploy.expires_days"])
     costs = claim_costs(run)
     told = {
         "latency_p99_ms": limits.latency_p99_ms,

@@ -204,7 +204,7 @@ def load_package(
     _same_features(schema, folder)
     told = json.loads((folder / "threshold.json").read_text(encoding="utf-8"))
     rule = GroupRule.from_dict(told["by_group"]) if told.get("by_group") else None
-    return Predictor(load_model(folder / "model"), schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule)
+    return Predictor(load_model(folder / "model"), schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule, manifest.get("expires"))
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #9b6b8432
 def _same_features(schema: Schema, folder: Path) -> None:

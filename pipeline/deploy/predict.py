@@ -48,6 +48,7 @@ class Predictor:
     version: int = 0
     digest: str = ""                 # of the package's manifest
     rule: GroupRule | None = None    # binary: thresholds by group, where a person signed them
+    expires: str | None = None       # the package's last day (ISO 8601, UTC); None: it has none
 
     @property
     def outputs(self) -> list[str]:

@@ -188,7 +188,7 @@ def _holder(line: str, where: str) -> tuple[str, Holder]:
         raise InputError(f"{where}: roles is {roles!r}; a list of {', '.join(ROLES)} is needed")
     for role in roles:
         if role not in ROLES:
-            raise InputError(f"{where}: role {role!r} is unknown{suggest(role, ROLES)}; roles: {', '.join(ROLES)}")
+            raise InputError(f"{where}: role {role!r} is unknown{suggest(role, ROLES)}")
     return digest, Holder(name, tuple(roles), _rate(value.get("rate", 0), where), _until(value.get("until"), where))
 
 

@@ -124,6 +124,11 @@ def check_plan(
         raise InputError(f"a share of {plan.share:g} % was asked without a canary; name its package")
 
 
+def _ends(day: str | None) -> int:
+    "Seconds since 1970 at the end of a day, UTC."
+    return int((dt.datetime.combine(dt.date.fromisoformat(str(day)), dt.time(), dt.UTC) + dt.timedelta(days=1)).timestamp())
+
+
 def _table() -> Any:
     from sqlalchemy import Boolean, Column, DateTime, Integer, MetaData, String, Table, Text, UniqueConstraint
 
@@ -231,6 +236,10 @@ class Traffic:
         roles = [("live", routing.live)] + ([("canary", routing.canary)] if routing.canary else [])
         lines = ["# HELP pilothouse_version The versions at work, by role.", "# TYPE pilothouse_version gauge"]
         lines += [f'pilothouse_version{{role="{role}",package="{served.digest[:12]}"}} {served.version}' for role, served in roles]
+        last = [(role, served) for role, served in roles if getattr(served.predictor, "expires", None)]
+        if last:   # an alert can be set long before a restart is refused
+            lines += ["# HELP pilothouse_package_expires_timestamp_seconds The end of a package's last day.", "# TYPE pilothouse_package_expires_timestamp_seconds gauge"]
+            lines += [f'pilothouse_package_expires_timestamp_seconds{{role="{role}"}} {_ends(served.predictor.expires)}' for role, served in last]
         for name, about, value in (
             ("plan_revision", "The plan that is followed; 0: none.", plan.revision),
             ("canary_share", "Percent of subjects that the canary answers.", plan.share),

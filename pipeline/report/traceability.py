@@ -31,7 +31,8 @@ class Requirement:
     room: str                  # where its evidence is to be found
 
 
-ASKS_NOTHING = {("train.interpretable", "not required"), ("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0")}
+ASKS_NOTHING = {("train.interpretable", "not required"), ("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0"),
+                ("deploy.cost_per_1000", "no limit"), ("deploy.log_inputs", "minimised"), ("deploy.log_inputs", "none")}
 
 
 def requirements(

@@ -91,7 +91,7 @@ class Ground:
         children = psutil.Process(self.server.process.pid).children(recursive=True)
         return [p for p in children if "multiprocessing.spawn" in " ".join(p.cmdline())]
 
-    def answers_of(self, version: int, n: int = 20, within_s: float = 20.0) -> None:
+    def answers_of(self, version: int, n: int = 20, within_s: float = 60.0) -> None:
         "Wait for that many answers in a row of one version; raises `EnvironmentFault` where they do not come."
         if not self.callers.wait(lambda asked: len(asked) >= n and all(a.version == version for a in asked[-n:]), within_s):
             raise EnvironmentFault(f"version {version} does not answer within {within_s:g} s; the drill cannot go on")
@@ -101,7 +101,7 @@ def roll_back(ground: Ground) -> Exercise:
     "A wrong version answers half of the subjects; an operator takes it back."
     stage, wrong = ground.stage, ground.version(ground.wrong)
     stage.plan("drill: a wrong version on half of the subjects", canary=stage.digests[ground.wrong], share=50.0)
-    if not ground.callers.wait(lambda asked: any(a.version == wrong for a in asked[-50:]), 20):
+    if not ground.callers.wait(lambda asked: any(a.version == wrong for a in asked[-50:]), 60):
         raise EnvironmentFault(f"version {wrong} does not answer; the drill cannot go on")
     decided = time.monotonic()
     stage.plan("drill: roll back", canary=None, share=0.0)
@@ -215,7 +215,7 @@ def hold(ground: Ground) -> Exercise:
     time.sleep(WATCH_S)
     now = stage.now
     stage.plan("drill: the trial is over", hold=False, canary=None, share=0.0)
-    ground.answers_of(ground.version(ground.old), within_s=10)
+    ground.answers_of(ground.version(ground.old))
     answers = ground.callers.since(decided)
     both = {ground.version(ground.old), ground.version(ground.wrong)}
     found = judge("hold", "a trial goes on at 10 %", "pilothouse rollout hold", decided, 1.0, answers, both,
