@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -361,3 +362,16 @@ def test_a_reader_outlives_a_merge_and_a_killed_merge_leaves_nothing(tmp_path: P
         assert table.compact() == SMALL
     monkeypatch.setattr(Growing, "parts", late)
     assert table.read()["x"].to_list() == values.tolist() and not listed and len(list(table.folder.glob("*.parquet"))) == 1
+
+
+def test_the_age_of_what_is_kept_counts_answers_by_their_time(tmp_path: Path) -> None:
+    import datetime as dt
+
+    from pipeline.comply.case import days_kept
+
+    now = dt.datetime.now(dt.UTC)
+    assert days_kept(tmp_path, "late", now) == 0
+    with closing(Recorder(tmp_path, "late")) as recorder:
+        recorder.add((now - dt.timedelta(days=40)).timestamp(), "old", 1, "live", 422, 1.0, b"{}", b"{}")
+    read_inferences(tmp_path, "late")
+    assert days_kept(tmp_path, "late", now) == 40

@@ -26,6 +26,7 @@ from ..core.errors import InputError, IntegrityError
 from ..core.metrics import LABELS, main_metric
 from ..core.run import Run, phase_folders, read_receipt
 from ..core.store import digest_bytes
+from ..deploy.inference_log import inference_tables
 
 # %% auto #0
 __all__ = ['SMALL', 'MOST_TAUGHT', 'MOST_TRIED', 'TRIED', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns',
@@ -215,8 +216,11 @@ def days_kept(
     problem: str,       # its name
     now: dt.datetime,   # aware
 ) -> int:               # whole days, 0 where nothing is kept
-    "Age of the oldest file among a problem's tables and label versions."
+    "Age of the oldest file among a problem's tables and label versions, or of the oldest answer in its inference log."
     ages = [now.timestamp() - p.stat().st_mtime for room in ("tables", "labels") for p in (store / room / problem).rglob("*") if p.is_file()]
+    answered = inference_tables(store, problem)[0].read(columns=["at"])["at"].min() if (store / "tables" / f"{problem}.inferences").exists() else None
+    if isinstance(answered, dt.datetime):   # merging gives old lines new files
+        ages.append((now - (answered if answered.tzinfo else answered.replace(tzinfo=dt.UTC))).total_seconds())
     return max(0, int(max(ages, default=0) // 86_400))
 
 # %% ../../nbs/lib/comply/07_case.ipynb #19e3dc3c
