@@ -421,12 +421,11 @@ def begin_rollout(
     by: str = "",
 ) -> Rollout:
     "Start a rollout by the rules of a problem file; what the log holds already is not looked at."
-    from pipeline.deploy.inference_log import read_inferences, read_outcomes
+    from pipeline.deploy.inference_log import newest_numbers
 
     name, said = problem.problem.name, problem.rollout
     entry = registry.entry(name, version)
-    log, told = read_inferences(registry.store, name), read_outcomes(registry.store, name)
-    last, silent = int(log["number"].max() or -1) if len(log) else -1, int(told["outcome_number"].max() or -1) if len(told) else -1   # type: ignore[arg-type]
+    last, silent = newest_numbers(registry.store, name)
     reading = replace(reading_for(problem, registry.store / "models" / entry.digest, version), begin=last, read=last, tops=(last,), heard=silent, silent=silent)
     return Steering(registry).begin(name, version, rules_for(problem), reading, reason, by, said.subject, said.maintenance, said.review_minutes * 60)
 
