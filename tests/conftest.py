@@ -14,6 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LONG = ("test_end_to_end", "test_label_studio", "test_deploy_server", "test_privacy", "test_own_table", "test_runbook", "test_batch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Long files begin first, so that no core is left alone with one of them in the end."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def parsed_once() -> Iterator[None]:
     "Every new project digests all modules, which takes seconds; the digest follows from the text alone, so each text is parsed once."

@@ -51,7 +51,7 @@ def provide(
     folder = run.scratch / "infrastructure"
     for name, text in files.items():
         write_whole(folder / name, text)
-    run.save("deploy/infrastructure", folder)
+    run.save("deploy/infrastructure", folder, timing=True)   # it names the package, which names its run
     run.require(title, not flaws, f"{len(files)} files, {len(flaws)} broken rules", "; ".join(f"{flaw.file}: {flaw.said}" for flaw in flaws[:3]), answers=["I3"])
     return stack(
         table(pl.DataFrame([{"file": name, "what it is": WHAT.get(name, "a unit for a machine without containers")} for name in files]),
