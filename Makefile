@@ -18,7 +18,7 @@ run: $(SETUP)    ## the embedded example, from the problem file to the verdict
 test: $(SETUP)   ## every lesson and every test
 	@$(BIN)/python tools/setup.py browser
 	$(BIN)/nbdev-test nbs --skip-folder-re '^([_.]|phases)' --n-workers 2
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(SETUP)  ## notebooks and modules one thing, lint, types, layers, README
 	$(BIN)/python tools/house.py check
