@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,6 @@ PAYLOADS = [
 
 
 LIVE = "main script, iframe, object, embed, form, main style, main link, main meta, [onerror], [onload], [onfocus], [ontoggle], [onmouseover], [href^=javascript]"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

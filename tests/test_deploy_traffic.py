@@ -127,7 +127,7 @@ def test_a_worker_that_is_replaced_follows_the_plan_and_not_the_start(served: Wo
 # What a routing promises, without a server.
 
 def routing(**plan: Any) -> Routing:
-    live, canary = (Served(SimpleNamespace(version=v), str(v) * 64) for v in (1, 2))  # type: ignore[arg-type]
+    live, canary = (Served(SimpleNamespace(version=v, expires=None), str(v) * 64) for v in (1, 2))  # type: ignore[arg-type]
     return Routing(live, canary, Plan("tiny", "1" * 64, "2" * 64, **plan))
 
 

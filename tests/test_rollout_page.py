@@ -19,7 +19,7 @@ from pipeline.deploy.tokens import Tokens, make_token
 from pipeline.rollout.live import ACTIONS, Live
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
-from test_browser import CHROMIUM, FLAGS, HIT, PAYLOADS, axe_faults
+from test_browser import CHROMIUM, HIT, PAYLOADS, axe_faults
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine")
@@ -189,14 +189,6 @@ class Opened:
 
     def __exit__(self, *_: object) -> None:
         self.context.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 @needs_browser

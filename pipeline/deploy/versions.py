@@ -63,9 +63,8 @@ class Plans:
     ) -> None:
         self.registry = registry
         self.table = _table()
-        with registry.transaction(""):
-            pass   # a database that does not answer is told plainly
-        self.table.metadata.create_all(registry.engine, checkfirst=True)
+        with registry.transaction("") as connection:   # one maker at a time, and a database that does not answer is told plainly
+            self.table.metadata.create_all(connection, checkfirst=True)
         self._tell()
 
     def current(self, name: str) -> Plan | None:
@@ -236,7 +235,7 @@ class Traffic:
         roles = [("live", routing.live)] + ([("canary", routing.canary)] if routing.canary else [])
         lines = ["# HELP pilothouse_version The versions at work, by role.", "# TYPE pilothouse_version gauge"]
         lines += [f'pilothouse_version{{role="{role}",package="{served.digest[:12]}"}} {served.version}' for role, served in roles]
-        last = [(role, served) for role, served in roles if getattr(served.predictor, "expires", None)]
+        last = [(role, served) for role, served in roles if served.predictor.expires]
         if last:   # an alert can be set long before a restart is refused
             lines += ["# HELP pilothouse_package_expires_timestamp_seconds The end of a package's last day.", "# TYPE pilothouse_package_expires_timestamp_seconds gauge"]
             lines += [f'pilothouse_package_expires_timestamp_seconds{{role="{role}"}} {_ends(served.predictor.expires)}' for role, served in last]

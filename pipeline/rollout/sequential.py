@@ -13,26 +13,19 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['CAP', 'ODDS', 'STAKED', 'WIDEST', 'TENTHS', 'CLOSE', 'Bet', 'place', 'confidence_sequence', 'Errors', 'count_errors',
-           'matched', 'Mean', 'observe', 'as_ratio', 'ratio_of', 'Shift', 'count_answers', 'as_unit', 'Split',
-           'count_subjects', 'Uplift', 'new_uplift', 'count_kpi', 'budget', 'losses', 'revived']
+__all__ = ['CAP', 'ODDS', 'STAKED', 'WIDEST', 'TENTHS', 'CLOSE', 'Evidence', 'Bet', 'place', 'confidence_sequence', 'Errors',
+           'count_errors', 'matched', 'Mean', 'observe', 'as_ratio', 'ratio_of', 'Shift', 'count_answers', 'as_unit',
+           'Split', 'count_subjects', 'Uplift', 'new_uplift', 'count_kpi', 'budget', 'losses', 'revived']
 
 # %% ../../nbs/lib/rollout/02_sequential.ipynb #2615b1db
 CAP = 0.9    # of the largest stake that cannot lose everything
 
 
-@dataclass(frozen=True)
-class Bet:
-    "One bet against a hypothesis about the mean of values in [0, 1]; a small state that resumes anywhere."
+class Evidence:
+    "What a test that may be looked at at any time has gathered; a state names its risk and the largest log wealth so far."
 
-    m: float                  # the hypothesised bound
-    below: bool               # True: against "mean ≥ m"; False: against "mean ≤ m"
-    alpha: float              # the stakes aim at wealth 1/alpha
-    n: int = 0
-    total: float = 0.0        # of the values
-    squares: float = 0.0      # of their distances from the mean so far
-    log_wealth: float = 0.0
-    best: float = 0.0         # the largest log wealth so far
+    alpha: float    # the risk over all looks
+    best: float     # the largest log wealth so far
 
     @property
     def evidence(self) -> float:
@@ -43,6 +36,20 @@ class Bet:
     def rejected(self) -> bool:
         "The hypothesis is false, at a risk of alpha over all looks."
         return self.best >= math.log(1 / self.alpha)
+
+
+@dataclass(frozen=True)
+class Bet(Evidence):
+    "One bet against a hypothesis about the mean of values in [0, 1]; a small state that resumes anywhere."
+
+    m: float                  # the hypothesised bound
+    below: bool               # True: against "mean ≥ m"; False: against "mean ≤ m"
+    alpha: float              # the stakes aim at wealth 1/alpha
+    n: int = 0
+    total: float = 0.0        # of the values
+    squares: float = 0.0      # of their distances from the mean so far
+    log_wealth: float = 0.0
+    best: float = 0.0         # the largest log wealth so far
 
 
 def place(
@@ -95,7 +102,7 @@ STAKED = (0.54, 0.25, 0.21)       # of the wealth, on each: doubled errors are t
 
 
 @dataclass(frozen=True)
-class Errors:
+class Errors(Evidence):
     "Evidence that the new model errs more often than the old one in the same windows."
 
     alpha: float
@@ -103,15 +110,6 @@ class Errors:
     best: float = 0.0
     new: int = 0
     old: int = 0
-
-    @property
-    def evidence(self) -> float:
-        return math.exp(min(self.best, 700.0))
-
-    @property
-    def rejected(self) -> bool:
-        "It errs more often, at a risk of alpha over all looks."
-        return self.best >= math.log(1 / self.alpha)
 
 
 def count_errors(
@@ -213,7 +211,7 @@ TENTHS = 10
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Evidence):
     "Evidence that some part of the range of answers is given more often than tolerated."
 
     alpha: float
@@ -221,15 +219,6 @@ class Shift:
     edges: tuple[float, ...] = ()        # of the parts, from the old model's first window
     bets: tuple[Bet, ...] = ()
     best: float = 0.0
-
-    @property
-    def evidence(self) -> float:
-        return math.exp(min(self.best, 700.0))
-
-    @property
-    def rejected(self) -> bool:
-        "The answers moved further than tolerated, at a risk of alpha over all looks."
-        return self.best >= math.log(1 / self.alpha)
 
 
 def count_answers(
@@ -275,7 +264,7 @@ CLOSE = 100.0     # how close to the asked share the mixture lies; Lindon and Ma
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Evidence):
     "Evidence that the split of subjects is not the one that was asked for."
 
     alpha: float
@@ -283,15 +272,6 @@ class Split:
     new: int = 0            # subjects
     old: int = 0
     best: float = 0.0
-
-    @property
-    def evidence(self) -> float:
-        return math.exp(min(self.best, 700.0))
-
-    @property
-    def rejected(self) -> bool:
-        "Some are lost, at a risk of alpha over all looks."
-        return self.best >= math.log(1 / self.alpha)
 
 
 def count_subjects(

@@ -82,9 +82,8 @@ class Rollouts:
     ) -> None:
         self.registry = registry
         self.rollouts, self.events_ = _tables()
-        with registry.transaction(""):
-            pass   # a database that does not answer is told plainly
-        self.rollouts.metadata.create_all(registry.engine, checkfirst=True)
+        with registry.transaction("") as connection:   # one maker at a time, and a database that does not answer is told plainly
+            self.rollouts.metadata.create_all(connection, checkfirst=True)
         self._tell()
 
     def start(
