@@ -13,12 +13,13 @@ from typing import Any
 
 import polars as pl
 import pytest
+from ray_kit import two_nodes
 
 import deploy_world as world
 from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault, InputError
 from pipeline.data.contract import target_values
-from pipeline.data.export import read_export
+from pipeline.data.export import read_export, write_export
 from pipeline.deploy import batch, cluster
 from pipeline.deploy.batch import predict_file, stream_rows
 from pipeline.deploy.handler import Service
@@ -47,12 +48,13 @@ def predictor(packed: tuple[Path, Any]) -> Predictor:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A thousand rows as parquet, csv and jsonl, with columns that the model does not read."
+    "A thousand rows as parquet, csv, jsonl and a workbook, with columns that the model does not read."
     place = tmp_path_factory.mktemp("data")
     frame = world.rows("binary", ROWS, seed=4)
     frame.write_parquet(place / "in.parquet", row_group_size=300)
     frame.write_csv(place / "in.csv")
     frame.drop("__time", "__row").write_ndjson(place / "in.jsonl")
+    write_export(frame.drop("__time", "__row"), place / "in.xlsx")
     return place
 
 
@@ -61,8 +63,7 @@ def of_the_run(packed: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pipeline.deploy.package.package_of", lambda run: packed)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
-@pytest.mark.parametrize("out", ["csv", "parquet", "xlsx"])
+@pytest.mark.parametrize(("kind", "out"), [("parquet", "csv"), ("parquet", "parquet"), ("parquet", "xlsx"), ("csv", "csv"), ("jsonl", "csv"), ("xlsx", "csv"), ("xlsx", "parquet")])
 def test_in_parts_or_whole_the_answers_are_the_same_bits_as_online(kind: str, out: str, data: Path, predictor: Predictor, tmp_path: Path) -> None:
     whole, parts = tmp_path / f"whole.{out}", tmp_path / f"parts.{out}"
     assert predict_file("run", data / f"in.{kind}", whole) == ROWS == predict_file("run", data / f"in.{kind}", parts, at_once=170)
@@ -173,25 +174,6 @@ def test_without_ray_or_a_cluster_one_sentence(data: Path, tmp_path: Path, monke
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(EnvironmentFault, match=f"no Ray cluster answers at {address}: .*refused"):
             predict_file("run", data / "in.csv", tmp_path / "out.csv", engine="ray", address=address)
-
-
-def two_nodes() -> tuple[Any, Any]:
-    "A Ray cluster of two nodes with a core each: the cluster and its second node. Ray gives a node thirty seconds to start, which a busy machine may not keep to."
-    from ray.cluster_utils import Cluster
-
-    small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_log_monitor": False}
-    for _ in range(3):
-        nodes = Cluster()
-        try:
-            nodes.add_node(**small, include_dashboard=False, no_monitor=True)
-            second = nodes.add_node(**small)
-            nodes.wait_for_nodes()
-            return nodes, second
-        except Exception as error:  # noqa: BLE001
-            if "timed out during startup" not in str(error):
-                raise
-            nodes.shutdown()
-    pytest.skip("this machine is too busy: no Ray node started within Ray's own limit of 30 s, tried three times")
 
 
 def test_two_nodes_answer_the_same_bits_and_one_may_die(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

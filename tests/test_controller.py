@@ -72,7 +72,7 @@ class World:
         return self.log.filter(pl.col("number") > after)
 
     def hear(self, after: int) -> pl.DataFrame:
-        return self.log.filter("told").with_columns(outcome_number=pl.col("number")).filter(pl.col("outcome_number") > after)
+        return self.log.filter("told").with_columns(outcome_number=pl.col("number"), again=pl.lit(False)).filter(pl.col("outcome_number") > after)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,40 @@ def steering(packages: Path, tmp_path: Path) -> Iterator[Steering]:
 
 def begin(steering: Steering, rules: Rules = RULES, reading: Reading = READING, **more) -> None:
     steering.begin("late", reading.version, rules, reading, "better on validation", "ann", subject="who", review_s=0.0, **more)
+
+
+class Counting(World):
+    "How many rows each review was given."
+
+    def __init__(self) -> None:
+        super().__init__(better=.0)
+        self.given: list[tuple[int, int]] = []
+
+    def read(self, after: int, inputs: bool) -> pl.DataFrame:
+        self.given.append((len(found := super().read(after, inputs)), 0))
+        return found
+
+    def hear(self, after: int) -> pl.DataFrame:
+        found = super().hear(after)
+        self.given[-1] = (self.given[-1][0], len(found))
+        return found
+
+
+def test_a_review_reads_what_is_new_and_one_window_back(steering: Steering) -> None:
+    world = Counting()
+    begin(steering, replace(RULES, worse_by=.001, windows_per_stage=50))       # it stays where it is
+    leads = controller(steering, world)
+    for _ in range(12):
+        world.serve(steering.plans.current("late"), 400)
+        leads.step()
+    window = len(world.log) / 12
+    assert len(world.given) == 12 and all(rows < 2.2 * window and heard < 1.2 * window for rows, heard in world.given[2:]), world.given
+    state = steering.rollouts.active("late").state
+    whole = world.log.unique("request_id", keep="first")
+    assert state.outcomes == (world.log["role"] == "shadow").sum() and state.served == (world.log["role"] == "canary").sum()
+    missed = whole["subject"].n_unique() - state.split.new - state.split.old
+    assert missed < .5 * whole["subject"].n_unique(), "the split is counted from the review after the share has settled"
+    assert len(json.dumps(steering.rollouts.active("late").facts)) < 50_000
 
 
 def controller(steering: Steering, world: World, holder: str = "one") -> Controller:

@@ -239,7 +239,7 @@ from pathlib import Path
 from pipeline.core import audit
 from pipeline.deploy.package import KEY
 from pipeline.deploy.first_load import probe_package
-import granian.server, pipeline.deploy.handler, pipeline.deploy.service, pipeline.deploy.versions
+import pipeline.deploy.handler, pipeline.deploy.http, pipeline.deploy.service, pipeline.deploy.versions
 pipeline.deploy.versions.Plans(pipeline.deploy.registry.Registry(Path(sys.argv[2])))
 print(probe_package(sys.argv[1], audit.public_key(Path(sys.argv[2]), KEY))["rows"], "pandas" in hidden)
 """

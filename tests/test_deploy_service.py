@@ -215,10 +215,10 @@ def test_it_listens_to_others_only_with_a_token(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_request_log_holds_no_inputs(service: Service) -> None:
-    records: list[dict[str, Any]] = []
+    records: list[Any] = []
     logged = Service(service.predictor, log=records.append)
     ask(logged, json.dumps({"rows": [{**GOOD, "carrier": "secret-carrier"}]}))
-    assert len(records) == 1 and records[0]["status"] == 422 and "secret-carrier" not in json.dumps(records)
+    assert len(records) == 1 and records[0].status == 422 and "secret-carrier" not in str(records)
 
 
 def test_openapi_describes_what_is_accepted(service: Service) -> None:

@@ -179,6 +179,45 @@ def test_another_answer_is_told() -> None:
         trace_row(Predictor(model, make_schema(contract), 0.4), frame.row(3, named=True) | {"hour": "noon"})
 
 
+def test_personal_columns_are_shown_to_those_alone_who_may_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.deploy.package import KEY, Contents, release
+
+    roles = {"viewer": ["report"], "engineer": ["report", "data", "run"], "officer": ["report", "data", "personal"]}
+    (tmp_path / "settings.ini").write_text("")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/tiny.yml").write_text(world.problem_text("tiny", "binary", comply={"pii": ["carrier"], "roles": roles}))
+    frame, agreed = world.rows("binary", 400), world.contract("binary")
+    told = agreed | {"columns": [c | {"pii": c["name"] == "carrier"} for c in agreed["columns"]]}
+    target = (frame["late"] == "true").to_numpy().astype(int)
+    model = train_model("linear", frame, target, told)
+    run = tmp_path / "outputs/tiny/main"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text("{}")
+    contents, store = Contents(told, make_schema(told, frame).to_dict(), {"threshold": 0.4}, [], {}, "# tiny\n", {}), tmp_path / "outputs/store"
+    folder = release(store, tmp_path / "work", "tiny", model.save(tmp_path / "model"), contents)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.deploy.package.package_of", lambda asked: (folder, audit.public_key(store, KEY)))
+    row = json.dumps({"hour": 21.5, "seats": 120, "carrier": "日航", "built": "2009-03-15", "rain": True})
+
+    def ask(role: str, code: int) -> tuple[dict[str, set[Any]], str]:
+        capsys.readouterr()
+        assert main(["explain-row", "tiny", row, "--json", *(["--role", role] if role else [])]) == code
+        said = capsys.readouterr()
+        steps = json.loads(said.out)["steps"] if code == 0 else []
+        return {stage: {s["value"] for s in steps if s["stage"] == stage and s["what"].startswith("carrier")} for stage in {s["stage"] for s in steps}}, said.out + said.err
+
+    for role in ("", "engineer"):
+        steps, text = ask(role, 0)
+        assert "日航" not in text and "\\u65e5" not in text
+        assert [steps[stage] for stage in ("sent", "coded", "inside", "contribution")] == [{"withheld"}] * 4
+    steps, text = ask("officer", 0)
+    assert steps["sent"] == {"日航"} and "withheld" not in text
+    assert "role 'viewer' may not read rows and labels; ask engineer or officer" in ask("viewer", 3)[1]
+    assert "did you mean 'engineer'" in ask("enginer", 2)[1]
+    trail = [(e["event"], e["details"].get("role"), e["details"].get("personal")) for e in audit.entries(tmp_path / "outputs/store")]
+    assert trail == [("row.explained", "", False), ("row.explained", "engineer", False), ("row.explained", "officer", True), ("access.refused", "viewer", None)]
+
+
 def test_the_verb_follows_a_row_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = world.build(tmp_path, n=900)
     names = world.execute("06_deploy", tmp_path)
@@ -201,6 +240,7 @@ def test_the_verb_follows_a_row_of_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert "from the command line" in page and "equal to the served answer, bit by bit" in page and "sum over trees" in page
     entries = [e for e in audit.entries(tmp_path / "outputs/store") if e["event"] == "row.explained"]
     assert [e["details"]["row"] for e in entries] == [str(asked), "given"]
+    assert [(e["details"]["role"], e["details"]["personal"]) for e in entries] == [("", False)] * 2
     looks = [e["details"]["reason"] for e in audit.entries(tmp_path / "outputs/store") if e["event"] == "sealed.replayed"]
     assert f"row {asked} is explained; decides nothing" in looks, "a sealed row is read only with an entry in the trail"
     assert main(["explain-row", "tiny", "999999"]) == 2 and main(["explain-row", "tiny", "[1]"]) == 2 and main(["explain-row", "tniy", "1"]) == 2

@@ -27,6 +27,7 @@ from pipeline.deploy.deployment import Deployed, ask, deploy, go_back, history, 
 from pipeline.deploy.infrastructure import Blueprint, write_infrastructure
 from pipeline.deploy.inspection import UNIT, inspect
 from pipeline.deploy.package import KEY, Contents, release
+from pipeline.deploy.process import listen
 from pipeline.deploy.registry import Registry
 from pipeline.deploy.sbom import read_lock, serving_lock
 from pipeline.deploy.schema import make_schema
@@ -165,8 +166,13 @@ def test_places_that_cannot_be_used(site: Site, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="port 1 was asked|is at port"):
             site.deploy(0, port=1)
     (tmp_path / "log").mkdir()
-    with pytest.raises(EnvironmentFault, match="could not be opened"):
-        deployment._open_door(tmp_path, live["port"] if live else 1)
+    with listen("127.0.0.1", 0) as taken, pytest.raises(EnvironmentFault, match="could not be opened"):
+        deployment._open_door(tmp_path, taken.getsockname()[1])
+    with listen("127.0.0.1", 0) as taken, pytest.raises(EnvironmentFault, match="cannot listen on"):      # before anything is started
+        deploy(tmp_path, site.packages[0], site.key, taken.getsockname()[1], program=site.program)
+    with pytest.raises(InputError, match="is no release: it holds no release.json"):
+        smoke(tmp_path, 1)
+    assert not stop_all(tmp_path) and deployment.standing(tmp_path) is None
 
 
 def test_every_kind_of_column_has_a_plain_row() -> None:
@@ -244,6 +250,10 @@ BROKEN = [
     ("argo/rollout.yml", "templateName: late-flights", "templateName: latte", "analysis-exists"), ("argo/rollout.yml", "kind: Deployment\n    name: late-flights", "kind: Deployment\n    name: x", "target-exists"),
     ("argo/rollout.yml", "analysis:", "analysys:", "schema"), ("argo/analysis.yml", "- name: version\n", "- name: vision\n", "arguments"),
     ("argo/analysis.yml", "failureCondition:", "# failureCondition:", "can-be-undecided"), ("argo/analysis.yml", "address: http:", "address: ftp:", "schema"),
+    ("prometheus/alerts.yml", "record: pilothouse:up", "record: pilothouse-up", "schema"), ("prometheus/alerts.yml", "pilothouse_answers_total{", "pilothouse_answer_total{", "counted"),
+    ("prometheus/alerts.yml", "severity: ticket", "severity: soon", "severity"), ("prometheus/alerts.yml", "runbook: service down", "page: none", "runbook"),
+    ("prometheus/scrape.yml", "scheme: https", "scheme: http", "encrypted"), ("prometheus/scrape.yml", "credentials_file: /run", "credentials: abc #", "no-secrets"),
+    ("prometheus/scrape.yml", "role: pod", "role: pad", "schema"),
     ("late-flights.service", "NoNewPrivileges=yes", "NoNewPrivileges=no", "hardened"), ("late-flights.service", "DynamicUser=yes", "User=root", "non-root"),
     ("late-flights.service", "MemoryMax=641M", "", "limits"), ("late-flights.service", "Restart=on-failure", "Restart=no", "restarts"),
     ("late-flights.service", "Environment=PYTHON", "Environment=API_TOKEN=x PYTHON", "no-secrets"), ("late-flights.service", "[Service]", "[Servant]", "schema"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.run import function_named, open_run, read_claims
 from pipeline.core.store import read_frame
 from pipeline.train.protocol import Fitting
-from pipeline.train.targets import Asked, asked_of, compare_ways, fit_each, fit_forest, load_several
+from pipeline.train.targets import Asked, Several, asked_of, compare_ways, fit_each, fit_forest, load_several
 
 PHASES = Path(__file__).parents[1] / "nbs/phases"
 PROBLEM = """\
@@ -84,6 +85,41 @@ def test_a_problem_with_three_targets_is_trained_both_ways_and_measured_on_the_s
     for claim in told:
         found = function_named(claim.by)(*[again.load(a) for a in claim.of], **claim.using)
         assert found.value == claim.value and found.low == claim.low
+    served_on_request(again, model)
+
+
+def served_on_request(run: Any, model: Several) -> None:
+    "The package answers all targets, and sets, to those who prefer it; others get the same bytes as ever."
+    from pipeline.deploy.handler import Service
+    from pipeline.deploy.packing import pack
+
+    packed = pack(run)
+    predictor = packed.predictor
+    assert "targets/targets.json" in packed.manifest["files"] and predictor.further is not None and predictor.further.level == 0.9
+    service, frame = Service(predictor, log=None), run.load("data/train").select(predictor.schema.names).head(40)
+    body = json.dumps({"rows": frame.to_dicts()}).encode()
+
+    def ask(prefer: str) -> tuple[dict[str, Any], dict[str, str]]:
+        status, headers, answer = service.handle("POST", "/predict", {"prefer": prefer} if prefer else {}, body)
+        assert status == 200
+        return json.loads(answer), dict(headers)
+
+    plain, headers = ask("")
+    assert set(plain) == {"model", "version", "request_id", "predictions"} and "preference-applied" not in headers
+    told, headers = ask("targets, sets; handling=lenient")
+    assert headers["preference-applied"] == "handling=lenient, sets, targets" and told["predictions"] == plain["predictions"]
+    expected = model.predict(frame)
+    assert [row["days"]["prediction"] for row in told["targets"]] == pytest.approx(expected["days"].tolist(), abs=1e-9)
+    for row, p in zip(told["targets"], expected["ward"]):
+        assert set(row) == {"days", "ward"} and list(row["ward"]["p"].values()) == pytest.approx(p.tolist(), abs=1e-9)
+        assert row["ward"]["prediction"] == max(row["ward"]["p"], key=row["ward"]["p"].get)
+    promise = run.load("evaluate/promise")
+    assert told["sets"]["promised"] == 0.9 and told["sets"]["held"] == promise["covered"]
+    for row, left in zip(told["predictions"], told["sets"]["classes"]):
+        sure = max(row["p"], key=row["p"].get)
+        assert left[0] == sure and set(left) == {c for c, p in row["p"].items() if 1 - p <= promise["cut"]} | {sure}
+    leaner = Service(replace(predictor, further=None), log=None).handle("POST", "/predict", {"prefer": "targets, sets"}, body)
+    assert leaner[0] == 200 and "targets" not in json.loads(leaner[2]) and "preference-applied" not in dict(leaner[1])
 
 
 def test_a_further_target_never_teaches() -> None:

@@ -22,7 +22,7 @@ from pipeline.data.contract import Contract, Rule
 from pipeline.scope.plan import derive_plan
 from pipeline.train import fast, trees
 from pipeline.train.budget import plan_fits
-from pipeline.train.choice import Limits, choose, leaderboard, rows_of
+from pipeline.train.choice import LATENCY, SIZE, Beside, Limits, choose, leaderboard, rows_of
 from pipeline.train.ensembles import Ensemble
 from pipeline.train.fast import NotFast, open_forest, read_forest
 from pipeline.train.features import learn_encoder
@@ -30,7 +30,7 @@ from pipeline.train.frontier import cut_to_rounds, dominated_by, frontier, measu
 from pipeline.train.models import load_model, train_model
 from pipeline.train.protocol import Fitting, Shape, fit
 from pipeline.train.search import Found, Goal, Rows, Trial, run_search
-from pipeline.train.students import LATENCY, SIZE, add_candidates, compare_students
+from pipeline.train.students import add_candidates, compare_students
 
 ROOT = Path(__file__).resolve().parent.parent
 PRICES = {"core_hour": 0.04, "watts_per_core": 10.0, "gram_co2e_per_kwh": 350.0}
@@ -218,17 +218,26 @@ def test_students_are_a_quarter_of_their_teacher_and_ship_only_inside_the_tolera
     _, rows, contract, encoder, frame = searched(1_500)
     teacher = run_teacher(rows)
     found = add_candidates(Found([teacher], Goal("roc_auc"), False), rows, 7, distill=True)
+    assert all(t.size_bytes <= SIZE * teacher.size_bytes for t in found.trials[1:])
     costs = measure_costs(found, contract, encoder, frame)
+    measured = [cost.beside for name, cost in costs.items() if name.startswith("student")]
+    assert costs["teacher"].beside is None and all(b is not None and b.teacher == "teacher" and 0 < b.time_low <= b.time <= b.time_high for b in measured)
     strict, generous = 0.0, 0.2
-    for tolerance in (strict, generous):
+    quick, unsure, slow = (0.4, 0.38, 0.42), (0.45, 0.38, 0.52), (0.9, 0.8, 1.0)   # shares of the teacher's time, as a busy or a quiet machine may show them
+    for tolerance, times, size in [(strict, quick, 0.2), (generous, quick, 0.2), (generous, unsure, 0.2), (generous, slow, 0.2), (generous, quick, 0.3)]:
+        beside = Beside("teacher", size, *times)
+        planted = {name: replace(cost, beside=beside if name.startswith("student") else None) for name, cost in costs.items()}
         limits = Limits(["portfolio"], tolerance=tolerance)
-        board = leaderboard(found, rows, limits, 7, costs=costs)
+        board = leaderboard(found, rows, limits, 7, costs=planted)
         choice = choose(board, found.goal, tolerance)
-        told = compare_students(found, board, costs, choice.name)
-        assert told.height == 2 and (told["size_share"] <= SIZE).all() and told["to_best_low"].null_count() == 0
-        shipped = choice.name.startswith("student")
-        assert shipped == (tolerance == generous or teacher.value < max(t.value for t in found.trials[1:]))
-        assert told["small"].to_list() == ((told["size_share"] <= SIZE) & (told["time_share"] <= LATENCY)).to_list()
+        told = compare_students(found, board, planted, choice.name)
+        assert told.height == 2 and told["to_best_low"].null_count() == 0 and told.row(0)[1] == "teacher"
+        worth = size <= SIZE and times[2] <= LATENCY
+        assert choice.name.startswith("student") == (worth and (tolerance == generous or teacher.value < max(t.value for t in found.trials[1:])))
+        assert told["small"].to_list() == [worth] * 2 and told["shipped"].sum() == choice.name.startswith("student")
+        refused = board.filter(pl.col("family") == "student")["why_not"].to_list()
+        assert all(("" if worth else "% of the" ) in reason and bool(reason) != worth for reason in refused), refused
+    assert leaderboard(found, rows, Limits(["portfolio"]), 7).filter(pl.col("family") == "student")["may_ship"].sum() == 0, "unmeasured, it is not shipped"
 
 
 def run_teacher(rows: Rows) -> Trial:

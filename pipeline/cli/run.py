@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import EnvironmentFault, InputError, suggest
+from ..core.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from pipeline.core.settings import Settings
 
 # %% auto #0
-__all__ = ['CODES', 'problem_file', 'run_named', 'run_problem', 'drawn_pages']
+__all__ = ['CODES', 'problem_file', 'run_named', 'run_problem', 'with_engine', 'drawn_pages']
 
 # %% ../../nbs/lib/cli/03_run.ipynb #384b2650
 def problem_file(
@@ -61,7 +62,8 @@ def run_problem(
     only: str = "",
     changes: Sequence[str] = (),     # --set section.key=value
     jobs: int = 0,
-    engine: str = "",                # settings.ini decides by default
+    engine: str = "",                # who fits: local or ray; settings.ini decides by default
+    address: str = "",               # of a running Ray cluster; settings.ini decides by default
     refresh: bool = False,
     frozen: bool = False,            # refuse code that is not the manifest's
     phases: str = "",                # another folder of phase notebooks
@@ -72,8 +74,7 @@ def run_problem(
     from pipeline.core.settings import load_settings
     from pipeline.engine.runner import Wish, run_pipeline
 
-    settings = load_settings()
-    _check_engine(engine or settings.engine)
+    settings = with_engine(load_settings(), engine, address)
     overrides = {}
     if changes:
         from pipeline.core.problem import parse_setting
@@ -91,6 +92,26 @@ def run_problem(
     return CODES.get(outcome.verdict, 0)
 
 
+def with_engine(
+    settings: Settings,
+    engine: str,       # local or ray; empty: as it stands in settings.ini
+    address: str = "",
+) -> Settings:
+    "The workplace with another engine; raises `InputError` for one that is unknown, `EnvironmentFault` for one that is not to be had."
+    name = engine or settings.engine
+    if name not in ("local", "ray"):
+        raise InputError(f"--engine {name!r} is unknown{suggest(name, ['local', 'ray'])}")
+    if name == "local":
+        if address:
+            raise InputError(f"--address {address} is that of a cluster, and the engine is local; add --engine ray")
+        return replace(settings, engine=name)
+    from pipeline.core.cluster import check_cluster
+
+    chosen = replace(settings, engine=name, address=address or settings.address)
+    check_cluster(chosen.address)
+    return chosen
+
+
 def drawn_pages() -> Any:
     "Pages drawn by a process of their own."
     from pipeline.cli.pages import DrawnBehind
@@ -98,13 +119,6 @@ def drawn_pages() -> Any:
     return DrawnBehind()
 
 # %% ../../nbs/lib/cli/03_run.ipynb #026e0dc8
-def _check_engine(name: str) -> None:
-    if name == "ray":
-        raise EnvironmentFault("engine ray is not part of this version; use --engine local")
-    if name != "local":
-        raise InputError(f"--engine {name!r} is unknown{suggest(name, ['local', 'ray'])}")
-
-
 def _track(run: Path, settings: Settings) -> list[str]:
     "Hand the finished run to the tracker in a process of its own; a tracker that fails is told and changes nothing."
     import subprocess

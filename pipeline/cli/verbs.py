@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +16,14 @@ from typing import Annotated, Any
 import typer
 
 from .run import drawn_pages, run_named, run_problem
-from ..core.errors import EnvironmentFault, InputError, PilothouseError
+from ..core.errors import EnvironmentFault, InputError, IntegrityError, PilothouseError
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'rollouts', 'Problem', 'Reason', 'advice', 'deployments', 'Place', 'Token',
            'say', 'new', 'contract', 'run', 'status', 'why', 'verify', 'reproduce', 'lineage', 'versions', 'diff',
            'report', 'readiness', 'audit_verify', 'audit_log', 'models', 'rollout_start', 'rollout_status',
            'rollout_hold', 'rollout_resume', 'rollout_promote', 'rollout_back', 'rollout_run', 'advise_hosting',
-           'predict', 'explain_row', 'serve', 'lab', 'doctor', 'deploy_up', 'deploy_back', 'deploy_status',
+           'predict', 'explain_row', 'serve', 'forget', 'lab', 'doctor', 'deploy_up', 'deploy_back', 'deploy_status',
            'deploy_stop', 'deploy_serve', 'deploy_smoke', 'deploy_ping']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
@@ -98,7 +98,8 @@ def run(
     only: Annotated[str, typer.Option("--only", help="Run this phase alone, fresh or not.")] = "",
     changes: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.budget_s=30. Repeat for more.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=0, help="Phases side by side; 0: one a core.")] = 0,
-    engine: Annotated[str, typer.Option("--engine", help="local or ray; settings.ini decides by default.")] = "",
+    engine: Annotated[str, typer.Option("--engine", help="Who fits: local, or ray: the machines of a Ray cluster; settings.ini decides by default.")] = "",
+    address: Annotated[str, typer.Option("--address", help="The cluster, host:port or auto; without one, Ray starts on this machine.")] = "",
     refresh: Annotated[bool, typer.Option("--refresh", help="Run every phase, fresh or not.")] = False,
     frozen: Annotated[bool, typer.Option("--frozen", help="Refuse a notebook whose code is not the one in the manifest.")] = False,
     phases: Annotated[str, typer.Option("--phases", help="Another folder of phase notebooks.")] = "",
@@ -106,7 +107,7 @@ def run(
     debug: Debug = False,
 ) -> int:
     "Bring a run up to date: only what is stale runs, and the last verdict is the exit code."
-    return run_problem(problem, name, start, only, changes or (), jobs, engine, refresh, frozen, phases, as_json)
+    return run_problem(problem, name, start, only, changes or (), jobs, engine, address, refresh, frozen, phases, as_json)
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #806fe5e4
 @app.command(epilog="Example: pilothouse status flights/main")
@@ -163,12 +164,26 @@ def verify(name: RunName = "", as_json: Json = False, debug: Debug = False) -> i
 
     settings = load_settings()
     run = run_named(name, settings)
-    found = verify_run(run, settings)
+    try:
+        found = verify_run(run, settings)
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}{_lost_rows(run, settings)}") from error
     tables = kept_tables(run, settings.store)
     text = f"{run.parent.name}/{run.name} stands: {found.claims} claims recomputed, {found.artifacts} artifacts, {found.files} files, {found.sources} sources and {len(tables)} tables compared, {found.entries} audit entries checked"
     text += f"; no longer here, so not compared: {', '.join(found.absent[:3])}" if found.absent else ""
     say({"run": f"{run.parent.name}/{run.name}", **asdict(found), "tables": tables}, text, as_json)
     return 0
+
+
+def _lost_rows(run: Path, settings: Any) -> str:
+    "What to add where a subject was forgotten in a run after it had ended."
+    from pipeline.core import audit
+
+    name = f"{run.parent.name}/{run.name}"
+    told = [e for e in audit.entries(settings.store) if e["event"] == "run.finished" and e["run"] == name or e["event"] == "subject.forgotten" and name in e["details"].get("runs", ())]
+    if not told or told[-1]["event"] == "run.finished":
+        return ""
+    return f" (a subject was forgotten in this run on {told[-1]['at'][:10]}, so it lost rows: pilothouse run {run.parent.name}{'' if run.name == 'main' else f' --run {run.name}'})"
 
 
 @app.command(epilog="Example: pilothouse reproduce flights/main --as main-again")
@@ -596,24 +611,32 @@ def explain_row(
     problem: Annotated[str, typer.Argument(metavar="PROBLEM", help="The problem's name.")],
     row: Annotated[str, typer.Argument(metavar="ROW", help="The __row of a row in data/, a row as JSON, or a JSON file.")],
     name: Annotated[str, typer.Option("--run", help="The run's name.")] = "main",
+    role: Annotated[str, typer.Option("--role", help="Yours in comply.roles: data lets you see rows, personal their personal columns too; without one these are withheld.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     "Follow one row from what is sent to what is answered, step by step; not equal to the served answer is exit 3."
+    from pipeline.comply.access import allowed, demand
     from pipeline.core import audit
-    from pipeline.core.errors import IntegrityError
+    from pipeline.core.problem import load_problem
     from pipeline.core.settings import load_settings
 
     settings = load_settings()
     folder = run_named(f"{problem.removesuffix('.yml').rpartition('/')[2]}/{name}", settings)
+    from pipeline.cli.run import problem_file
     from pipeline.deploy.package import load_package, package_of
-    from pipeline.deploy.trace import row_of, trace_row
+    from pipeline.deploy.trace import personal_columns, row_of, trace_row
 
+    run, whole = f"{folder.parent.name}/{folder.name}", False
+    if role:
+        roles = load_problem(problem_file(folder.parent.name, settings)).comply.roles
+        demand(roles, role, "data", lambda event, **details: audit.append(settings.store, event, details, run))
+        whole = allowed(roles, role, "personal")
     package, key = package_of(folder)
-    contract = json.loads((package / "contract.json").read_text(encoding="utf-8"))
+    withheld = personal_columns(json.loads((package / "contract.json").read_text(encoding="utf-8")))
     found, where = row_of(folder, row)
-    trace = trace_row(load_package(package, key), found, tuple(c["name"] for c in contract["columns"] if c.get("pii")))
-    audit.append(settings.store, "row.explained", {"row": row if row.isdigit() else "given", "from": where, "model": trace.model}, f"{folder.parent.name}/{folder.name}")
+    trace = trace_row(load_package(package, key), found, () if whole else withheld)
+    audit.append(settings.store, "row.explained", {"row": row if row.isdigit() else "given", "from": where, "model": trace.model, "role": role, "personal": whole}, run)
     say(trace.to_dict() | {"from": where}, f"row {row if row.isdigit() else 'given'} from {where}\n{trace.to_text()}", as_json)
     if not trace.equal:
         raise IntegrityError(f"the trace ends in {trace.answer}, the service answers {trace.served}; one of them is not this model")
@@ -663,6 +686,52 @@ def serve(
     return 0
 
 
+@app.command(epilog="Example: pilothouse forget N14228 --problem flights --reason 'letter 12 of 3 May'")
+def forget(
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help="As the sources name it; - reads it from standard input, so that no shell remembers it.")] = "",
+    name: Annotated[str, typer.Option("--problem", help="The problem; the only one that has runs by default.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Why; goes into the audit trail, so without the name.")] = "",
+    role: Annotated[str, typer.Option("--role", help="Yours in comply.roles; needed where one of them may forget.")] = "",
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what is held, change nothing.")] = False,
+    expired: Annotated[bool, typer.Option("--expired", help="No subject: what is kept longer than comply.retention_days.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Take a subject out of runs, tables, labels, log, trackers and pages for good; a signed certificate says what was done (exit 5 where something is left to people)."
+    if bool(subject) == expired:
+        raise InputError("forget takes a SUBJECT, or --expired alone; for example: pilothouse forget N14228 --problem flights --reason 'letter 12 of 3 May'")
+    from pipeline.comply.access import demand
+    from pipeline.comply.forgetting import drop_expired, find_held, forget_subject, subject_of
+    from pipeline.core import audit
+    from pipeline.core.run import clock
+    from pipeline.deploy.registry import Registry, who
+    from pipeline.engine.lock import holding
+
+    settings, problem = _problem_with_runs(name)
+    roles = problem.comply.roles
+    if role or any("forget" in actions for actions in roles.values()):
+        demand(roles, role, "forget", lambda event, **details: audit.append(settings.store, event, details))
+    if expired:
+        gone = drop_expired(settings.outputs, problem, reason, who(), clock(), dry)
+        say(gone, partial(_show_expired, gone, dry), as_json)
+        return 5 if gone["too_old"] else 0
+    meant = subject_of(settings.outputs, problem, sys.stdin.readline().strip() if subject == "-" else subject)
+    if dry:
+        held = find_held(meant).to_dicts()
+        say(held, partial(_show_rows, held) if held else f"nothing is held on this subject in {meant.problem} (column {meant.column})", as_json)
+        return 0
+    registry = Registry(settings.store, settings.database)
+    try:
+        with ExitStack() as held_back:
+            for run_folder in meant.runs():
+                held_back.enter_context(holding(run_folder))
+            told = forget_subject(meant, reason, who(), clock(), registry, tuple(source.name for source in problem.data.sources))
+    finally:
+        registry.close()
+    say(told, partial(_show_forgotten, told), as_json)
+    return 5 if told["open"] else 0
+
+
 @app.command(epilog="Example: pilothouse lab --port 8888")
 def lab(
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8888,
@@ -701,6 +770,43 @@ def doctor(as_json: Json = False, debug: Debug = False) -> int:
     say([asdict(f) for f in findings], "\n".join(lines), as_json)
     return 0 if all(f.ok for f in findings) else 4
 
+# %% ../../nbs/lib/cli/04_verbs.ipynb #74d77ed0
+def _problem_with_runs(name: str) -> tuple[Any, Any]:
+    "A problem by name, or the only one that has runs."
+    from pipeline.cli.run import problem_file
+    from pipeline.core.problem import load_problem
+    from pipeline.core.settings import load_settings
+
+    settings = load_settings()
+    known = sorted({p.parent.parent.name for p in settings.outputs.glob("*/*/manifest.json")})
+    if not name and len(known) != 1:
+        raise InputError(f"which problem? {'there are runs of ' + ', '.join(known) if known else 'nothing has run yet'}; name it with --problem")
+    return settings, load_problem(problem_file(name or known[0], settings))
+
+
+def _show_forgotten(told: dict[str, Any]) -> None:
+    rows = ", ".join(f"{n:,} in {where}" for where, n in told["rows_removed"].items() if n) or "none"
+    print(f"forgotten: {told['subject']} (a pseudonym); rows removed: {rows}; {told['files_changed']} files and tables changed")
+    for run in told["runs_to_run_again"]:
+        problem, _, name = run.partition("/")
+        print(f"  {run} lost rows and is stale: pilothouse run {problem}{'' if name == 'main' else f' --run {name}'}")
+    again = [m for m in told["models"] if m["state"] != "in the run" and m["learned_from"] != 0]
+    for model in again:
+        learned = "from an unknown number of rows: its run is gone" if model["learned_from"] is None else f"from {model['learned_from']} rows"
+        print(f"  {told['problem']} {model['model']} ({model['state']}) learned {learned}: {model['todo']}")
+    print(f"  models of runs to train again: {len(told['models_to_train_again']) - len(again)}")
+    if told["sources_of_owners"]:
+        print(f"  pass the request on to the owners of: {', '.join(told['sources_of_owners'])}; the data phase leaves the subject out from now on")
+    for left in told["open"]:
+        print(f"  LEFT: {left}")
+
+
+def _show_expired(gone: dict[str, Any], dry: bool) -> None:
+    versions = len(gone["table_versions"]), len(gone["label_versions"])
+    print(f"{gone['problem']}: {gone['log_lines']:,} lines of the inference log, {versions[0]} table and {versions[1]} label versions were kept longer than {gone['days']:g} days{' and would go' if dry else ' and are gone'}")
+    for left in gone["too_old"]:
+        print(f"  LEFT: {left} is older than promised and the newest: run again on newer data, or promise a longer time (comply.retention_days)")
+
 # %% ../../nbs/lib/cli/04_verbs.ipynb #0eca51ef
 deployments = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="A package live on a machine.", epilog="Example: pilothouse deploy up flights/main --to live/flights")
 app.add_typer(deployments, name="deploy")
@@ -712,27 +818,44 @@ Token = Annotated[str, typer.Option("--token", help="env:NAME of the secret that
 def deploy_up(
     to: Place,
     name: RunName = "",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where callers ask, on this machine; 0: a free one.")] = 8000,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Where callers ask, on this machine; 0: a free one; by default where they ask already, else 8000.")] = None,
     token: Token = "",
+    tokens: Annotated[str, typer.Option("--tokens", metavar="FILE", help="Tokens by line, with names and roles; see pilothouse serve --new-token.")] = "",
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that answer; one a core.")] = 1,
+    rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second that each caller may ask; 0: no limit.")] = 0.0,
+    alone: Annotated[bool, typer.Option("--alone", help="Without the store: no plans of the traffic, no inference log, no operators' page.")] = False,
     downgrade: Annotated[str, typer.Option("--downgrade", help="Why a package older than one that was in production may answer; audited.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     "Put a run's package live: started beside the old one, smoke-tested, switched to; again it changes nothing."
+    from pipeline.cli.run import problem_file
     from pipeline.core import audit
+    from pipeline.core.problem import load_problem
     from pipeline.core.settings import load_settings
     from pipeline.deploy.admission import admit
     from pipeline.deploy.deployment import deploy
     from pipeline.deploy.package import package_of
     from pipeline.deploy.provision import files_of
-    from pipeline.deploy.registry import who
+    from pipeline.deploy.registry import Registry, who
 
     settings = load_settings()
     run = run_named(name, settings)
     folder, key = package_of(run)
-    admit(settings.store, settings.database, folder, downgrade, load=False)
+    how: dict[str, Any] = {"workers": workers, "rate": rate, **({"token_ref": token} if token else {}), **({"tokens": str(Path(tokens).resolve())} if tokens else {})}
+    if not alone:
+        problem = load_problem(problem_file(run.parent.name, settings))
+        how |= {"store": str(settings.store), "database": settings.database, "log_inputs": problem.deploy.log_inputs, "subject": problem.comply.subject,
+                "keyed": problem.comply.encrypt, "extensions": "pipeline.rollout.desk:extensions"}
+    manifest = admit(settings.store, settings.database, folder, downgrade, load=False)
+    registry = Registry(settings.store, settings.database)
+    judged = next((e.verdict for e in registry.entries(manifest["name"]) if e.version == manifest["version"]), "")
+    registry.close()
+    if judged == "no-go" and not alone:
+        raise InputError(f"{manifest['name']} v{manifest['version']} comes from a run with the verdict no-go and is not put before callers; "
+                         "mend what failed and run again, or try it without the store (--alone)")
     try:
-        done = deploy(to, folder, key, port, token or None, files_of(run), by=who())
+        done = deploy(to, folder, key, port, how, files_of(run), by=who())
     except PilothouseError as error:
         audit.append(settings.store, "deployment.refused", {"run": f"{run.parent.name}/{run.name}", "to": to.name, "by": who(), "why": str(error)})
         raise
@@ -742,22 +865,33 @@ def deploy_up(
 
 
 @deployments.command("back", epilog="Example: pilothouse deploy back --to live/flights")
-def deploy_back(to: Place, token: Token = "", as_json: Json = False, debug: Debug = False) -> int:
-    "Bring back the release that was live before, started and tested like a new one."
+def deploy_back(to: Place, as_json: Json = False, debug: Debug = False) -> int:
+    "Bring back the release that was live before, started and tested like a new one; tokens and store stay those of what is live now."
     from pipeline.deploy.deployment import go_back
     from pipeline.deploy.registry import who
 
-    return _tell_deployed(go_back(to, token or None, by=who()), as_json)
+    return _tell_deployed(go_back(to, by=who()), as_json)
 
 
 @deployments.command("status", epilog="Example: pilothouse deploy status --to live/flights")
 def deploy_status(to: Place, as_json: Json = False, debug: Debug = False) -> int:
-    "Every attempt to put something live at a place, oldest first."
-    from pipeline.deploy.deployment import history
+    "What is live at a place, whether it answers, and every attempt to put something there, oldest first (exit 4 where it does not answer)."
+    from pipeline.deploy.deployment import history, standing
 
-    rows = history(to)
-    say(rows, partial(_show_rows, rows) if rows else f"nothing was ever deployed to {to.name}", as_json)
-    return 0
+    now = standing(to)
+    if now is None:
+        raise InputError(f"nothing was ever deployed to {to}; begin with: pilothouse deploy up RUN --to {to}")
+    rows = [{"why": "", **row} for row in history(to)]
+    shown = [{key: row[key] for key in ("at", "event", "version", "release", "by", "why")} for row in rows]
+    door = f"callers ask at http://127.0.0.1:{now.door}" if now.door else "its door is shut, so nobody reaches it"
+    door += "" if now.service == "ready" and now.door else f"; deploy its run again, or look into {to}/log"
+
+    def show() -> None:
+        print(f"{now.name} v{now.version} (release {now.release}), live since {now.since}: the service is {now.service}, {door}")
+        _show_rows(shown)
+
+    say({"now": vars(now), "attempts": rows}, show, as_json)
+    return 0 if now.service == "ready" and now.door else 4
 
 
 @deployments.command("stop", epilog="Example: pilothouse deploy stop --to live/flights")
@@ -765,7 +899,8 @@ def deploy_stop(to: Place, as_json: Json = False, debug: Debug = False) -> int:
     "Stop what is live at a place; its releases stay."
     from pipeline.deploy.deployment import stop_all
 
-    stop_all(to)
+    if not stop_all(to):
+        raise InputError(f"nothing was ever deployed to {to}; name the place that was given to: pilothouse deploy up")
     say({"stopped": to.name}, f"{to.name} is stopped", as_json)
     return 0
 
@@ -780,13 +915,17 @@ def deploy_serve(
     tls_cert: Annotated[str, typer.Option("--tls-cert", help="PEM.")] = "",
     tls_key: Annotated[str, typer.Option("--tls-key", help="PEM.")] = "",
     workers: Annotated[int, typer.Option("--workers", min=1)] = 1,
+    serving: Annotated[str, typer.Option("--serving", metavar="FILE", help="How a place answers (store, tokens, workers), as deploy up keeps it; the other options go before it.")] = "",
+    after: Annotated[int, typer.Option("--after", min=0, help="With a store: plans of the traffic up to this revision are not followed.")] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     "Answer from a release until stopped: what a container and a unit start."
-    from pipeline.deploy.deployment import serve_release
+    from pipeline.deploy.deployment import read_serving, serve_release
 
-    serve_release(release, host, port, token_ref=token or None, tokens=tokens or None, tls_cert=tls_cert or None, tls_key=tls_key or None, workers=workers)
+    how = read_serving(Path(serving)) if serving else {}
+    given = {"token_ref": token, "tokens": tokens, "tls_cert": tls_cert, "tls_key": tls_key, "workers": workers if workers > 1 else 0}
+    serve_release(release, host, port, after=after, **how | {key: value for key, value in given.items() if value})
     return 0
 
 
@@ -831,5 +970,5 @@ def deploy_ping(
 # %% ../../nbs/lib/cli/04_verbs.ipynb #e3026c68
 def _tell_deployed(done: Any, as_json: bool) -> int:
     state = "is live" if done.changed else "was live already"
-    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release})", as_json)
+    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release}); /docs says how to ask", as_json)
     return 0

@@ -18,7 +18,7 @@ __all__ = ['ACTIONS', 'Roles', 'OWNER_FILE', 'OWNER_FOLDER', 'allowed', 'demand'
 
 # %% ../../nbs/lib/comply/00_access.ipynb #5c19df0f
 ACTIONS: dict[str, str] = {
-    "report": "read reports and verdicts", "data": "read rows and labels", "run": "run phases and change parameters",
+    "report": "read reports and verdicts", "data": "read rows and labels", "personal": "read personal columns", "run": "run phases and change parameters",
     "promote": "release, promote and roll back models", "forget": "answer and erase a subject", "audit": "read the audit trail",
 }
 Roles = Mapping[str, Sequence[str]]

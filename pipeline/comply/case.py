@@ -16,7 +16,7 @@ import polars as pl
 
 from .access import access_table, allowed, look_at_modes
 from .attack import LEAKS, membership_auc, membership_frame
-from .erasure import affected_models, can_be_sought, certify, erase_folder, pick_subject, rows_left, rows_of
+from .erasure import affected_models, can_be_sought, certify, erase_folder, pick_subject, rows_left, rows_of, sign_certificate
 from .minimise import cost_of_fewer, fewer_and_fewer, find_proxies, judge_columns, spare_inputs, without_inputs
 from .traces import find_traces
 from .trail import last_entries, try_tampering
@@ -25,7 +25,6 @@ from ..core.display import bars, estimates, facts, note, stack, table
 from ..core.errors import InputError, IntegrityError
 from ..core.metrics import LABELS, main_metric
 from ..core.run import Run, phase_folders, read_receipt
-from ..core.store import digest_bytes
 from ..deploy.inference_log import inference_tables
 
 # %% auto #0
@@ -206,7 +205,7 @@ def look_at_access(run: Run) -> Any:
     kept = days_kept(run.store, run.folder.parent.name, run.now())
     limit = run.problem.comply.retention_days
     run.require("Nothing is kept longer than promised (comply.retention_days)", kept <= limit, f"the oldest table or label version is {kept} days old",
-                "remove the versions that are older, or promise a longer time", limit=f"≤ {limit:g} days",
+                f"pilothouse forget --expired --problem {run.folder.parent.name} --reason '…', or promise a longer time", limit=f"≤ {limit:g} days",
                 answers=["comply.retention_days"])
     return stack(table(matrix, "Roles and what they may do"), table(modes, "Private files and folders"))
 
@@ -216,8 +215,8 @@ def days_kept(
     problem: str,       # its name
     now: dt.datetime,   # aware
 ) -> int:               # whole days, 0 where nothing is kept
-    "Age of the oldest file among a problem's tables and label versions, or of the oldest answer in its inference log."
-    ages = [now.timestamp() - p.stat().st_mtime for room in ("tables", "labels") for p in (store / room / problem).rglob("*") if p.is_file()]
+    "Age of the oldest rows among a problem's tables and label versions, or of the oldest answer in its inference log."
+    ages = [now.timestamp() - p.stat().st_mtime for room in ("tables", "labels") for p in (store / room / problem).rglob("*.parquet") if p.is_file()]
     answered = inference_tables(store, problem)[0].read(columns=["at"])["at"].min() if (store / "tables" / f"{problem}.inferences").exists() else None
     if isinstance(answered, dt.datetime):   # merging gives old lines new files
         ages.append((now - (answered if answered.tzinfo else answered.replace(tzinfo=dt.UTC))).total_seconds())
@@ -322,7 +321,7 @@ def drill_erasure(run: Run) -> Drill:
         certificate = certify(run.store, value, copy, done, sum(before.values()), models, run.now().isoformat(timespec="seconds"), subject, rows)
     except IntegrityError as error:
         certificate = {"subject": "unknown", "refused": str(error)}
-    certificate["signature"] = audit.sign(run.store, digest_bytes(repr(sorted(certificate.items())).encode()).encode())
+    certificate = sign_certificate(run.store, certificate)
     run.save("comply/certificate", certificate, timing=True)
     run.audit("erasure.drilled", subject=certificate["subject"], files=done.height, rows=int(done["rows_removed"].sum()), traces_after=int(left.value))
     shutil.rmtree(copy)

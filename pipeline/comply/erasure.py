@@ -17,13 +17,14 @@ from typing import Any
 import polars as pl
 
 from .traces import find_traces, forms_of, holds
+from ..core import audit
 from ..core.crypto import pseudonym
 from ..core.errors import InputError, IntegrityError
 from ..core.store import digest, read_frame, write_frame, write_whole
 
 # %% auto #0
 __all__ = ['TOMBSTONE', 'DONE_SCHEMA', 'pick_subject', 'rows_of', 'can_be_sought', 'rows_left', 'erase_frame', 'erase_json',
-           'erase_text', 'erase_folder', 'affected_models', 'certify']
+           'erase_text', 'erase_folder', 'erase_file', 'affected_models', 'certify', 'sign_certificate', 'is_signed']
 
 # %% ../../nbs/lib/comply/04_erasure.ipynb #044919a0
 def pick_subject(
@@ -171,34 +172,18 @@ def erase_folder(
         if path.is_symlink():
             raise IntegrityError(f"{path.name} is a link; nothing outside the folder is changed: remove the link first")
         if not any(table in path.parents for table in tables):
-            line = _erase_file(path, subject, value, rows)
+            line = erase_file(path, subject, value, rows)
             done += [{"path": path.relative_to(folder).as_posix(), **line}] if line else []
     return pl.DataFrame([d for d in done if d], schema=DONE_SCHEMA, orient="row")
 
-# %% ../../nbs/lib/comply/04_erasure.ipynb #65446703
-def _erase_table(table: Path, folder: Path, subject: str, value: str, rows: Collection[int]) -> dict[str, Any]:
-    "A Delta table loses the rows in all versions: the remaining rows become the only version that can be read."
-    from pipeline.data.versions import forget_rows, list_versions, read_version, save_version
 
-    erased, changed = 0, "rows removed, older versions emptied"
-    ours = table.parent.name == "tables" and bool(list_versions(table.parent.parent, table.name))
-    if ours:
-        left = forget_rows(table.parent.parent, table.name, sorted(rows))
-        erased = left["erased"]
-    if not ours or can_be_sought(value) and find_traces(table, value):       # of another writer, or named in other rows, too
-        held = read_version(table.parent.parent, table.name, left["id"]) if ours else pl.read_delta(str(table))
-        kept = erase_frame(held, subject, value, rows)
-        erased = max(erased, held.height - kept.height)
-        shutil.rmtree(table)
-        if ours:
-            save_version(table.parent.parent, table.name, kept)
-        else:
-            kept.write_delta(str(table), delta_write_options={"configuration": {"delta.dataSkippingNumIndexedCols": "0"}})
-        changed = "begun anew without the rows, older versions gone"
-    return {"path": table.relative_to(folder).as_posix(), "kind": "table", "rows_removed": erased, "changed": changed}
-
-
-def _erase_file(path: Path, subject: str, value: str, rows: Collection[int]) -> dict[str, Any] | None:
+def erase_file(
+    path: Path,
+    subject: str,              # the column
+    value: str,
+    rows: Collection[int],     # row numbers that are about the subject
+) -> dict[str, Any] | None:    # kind, rows_removed, changed; None: nothing was there
+    "Take a subject out of one file; what cannot be rewritten and holds a trace is removed."
     mode, suffix = path.stat().st_mode & 0o777, path.suffix.lower()
     if suffix != ".parquet" and not can_be_sought(value):
         return None
@@ -226,6 +211,28 @@ def _erase_file(path: Path, subject: str, value: str, rows: Collection[int]) -> 
         return None
     write_whole(path, changed, mode)
     return {"kind": suffix.lstrip(".") or "text", "rows_removed": removed, "changed": "rows removed" if removed else "words replaced"}
+
+# %% ../../nbs/lib/comply/04_erasure.ipynb #65446703
+def _erase_table(table: Path, folder: Path, subject: str, value: str, rows: Collection[int]) -> dict[str, Any]:
+    "A Delta table loses the rows in all versions: the remaining rows become the only version that can be read."
+    from pipeline.data.versions import forget_rows, list_versions, read_version, save_version
+
+    erased, changed = 0, "rows removed, older versions emptied"
+    ours = table.parent.name == "tables" and bool(list_versions(table.parent.parent, table.name))
+    if ours:
+        left = forget_rows(table.parent.parent, table.name, sorted(rows))
+        erased = left["erased"]
+    if not ours or can_be_sought(value) and find_traces(table, value):       # of another writer, or named in other rows, too
+        held = read_version(table.parent.parent, table.name, left["id"]) if ours else pl.read_delta(str(table))
+        kept = erase_frame(held, subject, value, rows)
+        erased = max(erased, held.height - kept.height)
+        shutil.rmtree(table)
+        if ours:
+            save_version(table.parent.parent, table.name, kept)
+        else:
+            kept.write_delta(str(table), delta_write_options={"configuration": {"delta.dataSkippingNumIndexedCols": "0"}})
+        changed = "begun anew without the rows, older versions gone"
+    return {"path": table.relative_to(folder).as_posix(), "kind": "table", "rows_removed": erased, "changed": changed}
 
 
 def _erase_parquet(path: Path, subject: str, value: str, rows: Collection[int], mode: int) -> dict[str, Any] | None:
@@ -313,3 +320,24 @@ def certify(
     if can_be_sought(value) and holds(json.dumps(told), value):
         raise InputError("the subject's name is part of a path; rename that file before a certificate is written")
     return told
+
+
+def sign_certificate(
+    store: Path,
+    told: dict[str, Any],    # a certificate without `signature`
+) -> dict[str, Any]:
+    "The certificate with the signature of the store's audit key (Ed25519)."
+    return told | {"signature": audit.sign(store, _signed_bytes(told))}
+
+
+def is_signed(
+    store: Path,
+    told: dict[str, Any],    # a certificate, as read from its file
+) -> bool:
+    "Whether this store's key signed exactly this certificate."
+    plain = {k: v for k, v in told.items() if k != "signature"}
+    return audit.check_signature(store, _signed_bytes(plain), str(told.get("signature", "")))
+
+# %% ../../nbs/lib/comply/04_erasure.ipynb #09572e34
+def _signed_bytes(told: dict[str, Any]) -> bytes:
+    return json.dumps(told, sort_keys=True, ensure_ascii=True).encode()

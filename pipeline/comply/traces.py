@@ -87,13 +87,34 @@ def in_parquet(
             told = metadata.row_group(group).column(i).statistics
             if told is not None and told.has_min_max:
                 count += sum(holds(str(end), value) for end in (told.min, told.max))
+    levels = [enumeration for field in schema for enumeration in _enumerations(field)]
+    count += sum(holds(level, value) for enumeration in levels for level in _levels_of(enumeration))
     for key, content in (metadata.metadata or {}).items():
-        count += len(pattern_of(value, whole=False).findall(key + b" " + content))
-        if key == b"ARROW:schema":
-            count += len(pattern_of(value, whole=False).findall(base64.b64decode(content)))
+        text = base64.b64decode(content) if key == b"ARROW:schema" else key + b" " + content
+        for enumeration in levels:        # names stand in it without ends: N10 and the next one's length, 5, look like N105
+            text = text.replace(enumeration, b"")
+        count += len(pattern_of(value).findall(text))
     return count
 
 # %% ../../nbs/lib/comply/03_traces.ipynb #5e49ecd1
+_ENUMERATION = b"_PL_ENUM_VALUES"     # as polars keeps levels: length, a semicolon, the name, one after the other
+
+
+def _enumerations(field: Any) -> list[bytes]:
+    "What polars says about levels, of a column and of what lies in it."
+    told = [content for key, content in (field.metadata or {}).items() if key.startswith(_ENUMERATION)]
+    return told + [inner for i in range(field.type.num_fields) for inner in _enumerations(field.type.field(i))]
+
+
+def _levels_of(enumeration: bytes) -> list[str]:
+    levels, rest = [], enumeration
+    while rest:
+        length, _, rest = rest.partition(b";")
+        levels.append(rest[:int(length)].decode("utf-8", "replace"))
+        rest = rest[int(length):]
+    return levels
+
+
 def _in_array(array: Any, value: str) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -170,5 +191,5 @@ def _inside(name: str, content: bytes, depth: int = 0) -> Iterator[tuple[str, by
 
 def _count(content: bytes, name: str, value: str) -> int:
     if content[:4] == b"PAR1":
-        return in_parquet(io.BytesIO(content), value) + len(pattern_of(value, whole=False).findall(content))
+        return in_parquet(io.BytesIO(content), value) + len(pattern_of(value).findall(content))
     return len(pattern_of(value, whole=Path(name).suffix.lower() in TEXTS).findall(content))

@@ -17,8 +17,8 @@ from .errors import IntegrityError
 from .store import disk_errors, locked, write_whole
 
 # %% auto #0
-__all__ = ['SEALED', 'pseudonym_key', 'pseudonym', 'named', 'seal', 'unseal', 'token', 'subject_keys', 'keys_by_token',
-           'forgotten', 'are_forgotten', 'erase_key']
+__all__ = ['SEALED', 'pseudonym_key', 'pseudonym', 'named', 'seal', 'unseal', 'token', 'subject_keys', 'known_key',
+           'keys_by_token', 'forgotten', 'are_forgotten', 'erase_key']
 
 # %% ../../nbs/lib/core/11_crypto.ipynb #81cb0974
 def pseudonym_key(
@@ -116,6 +116,14 @@ def subject_keys(
             held |= new
             write_whole(_file(store), b"".join(index + key for index, key in sorted(held.items())), 0o600)
     return {subject: held[index] for subject, index in wanted.items() if index in held}
+
+
+def known_key(
+    store: Path,
+    subject: str,        # as the data has it
+) -> bytes | None:       # 32 bytes; None where there is none, or none any more
+    "A subject's key; asking makes none."
+    return _held(store).get(_index(pseudonym_key(store), subject))
 
 
 def keys_by_token(

@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterable
 
 # %% auto #0
-__all__ = ['PilothouseError', 'GateFailed', 'InputError', 'IntegrityError', 'EnvironmentFault', 'Inconclusive', 'suggest']
+__all__ = ['PilothouseError', 'GateFailed', 'InputError', 'IntegrityError', 'EnvironmentFault', 'ClusterFault', 'Inconclusive',
+           'suggest']
 
 # %% ../../nbs/lib/core/00_errors.ipynb #a68cb4d9
 class PilothouseError(Exception):
@@ -44,6 +45,10 @@ class EnvironmentFault(PilothouseError):
     "Disk, lock, missing program or library: the machine, not the input."
 
     exit_code = 4
+
+
+class ClusterFault(EnvironmentFault):
+    "No machine of a cluster could do what was asked; another attempt may succeed."
 
 
 class Inconclusive(PilothouseError):

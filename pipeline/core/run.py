@@ -546,6 +546,9 @@ def open_run(
 ) -> Run:
     "Open a run for one phase; raises one clear sentence for a bad problem file, path or lock."
     settings = load_settings(find_root())
+    engine, _, address = os.environ.get("PILOTHOUSE_ENGINE", "").partition(":")
+    if engine in ("local", "ray"):
+        settings = replace(settings, engine=engine, address=address)
     check_name(phase, "phase")
     problem_file = Path(problem) if Path(problem).is_absolute() else settings.root / problem
     overrides = json.loads(os.environ.get("PILOTHOUSE_OVERRIDES", "{}"))

@@ -29,7 +29,7 @@ def find_root(
 # %% ../../nbs/lib/core/01_settings.ipynb #305ae8c9
 DEFAULTS: dict[str, dict[str, str]] = {
     "outputs": {"path": "outputs"},
-    "engine": {"name": "local", "spares": "2", "phase_minutes": "60", "phase_memory_gb": "16",
+    "engine": {"name": "local", "address": "", "spares": "2", "phase_minutes": "60", "phase_memory_gb": "16",
                "phase_output_mb": "64", "threads": "0"},
     "tracking": {"mode": "offline", "project": "pilothouse", "entity": ""},
     "store": {"database": ""},
@@ -45,7 +45,8 @@ class Settings:
 
     root: Path
     outputs: Path
-    engine: str
+    engine: str                   # who fits: local or ray
+    address: str                  # of a running Ray cluster, host:port or auto; empty: one is started on this machine
     spares: int
     phase_minutes: float
     phase_memory_gb: float
@@ -115,7 +116,7 @@ def _typed(root: Path, values: dict[str, dict[str, str]]) -> Settings:
         raise InputError(f"settings.ini: [engine] name = {engine['name']!r}; allowed: local, ray")
     return Settings(
         root=root, outputs=outputs,
-        engine=engine["name"], spares=int(number("engine", "spares")), phase_minutes=number("engine", "phase_minutes"),
+        engine=engine["name"], address=engine["address"].strip(), spares=int(number("engine", "spares")), phase_minutes=number("engine", "phase_minutes"),
         phase_memory_gb=number("engine", "phase_memory_gb"), phase_output_mb=number("engine", "phase_output_mb"),
         threads=int(number("engine", "threads")) or len(os.sched_getaffinity(0)), tracking_mode=mode,
         tracking_project=values["tracking"]["project"], tracking_entity=values["tracking"]["entity"],

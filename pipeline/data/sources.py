@@ -33,8 +33,8 @@ from .remotes import from_database, from_delta, from_url, keep_file
 
 # %% auto #0
 __all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIMES', 'tidy_names', 'count_cells',
-           'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'parse_dates', 'locate', 'gather',
-           'prepare']
+           'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'parse_dates', 'check_object',
+           'flatten', 'locate', 'gather', 'prepare']
 
 # %% ../../nbs/lib/data/00_sources.ipynb #d3d48d2b
 RESERVED = "__"   # names that begin so are the pipeline's own
@@ -350,23 +350,28 @@ def _read_jsonl(data: bytes, file: str) -> Table:
         raise InputError(f"{file}:1: is one JSON list; write each of its objects on a line of its own (JSON lines)")
     lines = data.splitlines()
     for number, line in enumerate(lines[:1000], 1):
-        _object(line, number, len(lines), file)
+        check_object(line, number, len(lines), file)
     try:
         frame = pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
     except BROKEN as error:
         for number, line in enumerate(lines, 1):
-            _object(line, number, len(lines), file)
+            check_object(line, number, len(lines), file)
         raise InputError(f"{file} holds values of several kinds under one name ({str(error).splitlines()[0][:120]}); write each name's values as one kind") from error
     if frame.width == 0:
         raise InputError(f"{file} holds objects without any name; at least one column is needed")
-    flat = _flat(frame)
+    flat = flatten(frame)
     notes += [f"{file}: nested values became columns named outer.inner, lists became text"] if flat.schema != frame.schema else []
     dated, doubts = _dated(flat, file)
     return Table(dated, (*notes, *doubts))
 
-
-def _object(line: bytes, number: int, of: int, file: str) -> None:
-    "Refuse a line that is no JSON object."
+# %% ../../nbs/lib/data/00_sources.ipynb #8b3c8152
+def check_object(
+    line: bytes,
+    number: int,     # of the line, from 1
+    of: int,         # lines in all
+    file: str,       # for the sentence
+) -> None:
+    "Refuse a line of a JSON lines file that is no JSON object, by its number."
     if not line.strip():
         return
 
@@ -389,8 +394,10 @@ def _object(line: bytes, number: int, of: int, file: str) -> None:
         raise InputError(f"{file}:{number}: is no JSON object but a {type(value).__name__}; write one object a line")
 
 
-def _flat(frame: pl.DataFrame) -> pl.DataFrame:
-    "Without structs and lists."
+def flatten(
+    frame: pl.DataFrame,
+) -> pl.DataFrame:
+    "Nested values as columns named outer.inner, lists as texts."
     while any(isinstance(kind, pl.Struct) for kind in frame.schema.values()):
         columns: list[pl.Series] = []
         for values in frame.iter_columns():

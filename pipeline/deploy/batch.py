@@ -19,6 +19,7 @@ from ..core.errors import InputError, suggest
 from ..core.store import digest_file, disk_errors, locked, read_frame, to_json, write_frame, write_whole
 from ..data.export import EXPORTS, SHEET_ROWS, write_export
 from .cluster import Part, answer_on_cluster, answer_rows
+from .reading import cut, read_pieces
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -33,17 +34,15 @@ AT_ONCE = 100_000          # rows that are encoded together
 
 def read_rows(
     path: Path | str,      # .csv, .parquet, .jsonl or .xlsx
-) -> pl.DataFrame:         # CSV: every column as text
+) -> pl.DataFrame:         # CSV and workbook: every column as text
     "A table as it stands; raises `InputError` for a file that is missing, empty or of another kind."
     path = _there(path)
-    if path.suffix.lower() in (".jsonl", ".xlsx"):
-        from pipeline.data.sources import read_table
-
-        return read_table(path).frame
     with _read_errors(path):
         if path.suffix.lower() == ".parquet":
             return pl.read_parquet(path)
-        return pl.read_csv(path, infer_schema=False, null_values=[""])
+        if path.suffix.lower() == ".csv":
+            return pl.read_csv(path, infer_schema=False, null_values=[""])
+        return pl.concat(list(read_pieces(path, None, AT_ONCE)))
 
 
 def stream_rows(
@@ -51,10 +50,10 @@ def stream_rows(
     columns: Sequence[str],           # that are wanted; all where one of them is not there
     at_once: int = AT_ONCE,           # rows of a part
 ) -> Iterator[Part]:                  # at least one
-    "The same rows in parts; memory is bounded for .csv and .parquet."
+    "The same rows in parts, in bounded memory."
     path, start = _there(path), 0
     with _read_errors(path):
-        for number, rows in enumerate(_cut(_batches(path, columns, at_once), at_once)):
+        for number, rows in enumerate(cut(read_pieces(path, columns, at_once), at_once)):
             yield Part(number, start, rows)
             start += rows.height
 
@@ -85,71 +84,6 @@ def _read_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path.name} is empty; a header and rows are needed") from error
     except (pl.exceptions.PolarsError, OSError) as error:
         raise InputError(f"{path.name} cannot be read as {path.suffix.lower()[1:]}: {str(error).splitlines()[0][:200]}") from error
-
-
-def _batches(path: Path, columns: Sequence[str], at_once: int) -> Iterator[pl.DataFrame]:
-    "In whatever lengths the reader gives them; an empty table is one batch."
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".xlsx"):
-        yield read_rows(path)
-        return
-    lazy = pl.scan_parquet(path) if kind == ".parquet" else pl.scan_csv(path, infer_schema=False, null_values=[""])
-    known = lazy.collect_schema()
-    wanted = list(columns) if set(columns) <= set(known.names()) else known.names()
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        parquet = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)     # else every page that was read stays in memory
-        found: Iterable[Any] = (pl.from_arrow(batch) for batch in parquet.iter_batches(at_once, columns=wanted))
-    else:
-        found = (pl.read_csv(text, infer_schema=False, null_values=[""]).select(wanted) for text in _csv_blocks(path))   # every cell is counted: a line that is too long is an error
-    yield pl.DataFrame(schema={n: known[n] for n in wanted})
-    yield from found
-
-
-def _csv_blocks(path: Path, size: int = 16_000_000) -> Iterator[bytes]:
-    "A CSV in pieces that are CSVs with the same header; a line end within quotes ends no row."
-    with path.open("rb") as file:
-        held, header = file.read(size), b""
-        while held:
-            more = file.read(size)
-            end = _row_end(held) if more else len(held)
-            if end:
-                yield header + held[:end]
-            if end and not header:
-                header = held[:_first_row_end(held)]
-            held = held[end:] + more
-
-
-def _first_row_end(held: bytes) -> int:
-    "After the first line end with an even number of quotes before it, or all of it."
-    end = 1 + held.find(b"\n")
-    while end and held.count(b'"', 0, end) % 2:
-        end = 1 + held.find(b"\n", end)
-    return end or len(held)
-
-
-def _row_end(held: bytes) -> int:
-    "After the last line end with an even number of quotes before it; 0 where there is none."
-    quotes, at, stop = held.count(b'"'), held.rfind(b"\n"), len(held)
-    while at >= 0:
-        quotes -= held.count(b'"', at, stop)
-        if quotes % 2 == 0:
-            return at + 1
-        at, stop = held.rfind(b"\n", 0, at), at
-    return 0
-
-
-def _cut(batches: Iterable[pl.DataFrame], at_once: int) -> Iterator[pl.DataFrame]:
-    "Parts of exactly so many rows but for the last, so that a part is the same one next time; at least one part."
-    held = None
-    for batch in batches:
-        held = batch if held is None or held.is_empty() else pl.concat([held, batch])
-        while held.height > at_once:
-            yield held.head(at_once)
-            held = held.slice(at_once)
-    if held is not None:
-        yield held
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #f73ed799
 ENGINES = ("local", "ray")

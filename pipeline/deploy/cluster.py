@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import io
-import os
-import re
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from ..core.errors import EnvironmentFault, InputError, PilothouseError
+from ..core.cluster import ATTEMPTS, connect, fetch, is_connected, places
+from ..core.errors import EnvironmentFault, InputError
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['AHEAD', 'ATTEMPTS', 'PATIENCE_S', 'Part', 'answer_rows', 'answer_part', 'package_bytes', 'frame_bytes',
-           'answer_on_cluster']
+__all__ = ['AHEAD', 'Part', 'answer_rows', 'answer_part', 'package_bytes', 'frame_bytes', 'answer_on_cluster']
 
 # %% ../../nbs/lib/deploy/10_cluster.ipynb #e417ed67
 @dataclass(frozen=True)
@@ -101,8 +98,6 @@ def _unpacked(package: dict[str, bytes], public_key: bytes) -> Predictor:
 
 # %% ../../nbs/lib/deploy/10_cluster.ipynb #ea3bda6f
 AHEAD = 2        # parts on their way for each core
-ATTEMPTS = 10    # times that a part is given to another worker when one died
-PATIENCE_S = 5.0
 
 
 def answer_on_cluster(
@@ -112,14 +107,12 @@ def answer_on_cluster(
     address: str = "",                                # of a running cluster, host:port or auto; empty: this machine's cores
 ) -> Iterator[tuple[int, pl.DataFrame]]:              # number and answers, in any order
     "Answer every part on a Ray cluster; raises `EnvironmentFault` where there is none, and what a worker raised."
-    ray = _ray()
-    started = not ray.is_initialized()
-    if started:
-        _connect(ray, address)
+    started = not is_connected()
+    ray = connect(address)
     try:
         ask = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(answer_part)
         package = ray.put(package_bytes(folder))
-        ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        ahead = AHEAD * places(ray)[0]
         waiting: dict[Any, int] = {}
         for part in parts:
             waiting[ask.remote(package, public_key, frame_bytes(part.rows), part.start)] = part.number
@@ -132,35 +125,8 @@ def answer_on_cluster(
             ray.shutdown()
 
 # %% ../../nbs/lib/deploy/10_cluster.ipynb #ec2c5563
-def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")     # nothing is reported to anybody
-    try:
-        import ray
-    except ImportError as error:
-        raise EnvironmentFault("engine ray needs Ray, which is not installed; run `pip install 'pilothouse[ray]'`, or use --engine local") from error
-    return ray
-
-
-def _connect(ray: Any, address: str) -> None:
-    here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}     # Ray asks nobody for a password
-    try:
-        if re.fullmatch(r".+:\d+", address):
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()     # Ray itself would try for minutes
-        ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", **({} if address else here))
-    except Exception as error:  # Ray raises nothing narrower where a node does not start in time
-        raise EnvironmentFault(f"no Ray cluster answers at {address or 'this machine'}: {str(error).splitlines()[0][:160]}; start one with `ray start`, or use --engine local") from error
-
-
 def _finished(ray: Any, waiting: dict[Any, int]) -> tuple[int, pl.DataFrame]:
     "The next part that is done, whichever it is."
     done = ray.wait(list(waiting), num_returns=1)[0][0]
     number = waiting.pop(done)
-    try:
-        return number, pl.read_ipc(io.BytesIO(ray.get(done)))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PilothouseError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise EnvironmentFault(f"part {number} was given to {ATTEMPTS + 1} workers and none finished it ({type(error).__name__}); look at the nodes' memory and logs, then run again: finished parts are kept") from error
+    return number, pl.read_ipc(io.BytesIO(fetch(ray, done, f"part {number}")))

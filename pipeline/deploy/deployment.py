@@ -5,27 +5,30 @@
 # %% ../../nbs/lib/deploy/28_deployment.ipynb #47bc8c4c
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
+import secrets
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import EnvironmentFault, InputError, IntegrityError, PilothouseError
+from ..core.errors import EnvironmentFault, InputError, IntegrityError, PilothouseError, suggest
 from ..core.store import digest, digest_file, disk_errors, locked, write_whole
 from .package import LOCK, MANIFEST, verify_package
 
 # %% auto #0
-__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'LIVE', 'KEPT', 'PATIENCE_S', 'assemble', 'check_release', 'public_key_of',
-           'serve_release', 'plain_row', 'smoke', 'ask', 'read_live', 'run_door', 'Deployed', 'deploy', 'go_back',
-           'stop_all', 'history']
+__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'OWN', 'LIVE', 'KEPT', 'PATIENCE_S', 'assemble', 'check_release',
+           'public_key_of', 'serve_release', 'write_serving', 'read_serving', 'plain_row', 'smoke', 'ask', 'read_live',
+           'run_door', 'Deployed', 'deploy', 'go_back', 'stop_all', 'Standing', 'standing', 'history']
 
 # %% ../../nbs/lib/deploy/28_deployment.ipynb #465207f1
 PACKAGE, PUBLIC, PROGRAM, TOLD = "package", "package.pub", "app", "release.json"
@@ -68,13 +71,15 @@ def check_release(
     release: Path,
 ) -> dict[str, Any]:      # name, version, package
     "Is the release what its name says? Raises `IntegrityError`."
+    _is_release(release)
     if digest(release)[:16] != release.name:
         raise IntegrityError(f"release {release.name} is not what was assembled (a file differs, is missing or is new); deploy its run again")
     return json.loads((release / TOLD).read_text(encoding="utf-8"))
 
 
 def public_key_of(release: Path) -> Any:
-    "The key that must have signed the release's package."
+    "The key that must have signed the release's package; raises `InputError` for a folder that is no release."
+    _is_release(release)
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     return Ed25519PublicKey.from_public_bytes(bytes.fromhex((release / PUBLIC).read_text().strip()))
@@ -88,14 +93,65 @@ def serve_release(
 ) -> None:
     "What a container, a unit or `deploy` starts: try the package in a child process, then serve it."
     from pipeline.deploy.first_load import check_loads
+    from pipeline.deploy.registry import Registry
     from pipeline.deploy.service import Serving, serve_package
+    from pipeline.deploy.versions import Plans
 
     key = public_key_of(release)
-    Serving(str(release / PACKAGE), key.public_bytes_raw(), host, **more).check()
+    serving = Serving(str(release / PACKAGE), key.public_bytes_raw(), host, **more)
+    serving.check()
     check_loads(release / PACKAGE, key)
+    if serving.store:
+        registry = Registry(Path(serving.store), serving.database)
+        Plans(registry)             # the table is made once, before the workers ask for it
+        registry.close()
     serve_package(release / PACKAGE, key, host, port, **more)
 
+# %% ../../nbs/lib/deploy/28_deployment.ipynb #14b180d2
+OWN = ("folder", "key", "host", "memory", "after", "log")     # fields of `Serving` that a place does not choose
+
+
+def write_serving(
+    place: Path,
+    how: Mapping[str, Any],     # fields of `service.Serving`
+) -> Path:                      # serving-….json
+    "Keep how a place answers; the same twice is one file."
+    text = json.dumps(_known(how, "how it is served"), sort_keys=True)
+    file = place / f"serving-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    write_whole(file, text, 0o600)
+    return file
+
+
+def read_serving(
+    file: Path,                 # as `write_serving` left it, or written by hand
+) -> dict[str, Any]:
+    "Fields of `service.Serving`; raises `InputError` naming what is unknown."
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON ({error}); give a file such as {{\"store\": …, \"token_ref\": \"env:NAME\"}}") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{file} is no JSON object; give one such as {{\"store\": …, \"token_ref\": \"env:NAME\"}}")
+    return _known(told, file.name)
+
+# %% ../../nbs/lib/deploy/28_deployment.ipynb #7796e427
+def _known(told: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from dataclasses import fields
+
+    from pipeline.deploy.service import Serving
+
+    names = {f.name for f in fields(Serving)} - set(OWN)
+    for name in told:
+        if name not in names:
+            raise InputError(f"{where}: {name!r} is unknown{suggest(name, sorted(names))}")
+    return dict(told)
+
 # %% ../../nbs/lib/deploy/28_deployment.ipynb #4e3ec410
+def _is_release(release: Path) -> None:
+    if not (release / TOLD).is_file():
+        raise InputError(f"{release} is no release: it holds no {TOLD}; name a folder below releases/ of a place, as “pilothouse deploy status” lists them")
+
+
 def _copy_program(root: Path | None, into: Path) -> None:
     import pipeline
 
@@ -137,7 +193,8 @@ def smoke(
     predictor = load_package(release / PACKAGE, public_key_of(release))
     row = plain_row(predictor.schema)
     expected = predictor.predict_rows([row], True).frame
-    headers = {"content-type": "application/json", "prefer": "handling=lenient"} | ({"authorization": f"Bearer {token}"} if token else {})
+    headers = {"content-type": "application/json", "prefer": "handling=lenient", "x-request-id": f"smoke-{release.name}"}     # a log tells it from callers
+    headers |= {"authorization": f"Bearer {token}"} if token else {}
     seen: dict[str, Any] = {}
     for what, method, path, body, wanted in [
         ("is alive", "GET", "/health", None, 200), ("is ready", "GET", "/ready", None, 200), ("counts", "GET", "/metrics", None, 200),
@@ -275,8 +332,8 @@ def deploy(
     place: Path,                    # a folder of this deployment's own
     package: Path,                  # a signed package
     public_key: Any,
-    port: int = 8000,               # where callers ask, on this machine; 0: a free one
-    token_ref: str | None = None,   # env:NAME
+    port: int | None = None,        # where callers ask, on this machine; 0: a free one; None: where they ask already, else 8000
+    how: Mapping[str, Any] | None = None,   # fields of `service.Serving`: tokens, a store, workers
     files: Path | None = None,      # infrastructure files for the release
     within_s: float = 300.0,        # until a new release must be ready: the first start compiles
     by: str = "",
@@ -284,32 +341,60 @@ def deploy(
 ) -> Deployed:
     "Assemble, start beside, smoke-test, switch, stop the old one; raises before callers meet anything that failed."
     with locked(place / "deploy.lock"):
-        return _bring(place, assemble(package, public_key, place / "releases", files, program), port, token_ref, within_s, by)
+        return _bring(place, assemble(package, public_key, place / "releases", files, program), port, how, within_s, by)
 
 
 def go_back(
     place: Path,
-    token_ref: str | None = None,
     within_s: float = 300.0,
     by: str = "",
 ) -> Deployed:
-    "The release that was live before this one, started, tested and switched to like any other."
+    "The release that was live before this one, started, tested and switched to like any other; it answers as what is live does now."
+    if read_live(place) is None:
+        raise InputError(f"nothing was ever deployed to {place}; deploy a run first")
     with locked(place / "deploy.lock"):
         now = read_live(place)
-        if now is None:
-            raise InputError(f"nothing was ever deployed to {place.name}; deploy a run first")
+        assert now
         before = [e["release"] for e in history(place) if e["event"] == "live" and e["release"] != now["release"] and (place / "releases" / e["release"]).is_dir()]
         if not before:
             raise InputError(f"release {now['release']} is the first that was live in {place.name}; there is nothing older to go back to")
-        return _bring(place, place / "releases" / before[-1], _door_port(place) or 8000, token_ref, within_s, by)
+        how = read_serving(place / now["serving"]) if now.get("serving") else None
+        return _bring(place, place / "releases" / before[-1], None, how, within_s, by, "brought back at")
 
 
-def stop_all(place: Path) -> None:
+def stop_all(place: Path) -> bool:     # False: nothing was ever deployed there
     "Stop the door and the live release, the callers' side first."
+    if read_live(place) is None:
+        return False
     with locked(place / "deploy.lock"):
         for told in (_read(place / "door.json"), read_live(place)):
             if told and _alive(told):
                 _stop(told["pid"])
+    return True
+
+
+@dataclass(frozen=True)
+class Standing:
+    "What is at a place now."
+
+    name: str
+    version: int          # of the package that was deployed; with a store, the traffic's plan says who answers
+    release: str
+    since: str            # UTC
+    service: str          # ready, not ready, gone
+    port: int             # of the service itself
+    door: int             # where callers ask; 0: shut
+
+
+def standing(
+    place: Path,
+) -> Standing | None:     # None: nothing was ever deployed
+    "Ask what is live at a place whether it is."
+    live = read_live(place)
+    if live is None:
+        return None
+    state = "gone" if not _alive(live) else "ready" if _ready(live["port"]) else "not ready"
+    return Standing(live["name"], live["version"], live["release"], live["since"], state, live["port"], _door_port(place))
 
 
 def history(place: Path) -> list[dict[str, Any]]:
@@ -318,20 +403,31 @@ def history(place: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 # %% ../../nbs/lib/deploy/28_deployment.ipynb #11cf4aa8
-def _bring(place: Path, release: Path, port: int, token_ref: str | None, within_s: float, by: str) -> Deployed:
+def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] | None, within_s: float, by: str, what: str = "deployed to") -> Deployed:
     from pipeline.core.run import clock
     from pipeline.core.settings import secret
-    from pipeline.deploy.service import free_port
+    from pipeline.deploy.service import Serving, free_port
 
-    told, now = check_release(release), read_live(place)
-    token = secret(token_ref) if token_ref else None
-    if now and now["release"] == release.name and _alive(now) and _ready(now["port"]):
+    told, now, how = check_release(release), read_live(place), dict(how or {})
+    Serving(str(release / PACKAGE), b"", **_known(how, "how it is served")).check()
+    door = _door_port(place)
+    if port is not None and door and port not in (0, door):
+        raise InputError(f"the door of {place.name} is at port {door}, {port} was asked; stop it first (pilothouse deploy stop), or leave --port out")
+    port = door or (8000 if port is None else port)
+    if not door:
+        free_port("127.0.0.1", port)
+    serving, guarded = write_serving(place, how), bool(how.get("token_ref") or how.get("tokens"))
+    token = secret(how["token_ref"]) if how.get("token_ref") else secrets.token_hex(16) if guarded else None
+    traffic = _Traffic(told, how)
+    if now and now["release"] == release.name and now.get("serving") == serving.name and traffic.arrived and _alive(now) and _ready(now["port"]):
         return _deployed(now, _open_door(place, port), False)
     inner = free_port("127.0.0.1", 0)
-    process = _start(place, release, inner, token_ref)
+    process = _start(place, release, inner, serving, traffic.revision, token if guarded and not how.get("token_ref") else None)
     try:
         _await(process, inner, within_s, place)
         smoke(release, inner, token)
+        door = _open_door(place, port)
+        traffic.follow(f"{what} {place.name}", by)
     except BaseException as error:
         _stop(process.pid)
         process.wait()
@@ -340,8 +436,7 @@ def _bring(place: Path, release: Path, port: int, token_ref: str | None, within_
         fault = error if isinstance(error, PilothouseError) else EnvironmentFault(f"release {release.name} stopped answering during its smoke test ({error}); it was not put live")
         _note(place, "refused", told, release, by, str(fault))
         raise fault from error
-    live = {**told, "release": release.name, "port": inner, **_born(process.pid), "since": clock().isoformat(timespec="seconds")}
-    door = _open_door(place, port)
+    live = {**told, "release": release.name, "port": inner, **_born(process.pid), "since": clock().isoformat(timespec="seconds"), "serving": serving.name}
     write_whole(place / LIVE, json.dumps(live))
     _note(place, "live", told, release, by)
     if now and _alive(now):
@@ -354,12 +449,51 @@ def _deployed(live: dict[str, Any], door: int, changed: bool) -> Deployed:
     return Deployed(live["name"], live["version"], live["release"], live["port"], door, live["pid"], live["born"], live["since"], changed)
 
 
-def _start(place: Path, release: Path, port: int, token_ref: str | None) -> subprocess.Popen[bytes]:
+class _Traffic:
+    "The plan that a deployment with a store makes: callers of every service of that store get what was deployed."
+
+    def __init__(self, told: Mapping[str, Any], how: Mapping[str, Any]):
+        from pipeline.deploy.registry import Registry
+        from pipeline.deploy.versions import Plans
+
+        self.name, self.package, self.store, self.database = told["name"], told["package"], how.get("store", ""), how.get("database", "")
+        self.revision, self.arrived = 0, True
+        if not self.store:
+            return
+        registry = Registry(Path(self.store), self.database)
+        try:
+            plan = Plans(registry).current(self.name)
+        finally:
+            registry.close()
+        self.arrived = plan is not None and plan.live == self.package
+        self.revision = plan.revision if plan else 0      # the new release answers with its own package until the plan that comes after this one
+        if plan is not None and plan.canary is not None and plan.live != self.package:
+            raise InputError(f"version {told['version']} of {self.name} was asked while a trial goes on beside another one ({plan.share:g} % of its traffic, {plan.reason}); "
+                             f"end the trial first: pilothouse rollout promote {self.name}, or pilothouse rollout back {self.name}")
+
+    def follow(self, reason: str, by: str) -> None:
+        from pipeline.deploy.registry import Registry
+        from pipeline.deploy.versions import Plans
+
+        if not self.store:
+            return
+        registry = Registry(Path(self.store), self.database)
+        try:
+            Plans(registry).change(self.name, self.revision, reason, by, live=self.package)
+        finally:
+            registry.close()
+
+
+SMOKE = "PILOTHOUSE_SMOKE_TOKEN"     # known to this deployment and its service alone
+
+
+def _start(place: Path, release: Path, port: int, serving: Path, after: int, token: str | None) -> subprocess.Popen[bytes]:
     logs = place / "log"
     logs.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "pipeline", "deploy", "serve", str(release.resolve()), "--port", str(port), *(["--token", token_ref] if token_ref else [])]
+    words = [sys.executable, "-m", "pipeline", "deploy", "serve", str(release.resolve()), "--port", str(port), "--serving", str(serving.resolve()), "--after", str(after),
+             *(["--token", f"env:{SMOKE}"] if token else [])]
     environment = os.environ | {"PYTHONPATH": str((release / PROGRAM).resolve()), "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "PASSIVE",
-                                "NUMBA_CACHE_DIR": str((place / "cache").resolve())}
+                                "NUMBA_CACHE_DIR": str((place / "cache").resolve())} | ({SMOKE: token} if token else {})
     with (logs / "answers.jsonl").open("ab") as answers, (logs / "errors.log").open("wb") as errors:
         return subprocess.Popen(words, cwd=release, env=environment, stdin=subprocess.DEVNULL, stdout=answers, stderr=errors, start_new_session=True)
 
@@ -370,7 +504,7 @@ def _await(process: subprocess.Popen[bytes], port: int, within_s: float, place: 
         if process.poll() is not None:
             said = (place / "log" / "errors.log").read_text(errors="replace").strip().splitlines()
             fault = {2: InputError, 3: IntegrityError}.get(process.returncode, EnvironmentFault)
-            raise fault(said[-1] if said else f"the new release ended with code {process.returncode} before it was ready; what was live stays live")
+            raise fault(said[-1].removeprefix("pilothouse: ") if said else f"the new release ended with code {process.returncode} before it was ready; what was live stays live")
         if _ready(port):
             return
         time.sleep(0.05)
@@ -389,8 +523,6 @@ def _open_door(place: Path, port: int) -> int:
     file = place / "door.json"
     told = _read(file)
     if told and _alive(told):
-        if port not in (0, told["port"]):
-            raise InputError(f"the door of {place.name} is at port {told['port']}, {port} was asked; stop it first (pilothouse deploy stop)")
         return int(told["port"])
     file.unlink(missing_ok=True)
     code = "import sys; from pipeline.deploy.deployment import run_door; run_door(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
@@ -454,6 +586,10 @@ def _forget(place: Path) -> None:
     lived = list(dict.fromkeys(e["release"] for e in reversed(history(place)) if e["event"] == "live"))
     for name in lived[KEPT:]:
         shutil.rmtree(place / "releases" / name, ignore_errors=True)
+    now = read_live(place)
+    for file in place.glob("serving-*.json"):
+        if now and file.name != now.get("serving"):
+            file.unlink(missing_ok=True)
 
 
 def _note(place: Path, event: str, told: dict[str, Any], release: Path, by: str, why: str = "") -> None:

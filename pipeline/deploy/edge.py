@@ -8,7 +8,6 @@ from __future__ import annotations
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,9 @@ import polars as pl
 
 from ..core.display import Html, facts, note, stack
 from ..core.errors import EnvironmentFault, InputError
+from .runtime import MAIN, NETS, RUNTIME, c_array, c_order, c_text, c_words
+from ..train.dense import BEND, MOST
+from ..train.features import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -28,129 +30,6 @@ if TYPE_CHECKING:
 __all__ = ['LINK', 'MEMORY_MB', 'ASKED', 'DIFFERENCE', 'write_c', 'Trial', 'rows_as_lines', 'compile_c', 'try_c', 'claim_edge',
            'show_trial']
 
-# %% ../../nbs/lib/deploy/18_edge.ipynb #4e667c35
-RUNTIME = r"""
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef struct { int features, scores, trees, link; double slope; const int32_t (*columns)[4]; const double *edges; const int32_t *roots;
-                 const int32_t (*nodes)[6]; const uint32_t *words; const double *leaves; } Forest;
-
-static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
-
-static void to_probabilities(const double *score, int scores, double *p) {
-    if (scores == 1) { p[1] = 0.5 * (1 + tanh(0.5 * score[0])); p[0] = 1 - p[1]; return; }
-    double most = score[0], sum = 0;
-    for (int k = 1; k < scores; k++) if (score[k] > most) most = score[k];
-    for (int k = 0; k < scores; k++) { p[k] = exp(score[k] - most); sum += p[k]; }
-    for (int k = 0; k < scores; k++) p[k] /= sum;
-}
-
-static void walk(const Forest *m, const double *x, double *p) {
-    uint16_t codes[WIDEST];
-    double sums[ANSWERS] = {0};
-    for (int f = 0; f < m->features; f++) {
-        int32_t first = m->columns[f][0], count = m->columns[f][1];
-        double v = x[f];
-        if (m->columns[f][2]) { codes[f] = (uint16_t)(v > -1.0 && v < count ? (int)v : count); continue; }
-        if (isnan(v) && m->columns[f][3]) { codes[f] = 0; continue; }
-        if (isnan(v) || (v <= ZERO && v >= -ZERO)) v = 0.0;
-        int32_t base = first, size = count;
-        while (size > 1) { int32_t half = size >> 1; if (m->edges[base + half - 1] < v) base += half; size -= half; }
-        if (count > 0 && m->edges[base] < v) base++;
-        codes[f] = (uint16_t)(base - first + 1);
-    }
-    for (int t = 0; t < m->trees; t++) {
-        int32_t node = m->roots[t];
-        while (node >= 0) {
-            const int32_t *n = m->nodes[node];
-            uint16_t k = codes[n[0]];
-            int turn = n[1] ? k < n[3] * 32 && ((m->words[n[2] + (k >> 5)] >> (k & 31)) & 1u) : (uint16_t)(k - n[3]) <= (uint16_t)n[2];
-            node = turn ? n[4] : n[5];
-        }
-        sums[t % m->scores] += m->leaves[~node];
-    }
-    if (m->link == 0) { p[0] = sums[0]; return; }
-    if (m->link == 1) { p[1] = 1.0 / (1.0 + exp(-m->slope * sums[0])); p[0] = 1 - p[1]; return; }
-    to_probabilities(sums, m->scores, p);
-}
-
-static double table_of(const double *table, int levels, int scores, int score, double code) {
-    int row = isnan(code) ? levels : (int)clip(code, 0, levels);
-    return table[row * scores + score];
-}
-
-static int find(const char *const *names, int count, const char *value) {
-    int low = 0, high = count - 1;
-    while (low <= high) {
-        int middle = (low + high) / 2, order = strcmp(names[middle], value);
-        if (!order) return middle;
-        if (order < 0) low = middle + 1; else high = middle - 1;
-    }
-    return -1;
-}
-
-static int number_of(const char *value, double *x) {
-    char *end;
-    if (!strcmp(value, "true") || !strcmp(value, "false")) { *x = value[0] == 't'; return 0; }
-    *x = strtod(value, &end);
-    return end == value || *end || isinf(*x);
-}
-
-static int date_of(const char *value, double *x) {
-    static const int shift[] = {0, 3, 2, 5, 0, 3, 5, 1, 4, 6, 2, 4};
-    int year, month, day, hour = 0;
-    if (sscanf(value, "%d-%d-%d%*c%d", &year, &month, &day, &hour) < 3 || month < 1 || month > 12) return 1;
-    int y = year - (month < 3), weekday = (y + y / 4 - y / 100 + y / 400 + shift[month - 1] + day) % 7;
-    x[0] = year; x[1] = month; x[2] = day; x[3] = weekday ? weekday : 7; x[4] = hour;
-    return 0;
-}
-"""
-
-MAIN = r"""
-#ifndef NO_MAIN
-static void unescape(char *text) {
-    char *to = text;
-    for (; *text; text++, to++) {
-        if (*text != '\\') { *to = *text; continue; }
-        text++;
-        *to = *text == 't' ? '\t' : *text == 'n' ? '\n' : *text == 'r' ? '\r' : *text;
-    }
-    *to = 0;
-}
-
-int main(void) {   /* lines of tab-separated values, \N for missing; answers in the order of the lines */
-    size_t room = 1 << 16, used;
-    char *line = malloc(room);
-    const char *values[COLUMNS];
-    double answer[ANSWERS];
-    for (long row = 1; line && fgets(line, (int)room, stdin); row++) {
-        while ((used = strlen(line)) + 1 == room && line[used - 1] != '\n') {
-            if (!(line = realloc(line, room *= 2)) || !fgets(line + used, (int)(room - used), stdin)) break;
-        }
-        if (!line) return 1;
-        line[strcspn(line, "\n")] = 0;
-        int count = 0;
-        for (char *rest = line, *next; rest; rest = next) {
-            if ((next = strchr(rest, '\t'))) *next++ = 0;
-            if (count == COLUMNS) { fprintf(stderr, "line %ld has more than %d values\n", row, COLUMNS); return 2; }
-            if (!strcmp(rest, "\\N")) values[count++] = NULL; else { unescape(rest); values[count++] = rest; }
-        }
-        if (count != COLUMNS) { fprintf(stderr, "line %ld has %d values, %d are needed\n", row, count, COLUMNS); return 2; }
-        int bad = predict(values, answer);
-        if (bad) { fprintf(stderr, "line %ld: column %s cannot be read\n", row, NAMES[bad - 1]); return 2; }
-        for (int k = 0; k < ANSWERS; k++) printf(k ? "\t%.17g" : "%.17g", answer[k]);
-        putchar('\n');
-    }
-    free(line);
-    return 0;
-}
-#endif
-"""
-
 # %% ../../nbs/lib/deploy/18_edge.ipynb #13dcfffa
 LINK = {"identity": 0, "logistic": 1, "softmax": 2}
 
@@ -159,20 +38,25 @@ def write_c(
     model: Model,
 ) -> str:   # C99, for `cc -O2 model.c -lm`
     "The model as one C file; raises `InputError` naming what cannot be written."
-    texts = [coding.name for coding in model.encoder.codings if coding.type == "text"]
-    if texts:
-        raise InputError(f"column {texts[0]!r} is text, which has no place in an edge file; leave it out (data.columns) or serve the model (deploy.target: server)")
     members = getattr(model.estimator, "members", None) or [(model.family, 1.0, model.estimator)]
     answers = max(1, len(model.classes))
     parts = [_member(number, family, estimator, model) for number, (family, _, estimator) in enumerate(members)]
     widest = max([1, *(width for _, width in parts)])
+    nets, readers = ([e for _, _, e in members if hasattr(e, kind)] for kind in ("packed", "reader"))
     head = ["/* One model as one file. Compile: cc -O2 model.c -lm. Call: predict(values, answer), values in this order, NULL for missing:"]
     head += [f"     {place}: {_plain(c.name)} ({c.type})" for place, c in enumerate(model.encoder.codings)]
     head += ["   Answers: " + (", ".join(f"p of {_plain(name)}" for name in model.classes) or "the number") + " */"]
     head += [f"#define COLUMNS {len(model.encoder.codings)}", f"#define FEATURES {max(1, len(model.encoder.features))}", f"#define ANSWERS {answers}",
              f"#define WIDEST {widest}", f"#define ZERO {float(np.float32(1e-35)).hex()}"]
-    names = _array("char *const", "NAMES", [_quoted(c.name) for c in model.encoder.codings])
-    body = [RUNTIME, names, *(text for text, _ in parts), _encode(model), _blend(model, [w for _, w, _ in members]), MAIN]
+    pieces = [RUNTIME]
+    if nets:
+        exact = all(np.array_equal(part.astype(np.float32), part) for net in nets for part in (net.packed.embedded, net.packed.layers))
+        wide = max(int(net.packed.widths.max()) for net in nets)
+        pieces += [f"#define WEIGHT {'float' if exact else 'double'}", f"#define NET_WIDE {wide}", f"#define BEND {BEND!r}", f"#define MOST {MOST!r}", NETS]
+    if any(coding.type == "text" for coding in model.encoder.codings):
+        pieces.append(c_words(max([0, *(len(v.places) for r in readers for v in r.reader.vocabularies)]), MAX_CHARACTERS))
+    names = c_array("char *const", "NAMES", [c_text(c.name) for c in model.encoder.codings])
+    body = [*pieces, names, *(text for text, _ in parts), _encode(model), _blend(model, [w for _, w, _ in members]), MAIN]
     return "\n".join([*head, *body])
 
 # %% ../../nbs/lib/deploy/18_edge.ipynb #fbd78bb3
@@ -180,44 +64,40 @@ def _plain(name: str) -> str:
     return "".join(c if c.isprintable() and c not in "*/\\" else "?" for c in name)
 
 
-def _quoted(text: str) -> str:
-    return '"' + "".join(chr(b) if 32 <= b < 127 and b not in b'"\\?' else f"\\{b:03o}" for b in text.encode()) + '"'
-
-
-def _array(kind: str, name: str, values: Iterable[Any], width: str = "") -> str:
-    told = [float(v).hex() if isinstance(v, float) else str(v) for v in values] or ["0"]
-    lines = [", ".join(told[i:i + 16]) for i in range(0, len(told), 16)]
-    return f"static const {kind} {name}[]{width} = {{\n" + ",\n".join(lines) + "};"
-
-
 def _member(number: int, family: str, estimator: Any, model: Model) -> tuple[str, int]:
     "The tables of a member and its function, and how many features it looks at."
     from pipeline.train.fast import NotFast, read_forest
     from pipeline.train.linear import Linear
+    from pipeline.train.nets import Net
+    from pipeline.train.texts import Text
 
     if isinstance(estimator, Linear):
-        return _linear(number, estimator), 1
+        return _weighted(number, estimator.design, estimator, np.arange(estimator.design.features)), 1
+    if isinstance(estimator, Text):
+        return _text(number, estimator, model), 1
+    if isinstance(estimator, Net):
+        return _net(number, estimator), 1
     if not hasattr(estimator, "text"):
-        raise InputError(f"a model of family {family!r} cannot be written as an edge file; choose linear or trees (train.families)")
+        raise InputError(f"a model of family {family!r} cannot be written as an edge file; choose linear, text, trees or nets (train.families)")
     try:
         forest = read_forest(estimator.text)
     except NotFast as reason:
         raise InputError(f"this model of trees cannot be written as an edge file: {reason}") from reason
     shape, view, n = estimator.shape, estimator.view, number
     trees = forest.scores * min(estimator.steps, forest.rounds)
-    rows = [_array("int32_t", f"columns{n}", ["{" + ", ".join(map(str, row)) + "}" for row in forest.columns.tolist()], "[4]"),
-            _array("double", f"edges{n}", forest.edges.tolist()), _array("int32_t", f"roots{n}", forest.roots[:trees].tolist()),
-            _array("int32_t", f"nodes{n}", ["{" + ", ".join(map(str, row)) + "}" for row in forest.nodes.tolist()], "[6]"),
-            _array("uint32_t", f"words{n}", [f"{word}u" for word in forest.words.tolist()]), _array("double", f"leaves{n}", forest.leaves.tolist())]
+    rows = [c_array("int32_t", f"columns{n}", ["{" + ", ".join(map(str, row)) + "}" for row in forest.columns.tolist()], "[4]"),
+            c_array("double", f"edges{n}", forest.edges.tolist()), c_array("int32_t", f"roots{n}", forest.roots[:trees].tolist()),
+            c_array("int32_t", f"nodes{n}", ["{" + ", ".join(map(str, row)) + "}" for row in forest.nodes.tolist()], "[6]"),
+            c_array("uint32_t", f"words{n}", [f"{word}u" for word in forest.words.tolist()]), c_array("double", f"leaves{n}", forest.leaves.tolist())]
     lines = [f"static const Forest forest{n} = {{{len(forest.columns)}, {forest.scores}, {trees}, {LINK[forest.link]}, {forest.slope!r}, "
-             f"columns{n}, edges{n}, roots{n}, nodes{n}, words{n}, leaves{n}}};", f"static void member{n}(const double *x, double *p) {{"]
+             f"columns{n}, edges{n}, roots{n}, nodes{n}, words{n}, leaves{n}}};", f"{HEAD.format(n)} {{"]
     if view.coder is None:
         lines.append(f"    walk(&forest{n}, x, p);")
     else:
         kept = [i for i, size in enumerate(shape.sizes) if view.categories == "both" or not size]
         shown = [f"x[{i}]" for i in kept]
         for place, table in zip(view.coder.places, view.coder.tables):
-            rows.append(_array("double", f"table{n}_{place}", table.ravel().tolist()))
+            rows.append(c_array("double", f"table{n}_{place}", table.ravel().tolist()))
             shown += [f"table_of(table{n}_{place}, {len(table) - 1}, {table.shape[1]}, {score}, x[{place}])" for score in range(table.shape[1])]
         lines += [f"    double shown[{len(shown)}];", *(f"    shown[{i}] = {value};" for i, value in enumerate(shown)), f"    walk(&forest{n}, shown, p);"]
     if view.shift is not None:
@@ -225,15 +105,20 @@ def _member(number: int, family: str, estimator: Any, model: Model) -> tuple[str
     return "\n".join([*rows, *lines, "}"]), len(forest.columns)
 
 
-def _linear(n: int, estimator: Any) -> str:
-    design, scores = estimator.design, estimator.coefficients.shape[1]
-    pieces = [_array("int32_t", f"numbers{n}", design.numbers.tolist()), _array("double", f"mean{n}", design.mean.tolist()),
-              _array("double", f"scale{n}", design.scale.tolist()), _array("int32_t", f"flagged{n}", design.flagged.tolist()),
-              _array("int32_t", f"levels{n}", ["{" + f"{i}, {code}" + "}" for i, code in design.levels.tolist()] or ["{0, 0}"], "[2]"),
-              _array("double", f"coefficients{n}", estimator.coefficients.ravel().tolist()), _array("double", f"intercept{n}", estimator.intercept.tolist())]
+HEAD = "static void member{}(const char *const *values, const double *x, double *p)"
+
+
+def _weighted(n: int, design: Any, estimator: Any, place: np.ndarray, more: str = "") -> str:
+    "A weighted sum of the design's columns, whose features stand at `place`; `more` adds to score[]."
+    scores = estimator.coefficients.shape[1]
+    levels = [(place[i], code) for i, code in design.levels.tolist()]
+    pieces = [c_array("int32_t", f"numbers{n}", place[design.numbers].tolist()), c_array("double", f"mean{n}", design.mean.tolist()),
+              c_array("double", f"scale{n}", design.scale.tolist()), c_array("int32_t", f"flagged{n}", place[design.flagged].tolist()),
+              c_array("int32_t", f"levels{n}", ["{" + f"{i}, {code}" + "}" for i, code in levels] or ["{0, 0}"], "[2]"),
+              c_array("double", f"coefficients{n}", estimator.coefficients[:len(design.owners)].ravel().tolist()), c_array("double", f"intercept{n}", estimator.intercept.tolist())]
     a, b = len(design.numbers), len(design.numbers) + len(design.flagged)
     finish = "to_probabilities(score, SCORES, p);" if estimator.shape.classes else "p[0] = score[0];"
-    return "\n".join([*pieces, f"""static void member{n}(const double *x, double *p) {{
+    return "\n".join([*pieces, f"""{HEAD.format(n)} {{
     double score[ANSWERS];
     for (int k = 0; k < SCORES; k++) {{
         double sum = intercept{n}[k];
@@ -245,8 +130,44 @@ def _linear(n: int, estimator: Any) -> str:
         for (int i = 0; i < {len(design.levels)}; i++) if (x[levels{n}[i][0]] == levels{n}[i][1]) sum += coefficients{n}[({b} + i) * SCORES + k];
         score[k] = sum;
     }}
+    {more}
     {finish}
 }}""".replace("SCORES", str(scores))])
+
+
+def _text(n: int, estimator: Any, model: Model) -> str:
+    "Weighed columns and weighed words."
+    reader, scores, tables, lines = estimator.reader, estimator.coefficients.shape[1], [], []
+    columns = [number for number, coding in enumerate(model.encoder.codings) if coding.type == "text"]
+    for place, (vocabulary, column) in enumerate(zip(reader.vocabularies, columns)):
+        own = estimator.coefficients[reader.starts[place]:reader.starts[place + 1]]
+        terms = sorted((c_order(term), at) for term, at in vocabulary.places.items())
+        tables += [c_array("char *const", f"terms{n}_{place}", [c_text(term.decode("utf-8", "surrogatepass")) for term, _ in terms] or ['""']),
+                   c_array("int32_t", f"places{n}_{place}", [at for _, at in terms]), c_array("double", f"rarity{n}_{place}", vocabulary.rarity.tolist()),
+                   c_array("double", f"said{n}_{place}", own.ravel().tolist()),
+                   f"static const Vocabulary vocabulary{n}_{place} = {{{len(terms)}, {scores}, terms{n}_{place}, places{n}_{place}, rarity{n}_{place}, said{n}_{place}}};"]
+        lines.append(f"text_terms(values[{column}], &vocabulary{n}_{place}, score);")
+    return "\n".join([*tables, _weighted(n, reader.design, estimator, reader.kept, " ".join(lines))])
+
+
+def _net(n: int, estimator: Any) -> str:
+    p = estimator.packed
+    waves, waved = p.waves.shape[1:]
+    tables = [c_array("int32_t", f"number{n}", p.numbers.tolist()), c_array("double", f"mean{n}", p.scales[0].tolist()),
+              c_array("double", f"scale{n}", p.scales[1].tolist()), c_array("int32_t", f"flagged{n}", p.flagged.tolist()),
+              c_array("int32_t", f"embeds{n}", ["{" + ", ".join(map(str, row)) + "}" for row in p.tables.tolist()] or ["{0}"], "[4]"),
+              c_array("WEIGHT", f"embedded{n}", p.embedded.tolist()), c_array("double", f"wave{n}", p.waves.ravel().tolist()),
+              c_array("double", f"offset{n}", p.offset.ravel().tolist()), c_array("int32_t", f"widths{n}", p.widths.tolist()),
+              c_array("WEIGHT", f"layers{n}", p.layers.tolist())]
+    finish = (f"to_probabilities(score, {1 if estimator.shape.classes == 2 else estimator.shape.classes}, p);" if estimator.shape.classes
+              else f"p[0] = score[0] * {float(estimator.spread).hex()} + {float(estimator.centre).hex()};")
+    return "\n".join([*tables, f"""static const Net net{n} = {{{len(p.numbers)}, {len(p.flagged)}, {len(p.tables)}, {waves}, {waved}, {len(p.widths) - 1}, number{n}, mean{n}, scale{n},
+    flagged{n}, embeds{n}, embedded{n}, wave{n}, offset{n}, widths{n}, layers{n}}};
+{HEAD.format(n)} {{
+    double score[ANSWERS];
+    net(&net{n}, x, score);
+    {finish}
+}}"""])
 
 
 def _encode(model: Model) -> str:
@@ -256,10 +177,16 @@ def _encode(model: Model) -> str:
         width, value = len(coding.features), f"values[{number}]"
         missing = " ".join(f"x[{place + i}] = NAN;" for i in range(width))
         if coding.type == "category":
-            order = sorted(range(len(coding.levels)), key=lambda i: coding.levels[i].encode())
-            tables += [_array("char *const", f"levels_of{number}", [_quoted(coding.levels[i]) for i in order] or ['""']),
-                       _array("int32_t", f"codes_of{number}", order)]
+            order = sorted(range(len(coding.levels)), key=lambda i: c_order(coding.levels[i]))
+            tables += [c_array("char *const", f"levels_of{number}", [c_text(coding.levels[i]) for i in order] or ['""']),
+                       c_array("int32_t", f"codes_of{number}", order)]
             known = f"{{ int at = find(levels_of{number}, {len(order)}, {value}); x[{place}] = at < 0 ? NAN : codes_of{number}[at]; }}"
+        elif coding.type == "text":
+            words = list(coding.words)
+            order = sorted(range(len(words)), key=lambda i: c_order(words[i]))
+            tables += [c_array("char *const", f"words_of{number}", [c_text(words[i]) for i in order] or ['""']),
+                       c_array("int32_t", f"codes_of{number}", order), c_array("double", f"weights_of{number}", list(map(float, coding.words.values())))]
+            known = f"if (text_parts({value}, x + {place}, words_of{number}, codes_of{number}, weights_of{number}, {len(words)})) return {number + 1};"
         else:
             known = f"if ({'date_of' if coding.type == 'date' else 'number_of'}({value}, x + {place})) return {number + 1};"
         lines.append(f"    if (!{value}) {{ {missing} }} else {known}")
@@ -270,13 +197,13 @@ def _encode(model: Model) -> str:
 def _blend(model: Model, weights: list[float]) -> str:
     lines = ["int predict(const char *const *values, double *answer) {", "    double x[FEATURES];", "    int bad = encode(values, x);", "    if (bad) return bad;"]
     if len(weights) == 1:
-        lines.append("    member0(x, answer);")
+        lines.append("    member0(values, x, answer);")
     else:
         classes = len(model.classes)
         lines += ["    double p[ANSWERS], sum[ANSWERS] = {0};"]
         for n, weight in enumerate(weights):
             term = "log(clip(p[k], 1e-12, 1.0))" if classes else "p[k]"
-            lines.append(f"    member{n}(x, p); for (int k = 0; k < ANSWERS; k++) sum[k] += {float(weight).hex()} * {term};")
+            lines.append(f"    member{n}(values, x, p); for (int k = 0; k < ANSWERS; k++) sum[k] += {float(weight).hex()} * {term};")
         if not classes:
             lines.append("    answer[0] = sum[0];")
         elif classes == 2:
@@ -292,13 +219,21 @@ def _repair(model: Model) -> list[str]:
     if repair is None:
         return []
     if "x" in repair:
-        return [_array("double", "repair_x", map(float, repair["x"])), _array("double", "repair_y", map(float, repair["y"])),
-                f"    int last = {len(repair['x']) - 1}, i = 0; double q = clip(answer[1], repair_x[0], repair_x[last]);",
-                "    while (i < last - 1 && repair_x[i + 1] <= q) i++;",
-                "    answer[1] = last ? repair_y[i] + (q - repair_x[i]) * (repair_y[i + 1] - repair_y[i]) / (repair_x[i + 1] - repair_x[i]) : repair_y[0];",
-                "    answer[0] = 1 - answer[1];"]
+        return [c_array("double", "repair_x", map(float, repair["x"])), c_array("double", "repair_y", map(float, repair["y"])),
+                f"    answer[1] = on_curve(answer[1], {len(repair['x'])}, repair_x, repair_y); answer[0] = 1 - answer[1];"]
     from pipeline.train.repairs import TINY
 
+    if "curves" in repair:
+        lines = ["    double total = 0;"]
+        for k, curve in enumerate(repair["curves"]):
+            lines += [c_array("double", f"curve_x{k}", map(float, curve["x"])), c_array("double", f"curve_y{k}", map(float, curve["y"])),
+                      f"    total += answer[{k}] = on_curve(answer[{k}], {len(curve['x'])}, curve_x{k}, curve_y{k});"]
+        return [*lines, "    for (int k = 0; k < ANSWERS; k++) answer[k] /= total;"]
+    if "weights" in repair:
+        return [c_array("double", "bend", [float(v) for row in repair["weights"] for v in row]), c_array("double", "shift", map(float, repair["shifts"])),
+                "    double told[ANSWERS], bent[ANSWERS];", f"    for (int k = 0; k < ANSWERS; k++) told[k] = log(clip(answer[k], {TINY!r}, 1.0));",
+                "    for (int k = 0; k < ANSWERS; k++) { bent[k] = shift[k]; for (int j = 0; j < ANSWERS; j++) bent[k] += bend[k * ANSWERS + j] * told[j]; }",
+                "    to_probabilities(bent, ANSWERS, answer);"]
     slope = float(repair["slope"]).hex()
     if len(model.classes) > 2:
         return [f"    double total = 0; for (int k = 0; k < ANSWERS; k++) {{ answer[k] = pow(clip(answer[k], {TINY!r}, 1.0), {slope}); total += answer[k]; }}",
@@ -332,7 +267,7 @@ def rows_as_lines(
         given = frame[coding.name]
         if coding.type == "date" and given.dtype != pl.String:
             texts = given.cast(pl.Datetime).dt.strftime("%Y-%m-%dT%H:%M:%S").to_list()
-        elif coding.type == "category" or given.dtype in (pl.String, pl.Boolean):
+        elif coding.type in ("category", "text") or given.dtype in (pl.String, pl.Boolean):
             texts = given.cast(pl.String).to_list()
         else:
             texts = [None if v is None or v != v else repr(v) for v in given.cast(pl.Float64).to_list()]

@@ -21,6 +21,7 @@ from polars.exceptions import PanicException
 from ..core.errors import InputError, suggest
 from .answers import ARROW, MAX_EXPLAINED, Answerer, Found, answerer_of, read_arrow, read_tensors, write_arrow
 from .counts import Counts
+from .journal import Entry
 from .openapi import CSP, example_row, openapi, page, tensor_type
 from .requests import Limits, Refused, peek, read_json, too_large
 from .schema import Finding
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 MAX_FINDINGS = 100   # a message lists so many, and says how many there were
 
 # %% auto #0
-__all__ = ['MAX_FINDINGS', 'PREDICTS', 'Answer', 'Call', 'Recorder', 'Ids', 'Shadows', 'Service', 'predictions']
+__all__ = ['MAX_FINDINGS', 'PREDICTS', 'Answer', 'BESIDE', 'Call', 'Recorder', 'Ids', 'Shadows', 'Service', 'predictions']
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #8bdde095
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -118,6 +119,13 @@ _COMMON = [("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 _JSON = ("content-type", "application/json")
 PREDICTS = ("/predict", "/v2/infer")
 Answer = Callable[[Call], Reply]
+BESIDE = {"explain": b"explanations", "sets": b"sets", "targets": b"targets"}   # what may be preferred, and its key in the answer
+
+
+def _able(answerer: Answerer, wish: str) -> bool:
+    "Whether a version can serve a preference; one that it cannot is not an error (RFC 7240)."
+    further = answerer.predictor.further
+    return wish == "explain" or further is not None and further.can(wish)
 
 
 @dataclass
@@ -128,7 +136,7 @@ class Service:
     token: str | None = None                                  # one for all, asked as `Authorization: Bearer`
     hosts: tuple[str, ...] | None = None                      # names under which it may be asked; None: any
     limits: Limits = Limits()
-    log: Callable[[dict[str, Any]], None] | None = None       # one record a request, without inputs
+    log: Callable[[Entry | Mapping[str, Any]], None] | None = None     # one record a request, without inputs; and one a fault
     counts: Counts = field(default_factory=Counts)
     tokens: Tokens | None = None                              # who may ask for what; by default what `token` says
     rates: Rates = field(default_factory=Rates)               # how often each may ask
@@ -209,7 +217,7 @@ class Service:
             status, extra, out = self.problem(
                 Refused(500, "internal error", "this request met a fault of the service; it is logged"), call.request
             )
-            self._write({"error": f"{type(error).__name__}: {str(error)[:200]}", "request_id": call.request})
+            self.fault(error, request_id=call.request)
         self._note(method, route, call, status, time.perf_counter() - start, out)
         told = [("x-request-id", call.request), *_COMMON, *extra]
         if call.version is not None:
@@ -270,12 +278,13 @@ class Service:
             if self.recorder is not None:
                 self.recorder.add(now, call.request, call.version, call.role, status, ms, call.body if call.kept is None else call.kept, out)
         if self.log is not None:
-            self.log({"at": round(now, 3), "request_id": call.request, "method": method[:16], "path": call.path[:200], "status": status, "ms": round(ms, 3),
-                      "bytes": len(call.body), "version": self.predictor.version if call.version is None else call.version, "role": call.role})
+            self.log(Entry(int(now * 1000) / 1000, call.request, method[:16], call.path[:200], status, int(ms * 1000) / 1000,
+                           len(call.body), self.predictor.version if call.version is None else call.version, call.role))
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def fault(self, error: BaseException, **where: Any) -> None:
+        "A line in the log about a fault of ours."
         if self.log is not None:
-            self.log(record)
+            self.log({"error": f"{type(error).__name__}: {str(error)[:200]}", **where})
 
     def _json(self, value: Any, status: int = 200, kind: str = "application/json") -> Reply:
         return status, [("content-type", kind)], self._encode(value)
@@ -313,25 +322,31 @@ class Service:
     def _predict(self, call: Call) -> Reply:
         prefer = call.headers.get("prefer")
         wishes = frozenset() if not prefer else frozenset(prefer.replace(" ", "").lower().replace(";", ",").split(","))
-        lenient, explained = "handling=lenient" in wishes, "explain" in wishes
+        lenient = "handling=lenient" in wishes
         if call.headers.get("content-type", "").startswith(ARROW):
             return self._predict_table(call, lenient)
         answerer, shadow = self._pick(call, None)
-        found = answerer.json(call.body, self.limits.rows, lenient, explained)
+        beside = [wish for wish in BESIDE if wish in wishes and _able(answerer, wish)] if wishes else []
+        found = answerer.json(call.body, self.limits.rows, lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
             self._in_shadow(call, shadow, partial(shadow.json, call.body, self.limits.rows, lenient))
         more, extra = b"", [_JSON]
         if found.warned:
             more = b',"warnings":' + self._encode([_shown(f) for f in found.warned[:MAX_FINDINGS]])
-        if explained:
-            more += b',"explanations":' + self._encode(self._explained(answerer, found))
+        for wish in beside:
+            more += b',"' + BESIDE[wish] + b'":' + self._encode(self._beside(wish, answerer, found))
         if wishes:
-            applied = [wish for wish in ("handling=lenient", "explain") if wish in wishes]
+            applied = [wish for wish in ("handling=lenient", *beside) if wish in wishes]
             extra = [_JSON, ("preference-applied", ", ".join(applied))] if applied else extra
         return 200, extra, answerer.writer.document(call.request, answerer.writer.predictions(found.chosen, found.scores), more)
 
-    def _explained(self, answerer: Answerer, found: Found) -> list[dict[str, Any]] | None:
+    def _beside(self, wish: str, answerer: Answerer, found: Found) -> Any:
+        further = answerer.predictor.further
+        if further is not None and wish == "sets":
+            return further.sets(found.scores, answerer.classes)
+        if further is not None and wish == "targets" and found.checked is not None:
+            return further.targets(found.checked.frame)
         if len(found.scores) > MAX_EXPLAINED:
             raise Refused(413, "too many rows", f"{len(found.scores):,} rows were sent, {MAX_EXPLAINED} are explained at once; send them in parts")
         with self._explaining:       # one after the other: each keeps a core busy for milliseconds a row
@@ -362,9 +377,9 @@ class Service:
                 self.counts.answered(answerer.version, "shadow", answerer.classes, found.chosen, found.scores)
             except Refused as refused:
                 status, _, out = self.problem(refused, call.request)
-            except Exception as error:      # the caller has his answer; the fault is the shadow's, and is seen in its numbers
+            except (Exception, PanicException) as error:      # the caller has his answer; the fault is the shadow's, and is seen in its numbers
                 status = 500
-                self._write({"error": f"{type(error).__name__}: {str(error)[:200]}", "request_id": call.request, "role": "shadow"})
+                self.fault(error, request_id=call.request, role="shadow")
             seconds, now = time.perf_counter() - start, time.time()
             self.counts.timed(answerer.version, "shadow", status, seconds, now)
             if self.recorder is not None:

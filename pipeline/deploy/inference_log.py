@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from ..core.crypto import are_forgotten, named, pseudonym_key, seal, subject_keys, token
+from ..core.crypto import are_forgotten, known_key, named, pseudonym_key, seal, subject_keys, token
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 from ..core.problem import check_name
 from ..core.store import write_whole
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'CHUNK', 'CHUNK_BYTES', 'FILE_BYTES', 'Record', 'ID',
            'MOST_OUTCOMES', 'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder',
            'spool_key', 'write_spool', 'note_outcomes', 'inference_tables', 'collect', 'read_inferences',
-           'read_outcomes', 'newest_numbers', 'forget_inferences', 'drop_inferences']
+           'read_outcomes', 'newest_numbers', 'forget_inferences', 'count_inferences', 'drop_inferences', 'count_older']
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #608e52c3
 @dataclass(frozen=True)
@@ -423,14 +423,14 @@ class _Lines:
         keys = subject_keys(store, {s for s, keyed in zip(subjects, self.keyed) if keyed and s is not None}) if any(self.keyed) else {}
         gone = are_forgotten(store, {s for s in subjects if s is not None})
         master, own = pseudonym_key(store), spool_key(store)
-        stands = {(c, s): _stand_in(master, c, s, keys.get(s) if keyed else None) for c, s, keyed in set(zip(self.column, subjects, self.keyed)) if s is not None and s not in gone}
+        stands = {(c, s, keyed): _stand_in(master, c, s, keys.get(s) if keyed else None) for c, s, keyed in set(zip(self.column, subjects, self.keyed)) if s is not None and s not in gone}
         sealed: list[str | None] = []
         for i, (subject, text) in enumerate(zip(subjects, self.private)):
             if subject in gone:
                 self.columns["inputs"][i] = None
             place = f"{name}.inferences/{self.columns['request_id'][i]}/{self.columns['row'][i]}"
             sealed.append(None if text is None or subject in gone else seal(keys.get(subject, own) if self.keyed[i] else own, text, place))
-        filled = self.columns | {"subject": [None if s is None else stands.get((c, s)) for c, s in zip(self.column, subjects)], "sealed": sealed}
+        filled = self.columns | {"subject": [None if s is None else stands.get((c, s, keyed)) for c, s, keyed in zip(self.column, subjects, self.keyed)], "sealed": sealed}
         plain = {n: pl.Int64 if n == "at" else t for n, t in ROWS.items() if n != "number"}
         return pl.DataFrame([self._matrix() if n == "scores" else pl.Series(n, filled[n], t) for n, t in plain.items()]).with_columns(pl.col("at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"))
 
@@ -478,12 +478,13 @@ def read_inferences(
     name: str,
     after: int = -1,            # the highest number that is known already
     inputs: bool = False,       # with what was asked: `inputs` (JSON) and `sealed`
+    outcomes: bool = True,      # with the newest outcome; False: null, and no outcome is read
 ) -> pl.DataFrame:              # number, at, request_id, row, version, role, status, ms, prediction, p_<class>… (or low, high), subject, outcome, outcome_at
     "Every answered row in the order of its number, with the newest outcome that is known."
     collect(store, name)
-    table, outcomes = inference_tables(store, name)
+    table, told = inference_tables(store, name)
     rows, classes = table.read(after), _classes(table)
-    newest = outcomes.read().unique(["request_id", "row"], keep="last", maintain_order=True) if rows.height else outcomes.read(after=2**62)
+    newest = told.read(after=-1 if outcomes and rows.height else 2**62).unique(["request_id", "row"], keep="last", maintain_order=True)
     return _shown(rows.join(_told(newest, classes), on=["request_id", "row"], how="left", maintain_order="left"), classes, inputs)
 
 
@@ -491,19 +492,21 @@ def read_outcomes(
     store: Path,
     name: str,
     after: int = -1,            # the highest `outcome_number` that is known already
-) -> pl.DataFrame:              # outcome_number, then as `read_inferences`
+) -> pl.DataFrame:              # outcome_number, then as `read_inferences`, again: whether another was said of this row before
     "Outcomes in the order in which they came, each beside every answer that it is about; one that says nothing new is left out."
     collect(store, name)
     table, outcomes = inference_tables(store, name)
-    classes, told = _classes(table), outcomes.read()
-    key = ["request_id", "row"]
-    news = told.filter(pl.struct("label", "value").ne_missing(pl.struct("label", "value").shift(1)).over(key) | (pl.int_range(pl.len()).over(key) == 0))
-    news = news.filter(pl.col("number") > after)
-    rows = table.read() if news.height else table.read(after=2**62)
-    young = news.filter(pl.col("at").dt.timestamp("us") / 1e6 > time.time() - SETTLED).join(rows.select(key), on=key, how="anti")
+    key, fresh = ["request_id", "row"], outcomes.read(after)
+    if fresh.is_empty():
+        return _beside(fresh.with_columns(again=pl.lit(False)), table.read(2**62), _classes(table))
+    told = outcomes.read(columns=["number", *key, "label", "value"]).with_columns(again=pl.int_range(pl.len()).over(key) > 0)
+    new = told.filter(pl.struct("label", "value").ne_missing(pl.struct("label", "value").shift(1)).over(key) | ~pl.col("again"))
+    news = fresh.join(new.select("number", "again"), on="number", how="inner", maintain_order="left")
+    asked = table.read(columns=["number", *key]).join(news.select(key), on=key, how="semi")
+    rows = table.read(int(asked["number"].min() or 0) - 1 if asked.height else 2**62)     # type: ignore[arg-type]
+    young = news.filter(pl.col("at").dt.timestamp("us") / 1e6 > time.time() - SETTLED).join(asked.select(key), on=key, how="anti")
     settled = news.filter(pl.col("number") < young["number"].min()) if young.height else news     # the rest when its answer has landed
-    joined = _told(settled, classes).join(rows, on=key, how="inner", maintain_order="left")
-    return pl.DataFrame([joined["outcome_number"], *_shown(joined, classes, False).iter_columns()])
+    return _beside(settled, rows, _classes(table))
 
 
 def newest_numbers(
@@ -524,6 +527,11 @@ def _told(outcomes: pl.DataFrame, classes: Sequence[str]) -> pl.DataFrame:
     return outcomes.select("request_id", "row", pl.col("label" if classes else "value").alias("outcome"), pl.col("at").alias("outcome_at"), pl.col("number").alias("outcome_number"))
 
 
+def _beside(settled: pl.DataFrame, rows: pl.DataFrame, classes: Sequence[str]) -> pl.DataFrame:
+    joined = _told(settled, classes).with_columns(settled["again"]).join(rows, on=["request_id", "row"], how="inner", maintain_order="left")
+    return pl.DataFrame([joined["outcome_number"], *_shown(joined, classes, False).iter_columns(), joined["again"]])
+
+
 def _shown(rows: pl.DataFrame, classes: Sequence[str], inputs: bool) -> pl.DataFrame:
     answers = [pl.col("label" if classes else "value").alias("prediction")]
     answers += [pl.col("scores").list.get(i, null_on_oob=True).alias(f"p_{name}") for i, name in enumerate(classes)] or [pl.col("low"), pl.col("high")]
@@ -538,9 +546,19 @@ def forget_inferences(
     column: str,                       # its name
 ) -> int:                              # lines that are gone
     "Take a subject's lines out of the log, outcomes too. Call it before the subject's key is erased."
-    key = subject_keys(store, [subject]).get(subject) if (Path(store) / "keys" / "subjects.keys").exists() else None
-    stands = {named(pseudonym_key(store), f"{column}\0{subject}"), *({token(key)} if key else ())}
-    return _drop(store, name, lambda rows: pl.Series(rows["subject"].is_in(list(stands)).fill_null(False)))
+    stands = _stand_ins(store, subject, column)
+    return _drop(store, name, lambda rows: pl.Series(rows["subject"].is_in(stands).fill_null(False)))
+
+
+def count_inferences(
+    store: Path,
+    name: str,
+    subject: str,                      # the value of the subject's column
+    column: str,                       # its name
+) -> int:                              # lines
+    "How many lines of the log are about a subject."
+    collect(store, name)
+    return int(inference_tables(store, name)[0].read(columns=["subject"])["subject"].is_in(_stand_ins(store, subject, column)).sum())
 
 
 def drop_inferences(
@@ -551,7 +569,23 @@ def drop_inferences(
     "Take lines out that are older than they may be kept (comply.retention_days), outcomes too."
     return _drop(store, name, lambda rows: pl.Series(rows["at"].dt.timestamp("us") < int(before * 1e6)))
 
+
+def count_older(
+    store: Path,
+    name: str,
+    before: float,        # Unix time
+) -> int:                 # lines
+    "How many lines `drop_inferences` would take out."
+    collect(store, name)
+    return int((inference_tables(store, name)[0].read(columns=["at"])["at"].dt.timestamp("us") < int(before * 1e6)).sum())
+
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #a2cbf651
+def _stand_ins(store: Path, subject: str, column: str) -> list[str]:
+    "What may stand for a subject in the log."
+    key = known_key(store, subject)
+    return [named(pseudonym_key(store), f"{column}\0{subject}"), *([token(key)] if key else ())]
+
+
 def _drop(store: Path, name: str, gone: Callable[[pl.DataFrame], pl.Series]) -> int:
     collect(store, name)
     table, outcomes = inference_tables(store, name)

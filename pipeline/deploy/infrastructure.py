@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import InputError
+from .objectives import Objectives, rules_file, scrape_file
 
 # %% auto #0
 __all__ = ['PORT', 'USER', 'IMAGE', 'CHECKOUT', 'PYTHON', 'Blueprint', 'write_infrastructure']
@@ -41,6 +42,8 @@ class Blueprint:
     stages: Sequence[float] = (1, 5, 25, 50, 100)
     days_per_stage: float = 4.0
     errors_max: float = 0.01
+    uptime: float = 0.99                 # deploy.uptime
+    false_alarms_per_month: float = 0.05   # monitor.false_alarms_per_month
 
     @property
     def service(self) -> str:
@@ -71,6 +74,8 @@ def write_infrastructure(
         "deploy.sh": _script(b), f"{b.service}.service": _unit(b), "ci.yml": _yaml(_workflow(b)),
         **{f"kubernetes/{name}.yml": _yaml(told) for name, told in _kubernetes(b).items()},
         **{f"argo/{name}.yml": _yaml(told) for name, told in _argo(b).items()},
+        "prometheus/alerts.yml": _yaml(rules_file(Objectives(b.uptime, b.latency_p99_ms, per_month=b.false_alarms_per_month), b.service)),
+        "prometheus/scrape.yml": _yaml(scrape_file(b.service, PORT, _labels(b))),
     }
 
 # %% ../../nbs/lib/deploy/24_infrastructure.ipynb #31f1075f

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import EnvironmentFault
+from .counts import Counts
 from .infrastructure import IMAGE
 
 # %% auto #0
@@ -325,6 +326,56 @@ def _analysis(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if not (metric.get("successCondition") and metric.get("failureCondition")):
             yield "can-be-undecided", f"{metric['name']}: with one condition alone too little traffic counts as an answer"
 
+# %% ../../nbs/lib/deploy/25_inspection.ipynb #0546b40e
+_RULE: dict[str, Any] = {"type": "object", "required": ["expr"], "additionalProperties": False, "oneOf": [{"required": ["record"]}, {"required": ["alert"]}], "properties": {
+    "record": {"type": "string", "pattern": "^[a-zA-Z_:][a-zA-Z0-9_:]*$"}, "alert": {"type": "string", "pattern": "^[A-Z][A-Za-z]*$"}, "expr": {"type": "string", "minLength": 1},
+    "for": {"type": "string", "pattern": r"^\d+(s|m|h)$"}, "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+    "annotations": {"type": "object", "additionalProperties": {"type": "string"}}}}
+ALERTS: dict[str, Any] = {"type": "object", "required": ["groups"], "additionalProperties": False, "properties": {"groups": {"type": "array", "minItems": 1, "items": {
+    "type": "object", "required": ["name", "rules"], "additionalProperties": False, "properties": {
+        "name": {"type": "string"}, "interval": {"type": "string", "pattern": r"^\d+(s|m|h)$"}, "rules": {"type": "array", "minItems": 1, "items": _RULE}}}}}}
+_NAMED = {"source_labels": {"type": "array", "items": {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"}}, "regex": {"type": "string"}, "action": {"enum": ["keep", "drop", "replace"]}}
+SCRAPE: dict[str, Any] = {"type": "object", "required": ["scrape_configs"], "additionalProperties": False, "properties": {
+    "global": {"type": "object"}, "rule_files": {"type": "array", "items": {"type": "string"}},
+    "scrape_configs": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["job_name"], "additionalProperties": False, "properties": {
+        "job_name": {"type": "string"}, "scheme": {"enum": ["http", "https"]}, "metrics_path": {"type": "string", "pattern": "^/"},
+        "kubernetes_sd_configs": {"type": "array", "items": {"type": "object", "required": ["role"], "properties": {"role": {"enum": ["pod", "service", "endpoints", "node"]}}}},
+        "authorization": {"type": "object", "additionalProperties": False, "properties": {"type": {"type": "string"}, "credentials": {"type": "string"}, "credentials_file": {"type": "string"}}},
+        "tls_config": {"type": "object", "additionalProperties": False, "properties": {"ca_file": {"type": "string"}, "server_name": {"type": "string"}, "insecure_skip_verify": {"type": "boolean"}}},
+        "relabel_configs": {"type": "array", "items": {"type": "object", "additionalProperties": False, "properties": _NAMED}}}}}}}
+
+
+def _alerts(text: str) -> Iterator[tuple[str, str]]:
+    told = _read_yaml(text)
+    faults = list(_schema(told, ALERTS))
+    yield from faults
+    if faults:
+        return
+    heads = re.findall(r"^# TYPE (\w+) (\w+)$", Counts().text(), re.MULTILINE)
+    counted = {"up"} | {name + end for name, kind in heads for end in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
+    recorded = {rule["record"] for group in told["groups"] for rule in group["rules"] if "record" in rule}
+    for rule in (rule for group in told["groups"] for rule in group["rules"]):
+        name, expression = rule.get("record") or rule.get("alert"), re.sub(r'"[^"]*"', '""', rule["expr"])
+        unknown = set(re.findall(r"\b(?:pilothouse[\w:]*|up)\b(?=\{)", expression)) - counted - recorded
+        if unknown:
+            yield "counted", f"{name} asks for {', '.join(sorted(unknown))}, which nobody counts"
+        if "alert" in rule and rule.get("labels", {}).get("severity") not in ("page", "ticket"):
+            yield "severity", f"{name} does not say whether somebody is called"
+        if "alert" in rule and not rule.get("annotations", {}).get("runbook"):
+            yield "runbook", f"{name} names no entry of the runbook"
+    yield from _asked(["promtool", "check", "rules"], "alerts.yml", text, "promtool", lambda said: " ".join(said.split())[-200:])
+
+
+def _scrape(text: str) -> Iterator[tuple[str, str]]:
+    told = _read_yaml(text)
+    faults = list(_schema(told, SCRAPE))
+    yield from faults
+    for config in () if faults else told["scrape_configs"]:
+        if config.get("scheme") != "https" or _at(config, "tls_config", "insecure_skip_verify"):
+            yield "encrypted", f"{config['job_name']} sends its token to whoever answers"
+        if _at(config, "authorization", "credentials"):
+            yield "no-secrets", f"{config['job_name']}: a token stands in the file; use credentials_file"
+
 # %% ../../nbs/lib/deploy/25_inspection.ipynb #667298c5
 UNIT = {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes", "PrivateDevices": "yes", "ProtectKernelTunables": "yes",
         "ProtectKernelModules": "yes", "ProtectControlGroups": "yes", "RestrictSUIDSGID": "yes", "LockPersonality": "yes", "RestrictNamespaces": "yes",
@@ -402,4 +453,5 @@ def _workflow(text: str) -> Iterator[tuple[str, str]]:
 
 
 CHECKS: tuple[tuple[str, Callable[[str], Iterator[tuple[str, str]]]], ...] = (
-    (r"Dockerfile", _docker), (r"compose\.yml", _compose), (r"kubernetes/.*\.yml", _kubernetes), (r"argo/.*\.yml", _argo), (r".*\.service", _unit), (r".*\.sh", _script), (r"ci\.yml", _workflow))
+    (r"Dockerfile", _docker), (r"compose\.yml", _compose), (r"kubernetes/.*\.yml", _kubernetes), (r"argo/.*\.yml", _argo), (r"prometheus/alerts\.yml", _alerts),
+    (r"prometheus/scrape\.yml", _scrape), (r".*\.service", _unit), (r".*\.sh", _script), (r"ci\.yml", _workflow))

@@ -6,15 +6,35 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, BinaryIO
+
+import msgspec
 
 from ..core.errors import InputError
 
+CHUNK = 200    # records that are written without letting requests run
+
 # %% auto #0
-__all__ = ['Journal']
+__all__ = ['CHUNK', 'Entry', 'Journal']
 
 # %% ../../nbs/lib/deploy/07_journal.ipynb #d77fe0cf
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    "What is written of a request; its inputs are not."
+
+    at: float               # Unix time
+    request_id: str
+    method: str
+    path: str
+    status: int
+    ms: float
+    bytes: int              # of the body
+    version: int            # of the model that answered, or is live
+    role: str               # of that model
+
+
 class Journal:
     "Records as JSON lines."
 
@@ -24,19 +44,17 @@ class Journal:
         every_s: float = 0.2,
         most: int = 100_000,        # records that wait; more are counted and dropped
     ) -> None:
-        import msgspec
-
         if every_s <= 0:
             raise InputError(f"a journal cannot be written every {every_s:g} s; give more than 0")
         self.out, self.every_s, self.most, self.dropped = out, every_s, most, 0
         self._lines = msgspec.json.Encoder().encode_lines
-        self._waiting: deque[dict[str, Any]] = deque()
+        self._waiting: deque[Entry | Mapping[str, Any]] = deque()
         self._done = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def __call__(self, record: dict[str, Any]) -> None:
+    def __call__(self, record: Entry | Mapping[str, Any]) -> None:
         "Keep a record."
         if len(self._waiting) < self.most:
             self._waiting.append(record)
@@ -46,13 +64,15 @@ class Journal:
     def flush(self) -> None:
         "Write what waits."
         with self._writing:
-            records = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            waiting = len(self._waiting)
             dropped, self.dropped = self.dropped, 0
+            while waiting > 0:
+                self.out.write(self._lines([self._waiting.popleft() for _ in range(min(waiting, CHUNK))]))
+                waiting -= CHUNK
+                time.sleep(0)      # requests that wait for the interpreter go first
             if dropped:
-                records.append({"dropped": dropped, "error": "nobody read these lines fast enough"})
-            if records:
-                self.out.write(self._lines(records))
-                self.out.flush()
+                self.out.write(self._lines([{"dropped": dropped, "error": "nobody read these lines fast enough"}]))
+            self.out.flush()
 
     def close(self) -> None:
         "Write the rest and stop."

@@ -33,8 +33,9 @@ def openapi(
     "The service as OpenAPI 3.1."
     problem = {"description": "what was wrong, by row and field", "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
     wrong = dict.fromkeys(("400", "401", "403", "413", "422", "429"), problem)
-    prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "examples": ["handling=lenient", "explain"]},
-              "description": "handling=lenient: answer what training never saw, with a warning; explain: add what each column contributed"}
+    prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "examples": ["handling=lenient", "explain", "sets", "targets"]},
+              "description": "handling=lenient: answer what training never saw, with a warning; explain: add what each column contributed; "
+                             "sets: add the classes that cannot be ruled out; targets: add answers to further questions, where the package holds them"}
     known = {"name": "X-Request-Id", "in": "header", "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}, "description": "comes back in the answer; made where it is missing"}
     table = {"type": "string", "format": "binary", "description": "a table as an Arrow IPC stream, without compression; answered likewise"}
     schemas = _schemas(predictor)
@@ -82,7 +83,9 @@ def _schemas(predictor: Predictor) -> dict[str, Any]:
         "Answer": {"type": "object", "required": ["model", "version", "request_id", "predictions"], "properties": {
             "model": {"type": "string"}, "version": {"type": "integer"}, "request_id": {"type": "string"},
             "predictions": {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}}, "warnings": {"type": "array", "items": fault},
-            "explanations": {"type": ["array", "null"], "items": {"type": "object"}}}},
+            "explanations": {"type": ["array", "null"], "items": {"type": "object"}}, "targets": {"type": "array", "items": {"type": "object"}},
+            "sets": {"type": "object", "required": ["promised", "held", "classes"], "properties": {"promised": {"type": "number"}, "held": {"type": ["number", "null"]},
+                "classes": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}}}}},
         "Tensors": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "items": tensor}}},
         "Outcomes": {"type": "object", "required": ["outcomes"], "additionalProperties": False, "properties": {"outcomes": {"type": "array", "maxItems": 10_000, "items": {
             "type": "object", "required": ["request_id", "value"], "additionalProperties": False,

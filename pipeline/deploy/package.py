@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import audit
 from ..core.errors import InputError, IntegrityError
 from ..core.store import digest_bytes, digest_file, disk_errors, locked, to_json, write_whole
+from .further import TARGETS, read_further
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -49,6 +50,7 @@ class Contents:
     lock_text: str = ""                # the part of the lock that a service needs
     sbom: Mapping[str, Any] | None = None   # CycloneDX
     expires_days: float = 0            # from its release; 0: never
+    targets: Path | None = None        # folder of the model that answers further targets
 
 
 def fill(
@@ -59,6 +61,8 @@ def fill(
     "Copy the model and write everything else but the manifest."
     with disk_errors("building the package"):
         shutil.copytree(model, folder / "model")
+        if contents.targets is not None:
+            shutil.copytree(contents.targets, folder / TARGETS)
     for name, value in (("contract", contents.contract), ("schema", contents.schema), ("threshold", contents.threshold),
                         ("claims", contents.claims), ("card", contents.card)):
         write_whole(folder / f"{name}.json", to_json(value, f"package {name}"))
@@ -204,7 +208,8 @@ def load_package(
     _same_features(schema, folder)
     told = json.loads((folder / "threshold.json").read_text(encoding="utf-8"))
     rule = GroupRule.from_dict(told["by_group"]) if told.get("by_group") else None
-    return Predictor(load_model(folder / "model"), schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule, manifest.get("expires"))
+    further = read_further(folder, told)
+    return Predictor(load_model(folder / "model"), schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule, manifest.get("expires"), further)
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #9b6b8432
 def _same_features(schema: Schema, folder: Path) -> None:

@@ -82,6 +82,8 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
     mitigation = run.load("evaluate/mitigation") if run.has("evaluate/mitigation") else None
     if mitigation and mitigation.get("rule"):
         threshold = threshold | {"by_group": mitigation["rule"]}
+    if run.problem.problem.task != "regression" and run.has("evaluate/promise"):
+        threshold = threshold | {"sets": run.load("evaluate/promise")}
     claims = [asdict(c) for c in run.claims("evaluate")]
     versions = {k: _version(run, k) for k in ("data", "label")}
     splits = run.load("data/splits") if run.has("data/splits") else {}
@@ -122,6 +124,7 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
         lock_text(installed),
         sbom,
         run.problem.deploy.expires_days,
+        run.load("train/targets_model") if run.has("train/targets_model") else None,
     )
 
 

@@ -19,6 +19,7 @@ from .schema import Finding, Schema
 from ..evaluate.group_thresholds import GroupRule
 
 if TYPE_CHECKING:
+    from pipeline.deploy.further import Further
     from pipeline.train.models import Model
 
 # %% auto #0
@@ -49,6 +50,7 @@ class Predictor:
     digest: str = ""                 # of the package's manifest
     rule: GroupRule | None = None    # binary: thresholds by group, where a person signed them
     expires: str | None = None       # the package's last day (ISO 8601, UTC); None: it has none
+    further: Further | None = None   # conformal sets and further targets, where the package holds them
 
     @property
     def outputs(self) -> list[str]:
@@ -129,7 +131,10 @@ class Predictor:
                 raise InputError(f"thresholds by {self.rule.by} decide here, and these rows came without it; predict a frame")
             chosen = self.rule.act(scores[:, 1], (rows.frame if isinstance(rows, Checked) else rows)[self.rule.by]).astype(int)
         elif self.model.task == "binary":
-            chosen = (scores[:, 1] >= (0.5 if self.threshold is None else self.threshold)).astype(int)
+            least = 0.5 if self.threshold is None else self.threshold
+            if len(scores) == 1:
+                return scores, [int(scores.item(1) >= least)]
+            chosen = (scores[:, 1] >= least).astype(int)
         else:
             chosen = scores.argmax(axis=1)
         return scores, chosen.tolist()

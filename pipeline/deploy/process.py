@@ -11,23 +11,20 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import EnvironmentFault, InputError
 
 # %% auto #0
-__all__ = ['BACKLOG', 'HEADERS_S', 'listen', 'Deaths', 'make_server', 'Orphan', 'end']
+__all__ = ['BACKLOG', 'listen', 'Deaths', 'supervise', 'Orphan', 'end']
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #f5a2c736
-BACKLOG = 4096          # connections that wait, and that a worker holds
-HEADERS_S = 20.0        # for a request's headers to arrive, and for a connection to idle
+BACKLOG = 4096          # connections that wait to be taken
 
 
 def listen(
     host: str,
     port: int,              # 0: any free one
-    deferred: bool = False, # hand over connections only with their first bytes
 ) -> socket.socket:
     "A listening socket; raises `EnvironmentFault` where somebody listens already."
     if not 0 <= port <= 65535:
@@ -37,8 +34,6 @@ def listen(
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if deferred and hasattr(socket, "TCP_DEFER_ACCEPT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(HEADERS_S))
         if host == "::":
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)   # IPv4 too
         sock.bind(address)
@@ -67,54 +62,55 @@ class Deaths:
         return len(self._times) > self.most
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #db9f76e2
-def make_server(
+def supervise(
     listening: socket.socket,
+    work: Callable[[socket.socket], Any],   # what a worker does, until SIGTERM; it travels to a new process
     workers: int = 1,
-    tls: tuple[Path, Path] | None = None,   # certificate and key, PEM
     drain_s: float = 0.5,                   # between saying that it ends and ending
-    stop_s: int = 10,                       # for requests in flight to be answered after that
-) -> Any:
-    "A granian server; `serve(target_loader=…, wrap_loader=False)` returns when it was told to stop."
-    import multiprocessing
+    stop_s: float = 10.0,                   # for requests in flight to be answered after that
+) -> None:
+    "Keep so many workers alive until told to end by SIGTERM or SIGINT; raises `EnvironmentFault` where they die again and again."
+    from multiprocessing import connection, get_context
 
-    from granian.constants import HTTPModes, Interfaces, SSLProtocols
-    from granian.http import HTTP1Settings
-    from granian.server.mp import MPServer
+    spawn, deaths = get_context("spawn"), Deaths()
+    told, tell = socket.socketpair()
+    told.setblocking(False)
+    tell.setblocking(False)
+    kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    woken = signal.set_wakeup_fd(tell.fileno())
+    family: list[Any] = []
 
-    class Server(MPServer):
-        deaths = Deaths()
+    def start() -> None:
+        process = spawn.Process(target=work, args=(_Shared(listening.fileno()),), daemon=True)
+        process.start()
+        family.append(process)
 
-        def _init_shared_socket(self) -> None:
-            holder: Any = _Shared(listening.fileno())
-            self._sso, self._ssp, self._shd = None, None, holder
-
-        def _respawn_workers(self, workers: Any, *rest: Any, **more: Any) -> None:
-            if any(self.deaths.too_many(time.monotonic()) for _ in workers):
-                sys.stderr.write("workers die again and again; the service ends\n")
-                self.interrupt_children = list(workers)
-                self.interrupt_signal = True
-                self.main_loop_interrupt.set()
-                return
-            super()._respawn_workers(workers, *rest, **more)
-            self.respawned_wrks.clear()     # granian would end at the second death within six seconds
-
-        def shutdown(self, exit_code: int = 0) -> None:
-            for worker in self.wrks:
-                worker.interrupt_by_parent = True
-                if worker.is_alive():
-                    os.kill(worker._id(), signal.SIGUSR1)
+    try:
+        for _ in range(workers):
+            start()
+        while told not in connection.wait([told, *(process.sentinel for process in family)]):
+            for process in [process for process in family if not process.is_alive()]:
+                family.remove(process)
+                process.join()
+                if deaths.too_many(time.monotonic()):
+                    raise EnvironmentFault("workers die again and again, and the service ends; look at what they said before this line")
+                start()
+        _signal(family, signal.SIGUSR1)
+        if any(process.is_alive() for process in family):
             time.sleep(drain_s)
-            super().shutdown(exit_code)
-
-    multiprocessing.set_start_method("spawn", force=True)   # a forked worker deadlocks once polars was used
-    host, port = listening.getsockname()[:2]
-    cert, key = tls or (None, None)
-    return Server(
-        "pipeline.deploy.service", address=host, port=port, interface=Interfaces.RSGI, workers=workers, websockets=False, log_enabled=False,
-        http=HTTPModes.http1, http1_settings=HTTP1Settings(header_read_timeout=int(HEADERS_S * 1000)),
-        backlog=BACKLOG, backpressure=BACKLOG, respawn_failed_workers=True, workers_kill_timeout=stop_s,
-        ssl_cert=cert, ssl_key=key, ssl_protocol_min=SSLProtocols.tls12,
-    )
+    finally:
+        _signal(family, signal.SIGTERM)
+        deadline = time.monotonic() + stop_s + 2
+        for process in family:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        signal.set_wakeup_fd(woken)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        told.close()
+        tell.close()
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #ba9a1ce7
 class _Shared:
@@ -126,14 +122,19 @@ class _Shared:
     def __reduce__(self) -> tuple[Any, ...]:
         from multiprocessing.reduction import DupFd
 
-        return _holder, (DupFd(self.descriptor),)
+        return _received, (DupFd(self.descriptor),)
 
 
-def _holder(duplicate: Any) -> Any:
-    from granian import net
+def _received(duplicate: Any) -> socket.socket:
+    sock = socket.socket(fileno=duplicate.detach())
+    sock.setblocking(False)
+    return sock
 
-    holder: Any = net.SocketHolder
-    return holder(duplicate.detach(), False, BACKLOG)
+
+def _signal(family: list[Any], number: int) -> None:
+    for process in family:
+        if process.is_alive():
+            os.kill(process.pid, number)
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #be98ef07
 class Orphan:

@@ -32,6 +32,7 @@ WHAT = {
     "kubernetes/service.yml": "one address for all pods", "kubernetes/scaling.yml": "how many pods, by load", "kubernetes/disruption.yml": "how many may be gone at once",
     "kubernetes/network.yml": "who may call; nobody is called", "argo/rollout.yml": "a canary by the stages of the problem file",
     "argo/analysis.yml": "what stops it: errors, refusals, latency", "argo/scaling.yml": "how many pods, by load, while Argo has them",
+    "prometheus/alerts.yml": "when somebody is called: burn rates, slow answers, nobody there", "prometheus/scrape.yml": "who is asked for numbers, and how often",
 }
 
 
@@ -68,6 +69,7 @@ def blueprint_of(run: Run, packed: Packed, base: str) -> Blueprint:
         run.problem.problem.name, packed.manifest["version"], digest_file(packed.folder / MANIFEST), base,
         str(file.relative_to(root)) if file.is_relative_to(root) else file.name, ".".join(platform.python_version_tuple()[:2]),
         deploy.rss_mb, deploy.latency_p99_ms, deploy.throughput_rps, stages=tuple(rollout.stages), days_per_stage=rollout.days_per_stage, errors_max=rollout.errors_max,
+        uptime=deploy.uptime, false_alarms_per_month=run.problem.monitor.false_alarms_per_month,
     )
 
 

@@ -18,7 +18,7 @@ from ..core.errors import EnvironmentFault, InputError, IntegrityError
 __all__ = ['SERVING', 'SPEC', 'Locked', 'read_lock', 'serving_lock', 'lock_text', 'installed', 'make_sbom', 'check_sbom']
 
 # %% ../../nbs/lib/deploy/05_sbom.ipynb #109c042a
-SERVING = ("cryptography", "granian", "lightgbm", "msgspec", "numba", "numpy", "polars", "psutil", "pyarrow", "pydantic", "pyyaml",
+SERVING = ("cryptography", "httptools", "lightgbm", "msgspec", "numba", "numpy", "polars", "psutil", "pyarrow", "pydantic", "pyyaml",
            "rich", "safetensors", "sqlalchemy", "typer", "deltalake")   # what a service imports; torch where the model is a net
 
 

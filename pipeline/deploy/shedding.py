@@ -5,14 +5,21 @@
 # %% ../../nbs/lib/deploy/26_shedding.ipynb #986eacd4
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import math
+import mmap
+import os
+import struct
+import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..core.errors import InputError
 from .requests import Refused
 
 # %% auto #0
-__all__ = ['Bucket', 'Rates', 'too_many', 'Queue']
+__all__ = ['AHEAD_S', 'PLACES', 'Bucket', 'Pool', 'Shared', 'Rates', 'too_many', 'Queue']
 
 # %% ../../nbs/lib/deploy/26_shedding.ipynb #7953cdad
 class Bucket:
@@ -41,17 +48,105 @@ class Bucket:
             return 0.0
         return (1 - self._tokens) / self.rate
 
+# %% ../../nbs/lib/deploy/26_shedding.ipynb #50150591
+AHEAD_S = 0.02          # of a rate that one worker takes at once
+PLACES = 1024           # buckets in a file
+_STATE = struct.Struct("=Qdd")      # whose, tokens, when
+
+
+class Pool:
+    "The buckets that all workers of a service draw on, in a file."
+
+    def __init__(
+        self,
+        file: Path,           # in a folder of this service; made where it is missing
+    ) -> None:
+        self.handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)      # a description of its own, so that the lock is against the other workers
+        size = PLACES * _STATE.size
+        if os.fstat(self.handle).st_size < size:
+            os.ftruncate(self.handle, size)       # twice is once: zeros are empty places
+        self.memory, self.thread = mmap.mmap(self.handle, size), threading.Lock()
+
+    def draw(
+        self,
+        owner: int,           # of the bucket, 64 bits, not 0
+        rate: float,          # tokens a second
+        burst: float,
+        most: int,            # tokens wanted
+        now: float,           # seconds on the machine's clock
+    ) -> tuple[int, float]:   # tokens, seconds until there is one; the second is 0 where the first is not
+        "Take what is there, under the lock."
+        with self.thread:
+            fcntl.flock(self.handle, fcntl.LOCK_EX)
+            try:
+                place, tokens, at = self._place(owner, burst, now)
+                if now > at:
+                    tokens, at = min(burst, tokens + (now - at) * rate), now
+                taken = min(most, int(tokens + 1e-9))
+                _STATE.pack_into(self.memory, place, owner, tokens - taken, at)
+            finally:
+                fcntl.flock(self.handle, fcntl.LOCK_UN)
+        return taken, 0.0 if taken else (1 - tokens) / rate
+
+    def close(self) -> None:
+        "Let go of the file."
+        self.memory.close()
+        os.close(self.handle)
+
+    def _place(self, owner: int, burst: float, now: float) -> tuple[int, float, float]:
+        "Where the owner's bucket is; a new one is full. In a full file it takes the place of the bucket that was not asked for longest."
+        oldest, size = (math.inf, 0), _STATE.size
+        first = owner % PLACES
+        for i in range(PLACES):
+            place = (first + i) % PLACES * size
+            whose, tokens, at = _STATE.unpack_from(self.memory, place)
+            if whose == owner:
+                return place, tokens, at
+            if not whose:
+                return place, burst, now
+            oldest = min(oldest, (at, place))
+        return oldest[1], burst, now
+
+
+class Shared:
+    "One caller's bucket as a worker sees it: `Bucket.take`, with the tokens of all workers."
+
+    def __init__(
+        self,
+        pool: Pool,
+        name: str,            # of the caller
+        rate: float,          # a second, above 0
+    ) -> None:
+        self.pool, self.rate, self.burst = pool, rate, max(1.0, rate)
+        self.owner = int.from_bytes(hashlib.blake2b(f"{name} {rate!r}".encode(), digest_size=8).digest(), "big") or 1
+        self.ahead = max(1, int(rate * AHEAD_S))
+        self._held, self._empty_until = 0, -math.inf
+
+    def take(
+        self,
+        now: float,           # seconds on the machine's clock
+    ) -> float:               # seconds until the next one is free; 0: taken
+        "Take a token, or say when one will be there."
+        if self._held > 0:
+            self._held -= 1
+            return 0.0
+        if now < self._empty_until:
+            return self._empty_until - now
+        taken, wait = self.pool.draw(self.owner, self.rate, self.burst, self.ahead, now)
+        self._held, self._empty_until = max(0, taken - 1), now + wait
+        return wait
+
 # %% ../../nbs/lib/deploy/26_shedding.ipynb #0a9ab508
 class Rates:
     "The buckets of a worker, by caller."
 
     def __init__(
         self,
-        rate: float = 0.0,    # requests a second for a caller without a limit of his own; 0: none
-        share: float = 1.0,   # of each rate that this worker holds to: one over the number of workers
+        rate: float = 0.0,          # requests a second for a caller without a limit of his own; 0: none
+        pool: Pool | None = None,   # shared with the other workers; None: there is no other
     ) -> None:
-        self.rate, self.share = rate, share
-        self._buckets: dict[tuple[str, float], Bucket] = {}
+        self.rate, self.pool = rate, pool
+        self._buckets: dict[tuple[str, float], Bucket | Shared] = {}
         self.refused = 0
 
     def take(
@@ -66,7 +161,7 @@ class Rates:
             return
         bucket = self._buckets.get((name, rate))
         if bucket is None:
-            bucket = self._buckets[name, rate] = Bucket(rate * self.share)
+            bucket = self._buckets[name, rate] = Bucket(rate) if self.pool is None else Shared(self.pool, name, rate)
         wait = bucket.take(now)
         if wait:
             self.refused += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from ..core import audit
 from ..core.errors import InputError, IntegrityError
 from ..core.run import phase_folders, read_receipt
 from ..core.store import Artifact, read_artifact
+from ..data.features import derived_in, needs_of
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['STAGES', 'TABLES', 'Step', 'Trace', 'look_inside', 'trace_row', 'ask_service', 'row_of']
+__all__ = ['STAGES', 'WITHHELD', 'TABLES', 'Step', 'Trace', 'personal_columns', 'look_inside', 'trace_row', 'ask_service',
+           'row_of']
 
 # %% ../../nbs/lib/deploy/20_trace.ipynb #b2aef9db
 STAGES = ("sent", "read", "made", "coded", "inside", "contribution", "score", "probability", "decision", "served")
@@ -89,24 +91,40 @@ def plain(value: Any) -> Any:
         return value.isoformat()
     return None if isinstance(value, float) and math.isnan(value) else value
 
+# %% ../../nbs/lib/deploy/20_trace.ipynb #3283ec7f
+WITHHELD = "withheld"
+
+
+def personal_columns(
+    contract: dict[str, Any],   # data/contract, as the package holds it
+) -> tuple[str, ...]:           # columns whose values a role needs the right `personal` for
+    "The columns that point at a person, directly or through a made column."
+    rules = contract["columns"]
+    personal = {str(c["name"]) for c in rules if c.get("pii") or c.get("pii_kind")} | {contract.get("subject") or ""} - {""}
+    for made in derived_in(contract):   # in the order in which they are made
+        if not personal.isdisjoint(needs_of([made])):
+            personal.add(made.name)
+    return tuple(sorted(personal))
+
 # %% ../../nbs/lib/deploy/20_trace.ipynb #fffdab77
 def look_inside(
     estimator: Any,            # of a family
     matrix: np.ndarray,        # (1, features)
     told: int = 0,             # the class whose score is followed, where there are several
     names: list[str] | None = None,   # of the features
-) -> list[tuple[str, float]]:
+    hidden: Collection[int] = (),     # features whose part is withheld
+) -> list[tuple[str, Any]]:
     "The intermediate numbers of one row, in the order in which they are added up."
     if hasattr(estimator, "members"):
-        found = []
+        found: list[tuple[str, Any]] = []
         for place, (family, weight, member) in enumerate(estimator.members, 1):
             found.append((f"member {place}: {family}, weight", float(weight)))
-            found += [(f"  {what}", value) for what, value in look_inside(member, matrix, told, names)]
+            found += [(f"  {what}", value) for what, value in look_inside(member, matrix, told, names, hidden)]
         return found
     if hasattr(estimator, "booster"):
         return _trees(estimator, matrix, told)
     if hasattr(estimator, "coefficients") and hasattr(getattr(estimator, "design", None), "levels"):
-        return _weights(estimator, matrix, told, names)
+        return _weights(estimator, matrix, told, names, hidden)
     if hasattr(estimator, "layers_of"):
         return [(str(what), float(value)) for what, value in estimator.layers_of(matrix)]
     if hasattr(estimator, "score"):
@@ -115,12 +133,13 @@ def look_inside(
     return []
 
 # %% ../../nbs/lib/deploy/20_trace.ipynb #1144ac19
-def _trees(estimator: Any, matrix: np.ndarray, told: int) -> list[tuple[str, float]]:
+def _trees(estimator: Any, matrix: np.ndarray, told: int) -> list[tuple[str, Any]]:
     view = getattr(estimator, "view", None)
     shown = matrix if view is None else view.show(matrix, estimator.shape)
     leaves = estimator.booster.predict(shown, pred_leaf=True, num_iteration=estimator.steps).reshape(-1).astype(int)
     each = estimator.shape.classes if estimator.shape.task == "multiclass" else 1
-    found, total = [], 0.0
+    found: list[tuple[str, Any]] = []
+    total = 0.0
     for tree in range(told if each > 1 else 0, len(leaves), each):
         value = estimator.booster.get_leaf_output(tree, int(leaves[tree]))
         total += value
@@ -128,13 +147,15 @@ def _trees(estimator: Any, matrix: np.ndarray, told: int) -> list[tuple[str, flo
     return [*found, ("sum over trees", total)]
 
 
-def _weights(estimator: Any, matrix: np.ndarray, told: int, names: list[str] | None) -> list[tuple[str, float]]:
+def _weights(estimator: Any, matrix: np.ndarray, told: int, names: list[str] | None, hidden: Collection[int]) -> list[tuple[str, Any]]:
     design, column = estimator.design, told if estimator.coefficients.shape[1] > 1 else 0
     x, weights = design.matrix(matrix)[0], estimator.coefficients[:, column]
     kinds = ["scaled"] * len(design.numbers) + ["is missing"] * len(design.flagged) + [f"is level {int(code)}" for code in design.levels[:, 1]]
     called = names or [f"f{i}" for i in range(design.features)]
-    found = [("intercept", float(estimator.intercept[column]))]
-    return found + [(f"{called[owner]} {kind}: {value:.4g} × {weight:.4g}", float(value * weight)) for owner, kind, value, weight in zip(design.owners, kinds, x, weights) if value]
+    found: list[tuple[str, Any]] = [("intercept", float(estimator.intercept[column]))]
+    found += [(f"{called[owner]} {kind}: {value:.4g} × {weight:.4g}", float(value * weight))
+              for owner, kind, value, weight in zip(design.owners, kinds, x, weights) if value and owner not in hidden]
+    return found + [(called[owner], WITHHELD) for owner in sorted({*design.owners.tolist()} & {*hidden})]
 
 # %% ../../nbs/lib/deploy/20_trace.ipynb #e54e7ac2
 def trace_row(
@@ -154,15 +175,16 @@ def trace_row(
     steps = [Step("sent", name, _private(value, name, withheld)) for name, value in sent.items()]
     steps += [Step("read", f.field, f"{f.problem}: answered leniently") for f in checked.warned]
     steps += [Step("read", name, _private(read[name], name, withheld)) for name in schema.names if _differs(read[name], sent[name])]
-    steps += [Step("made", d.name, plain(read[d.name])) for d in schema.derived]
+    steps += [Step("made", d.name, _private(read[d.name], d.name, withheld)) for d in schema.derived]
     coded = model.encoder.encode_row(read)
     owners = [model.features[i] for i in model.encoder.owners]
     steps += [Step("coded", name, _private(float(value), owner, withheld)) for name, value, owner in zip(model.encoder.features, coded, owners)]
     numbers = model.estimator.predict(coded[None])
     mended = model.mended(numbers)
     told = int(np.argmax(mended[0])) if model.task == "multiclass" else 0
-    steps += [Step("inside", what, value) for what, value in look_inside(model.estimator, coded[None], told, model.encoder.features)]
-    steps += _adds(predictor, checked.frame, told)
+    hidden = {i for i, owner in enumerate(owners) if owner in withheld}
+    steps += [Step("inside", what, value) for what, value in look_inside(model.estimator, coded[None], told, model.encoder.features, hidden)]
+    steps += _adds(predictor, checked.frame, told, withheld)
     names = [f"p {name}" for name in model.classes] if model.classes else ["number"]
     steps += [Step("probability", name, float(value)) for name, value in zip(names, np.ravel(numbers[0]))]
     if not np.array_equal(numbers, mended):
@@ -188,14 +210,14 @@ def ask_service(
 
 # %% ../../nbs/lib/deploy/20_trace.ipynb #68472a22
 def _private(value: Any, name: str, withheld: tuple[str, ...]) -> Any:
-    return "withheld" if name in withheld else plain(value)
+    return WITHHELD if name in withheld else plain(value)
 
 
 def _differs(read: Any, sent: Any) -> bool:
     return bool(plain(read) != sent or type(plain(read)) is not type(sent) and not isinstance(sent, int | float))
 
 
-def _adds(predictor: Predictor, frame: Any, told: int) -> list[Step]:
+def _adds(predictor: Predictor, frame: Any, told: int, withheld: Collection[str]) -> list[Step]:
     "What each column added, largest first, and the score that they add up to."
     model = predictor.model
     score = np.ravel(model.score(frame))
@@ -205,7 +227,9 @@ def _adds(predictor: Predictor, frame: Any, told: int) -> list[Step]:
     if parts is not None:
         one = parts[0, told] if parts.ndim == 3 else parts[0]
         found = [Step("contribution", "base", float(one[-1]))]
-        found += [Step("contribution", model.features[i], float(one[i])) for i in np.argsort(-np.abs(one[:-1]), kind="stable") if one[i]]
+        order = [i for i in np.argsort(-np.abs(one[:-1]), kind="stable") if one[i] and model.features[i] not in withheld]
+        found += [Step("contribution", model.features[i], float(one[i])) for i in order]
+        found += [Step("contribution", name, WITHHELD) for name in model.features if name in withheld]
         found += [Step("score", "sum of contributions", float(one.sum()))]
     return [*found, Step("score", f"score of {model.classes[told]}" if model.task == "multiclass" else "score", total)]
 

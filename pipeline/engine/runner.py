@@ -309,7 +309,8 @@ class _Work:
             check_parameters(self._parameters(), declared_parameters(read_notebook(phase.notebook), phase.name), phase.name)
         if self.executor is None:
             environment = {
-                "PILOTHOUSE_ENGINE": "local", "PILOTHOUSE_OVERRIDES": json.dumps(self.wish.overrides, default=str),
+                "PILOTHOUSE_ENGINE": f"ray:{self.settings.address}" if self.settings.engine == "ray" else "local",
+                "PILOTHOUSE_OVERRIDES": json.dumps(self.wish.overrides, default=str),
                 "PILOTHOUSE_PHASES": str(stale[0][0].notebook.resolve().parent),
                 "PILOTHOUSE_REPEATS": str(self.wish.repeats.resolve()) if self.wish.repeats else "",
             }
@@ -355,7 +356,7 @@ class _Work:
     def _imports(self, phase: Phase) -> tuple[str, ...]:
         receipt = self.facts.receipt(phase.name)
         if receipt:
-            return tuple(receipt.get("imports", ()))
+            return tuple(name for name in receipt.get("imports", ()) if name != "ray" or self.settings.engine == "ray")
         if phase.name not in self._guessed:
             import pipeline
 

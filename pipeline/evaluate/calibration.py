@@ -15,16 +15,16 @@ from ..core.display import Html, note, stack, table
 from ..core.intervals import paired, score, wilson
 from ..core.metrics import BINS, metric, metric_or_none, predictions_of
 from ..core.run import Estimate
-from ..train.repairs import REPAIRS, apply_repair, fit_repair, fit_widths
+from ..train.repairs import apply_repair, fit_repair, fit_widths, repairs_for
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['PARTS', 'sure_and_right', 'reliability', 'noise_floor', 'parts_of', 'mend_across', 'try_repairs', 'choose_repair',
-           'interval_score', 'try_widths', 'coverage_by_size', 'repair_model', 'validation_of', 'score_unrepaired',
-           'check_calibration']
+__all__ = ['PARTS', 'sure_and_right', 'reliability', 'noise_floor', 'error_by_class', 'parts_of', 'mend_across', 'try_repairs',
+           'choose_repair', 'interval_score', 'try_widths', 'coverage_by_size', 'repair_model', 'validation_of',
+           'score_unrepaired', 'check_calibration']
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #599b317a
 def sure_and_right(
@@ -63,6 +63,14 @@ def noise_floor(
     spread = np.sqrt(np.bincount(bin_, stated * (1 - stated), BINS))
     return float(np.sqrt(2 / np.pi) * spread.sum() / len(stated))
 
+
+def error_by_class(
+    y: np.ndarray,      # class indices
+    p: np.ndarray,      # (n, k)
+) -> float:
+    "The calibration error of each class against the rest, on average (classwise ECE: Kull et al. 2019)."
+    return float(np.mean([metric("ece", (y == k).astype(int), p[:, k]) for k in range(p.shape[1])]))
+
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #72266029
 PARTS = 5
 
@@ -79,7 +87,7 @@ def parts_of(
 
 
 def mend_across(
-    kind: str,            # one of REPAIRS
+    kind: str,            # one of `repairs_for` so many classes
     y: np.ndarray,
     p: np.ndarray,
     part: np.ndarray,     # (n,) from 0
@@ -100,7 +108,7 @@ def try_repairs(
     ordered: bool = False,              # learn on earlier parts, measure on later ones
     seed: int = 0,
     draws: int = 200,
-) -> pl.DataFrame:                      # repair, ece, by_chance, log_loss, gain, gain_low, gain_high, brier, roc_auc; first: none
+) -> pl.DataFrame:                      # repair, ece, by_chance, by_class, log_loss, gain, gain_low, gain_high, brier, roc_auc; first: none
     "Every repair on rows that it was not learned on; `gain` is the log loss that it saves, with its interval."
     y, p = predictions_of(frame, classes)
     part = parts_of(frame, ordered)
@@ -109,7 +117,7 @@ def try_repairs(
         return pl.DataFrame([{"repair": "none"} | _measures(y, p) | dict.fromkeys(("gain", "gain_low", "gain_high"))], schema=TRIED)
     unit = _units(frame, later)
     rows = [{"repair": "none"} | _measures(y[later], p[later]) | {"gain": 0.0, "gain_low": 0.0, "gain_high": 0.0}]
-    for kind in REPAIRS if p.shape[-1] == 2 or p.ndim == 1 else REPAIRS[:1]:
+    for kind in repairs_for(2 if p.ndim == 1 else p.shape[1]):
         mended = mend_across(kind, y, p, part, ordered)[later]
         gain = paired("log_loss", y[later], p[later], mended, unit=unit, seed=seed, draws=draws)
         rows.append({"repair": kind} | _measures(y[later], mended) | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high})
@@ -120,18 +128,22 @@ def choose_repair(
     tried: pl.DataFrame,            # as `try_repairs` gave it
     limit: float | None = None,     # the largest calibration error that the problem accepts
 ) -> tuple[str | None, str]:        # a repair or None, and why
-    "The repair of least log loss that halves the calibration error, if the loss falls beyond chance or the error is not acceptable."
+    "The repair of least log loss that halves the calibration error (or its mean over classes), if the loss falls beyond chance or the error is not acceptable."
     now = tried.row(0, named=True)
     if tried.height == 1 or now["ece"] is None:
         return None, "there are too few validation rows to learn a repair on some and measure it on others"
     broken = limit is not None and now["ece"] > limit
-    halves = tried[1:].filter((pl.col("ece") <= 0.5 * now["ece"]) & (pl.col("gain_high") >= 0))
+    halved = pl.col("ece") <= 0.5 * now["ece"]
+    if now["by_class"] is not None:      # a class stated too often and another too rarely may hide each other in the first choices
+        halved |= (pl.col("by_class") <= 0.5 * now["by_class"]) & (pl.col("ece") <= max(now["ece"], now["by_chance"]))
+    halves = tried[1:].filter(halved & (pl.col("gain_high") >= 0))
     able = halves if broken else halves.filter(pl.col("gain_low") > 0)
     if able.is_empty():
         return None, (f"no repair halves the calibration error ({now['ece']:.3f}, {now['by_chance']:.3f} by chance alone) and lowers the log loss "
                       "beyond chance on rows it was not learned on")
     best = able.sort("log_loss", maintain_order=True).row(0, named=True)
-    return best["repair"], (f"on rows it was not learned on, the calibration error falls from {now['ece']:.3f} to {best['ece']:.3f} and the log loss by "
+    each = "" if now["by_class"] is None else f" (by class from {now['by_class']:.3f} to {best['by_class']:.3f})"
+    return best["repair"], (f"on rows it was not learned on, the calibration error {'falls' if best['ece'] < now['ece'] else 'goes'} from {now['ece']:.3f} to {best['ece']:.3f}{each} and the log loss falls by "
                             f"{best['gain']:.4f} ({best['gain_low']:.4f} to {best['gain_high']:.4f})")
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #6a2fae44
@@ -142,11 +154,12 @@ def _units(frame: pl.DataFrame, kept: np.ndarray) -> np.ndarray | None:
 
 
 TRIED: dict[str, Any] = {"repair": pl.String} | dict.fromkeys(
-    ("ece", "by_chance", "log_loss", "gain", "gain_low", "gain_high", "brier", "roc_auc"), pl.Float64)
+    ("ece", "by_chance", "by_class", "log_loss", "gain", "gain_low", "gain_high", "brier", "roc_auc"), pl.Float64)
 
 
 def _measures(y: np.ndarray, p: np.ndarray) -> dict[str, float | None]:
-    return {name: metric_or_none(name, y, p) for name in ("ece", "log_loss", "brier", "roc_auc")} | {"by_chance": noise_floor(y, p)}
+    found = {name: metric_or_none(name, y, p) for name in ("ece", "log_loss", "brier", "roc_auc")} | {"by_chance": noise_floor(y, p)}
+    return found | {"by_class": error_by_class(y, p) if p.ndim == 2 and p.shape[1] > 2 else None}
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #278dcd03
 def interval_score(
@@ -302,8 +315,8 @@ def check_calibration(
     return stack(*_calibration_displays(curve, ece, floor, was.value if was else None, repair, holdout.task))
 
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #9d3c4661
-IN_WORDS = {"temperature": "temperature", "line": "a line in the log-odds", "isotonic": "a rising curve (isotonic)", "venn_abers": "Venn-Abers prediction"}
-SHOWN = {"ece": "calibration error", "by_chance": "by chance", "log_loss": "log loss", "gain": "log loss saved", "gain_low": "low", "gain_high": "high",
+IN_WORDS = {"temperature": "temperature", "vector": "a weight and a shift for each class (vector scaling)", "dirichlet": "a matrix of the classes' logarithms (Dirichlet)", "line": "a line in the log-odds", "isotonic": "a rising curve (isotonic)", "venn_abers": "Venn-Abers prediction"}
+SHOWN = {"ece": "calibration error", "by_chance": "by chance", "by_class": "mean over classes", "log_loss": "log loss", "gain": "log loss saved", "gain_low": "low", "gain_high": "high",
          "brier": "Brier score", "roc_auc": "ROC AUC"}
 
 

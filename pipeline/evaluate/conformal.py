@@ -134,7 +134,7 @@ def check_promise(
     run: Run,             # the evaluate phase
     holdout: Holdout,     # opened
 ) -> Html:
-    "Learn cuts on validation rows, hold them to their word on the holdout by cohort, save evaluate/conformal, claim the coverage."
+    "Learn cuts on validation rows, hold them to their word on the holdout by cohort, claim the coverage, save evaluate/conformal and evaluate/promise."
     classes, numbers = holdout.contract["classes"] or None, holdout.task == "regression"
     validation, predictions = validation_of(run), holdout.predictions
     (y, p), (told_y, told_p) = predictions_of(validation, classes), predictions_of(predictions, classes)
@@ -142,9 +142,11 @@ def check_promise(
     cut = cut_for(calm)
     if not math.isfinite(cut):
         run.save("evaluate/conformal", pl.DataFrame(schema={"by": pl.String, "cohort": pl.String}))
+        run.save("evaluate/promise", {"level": LEVEL, "cut": None, "covered": None})
         return note(f"{len(calm)} validation rows are too few to promise that {LEVEL:.0%} of the answers hold the truth.", "warn")
     claim = run.claim("promise_kept", of="evaluate/predictions", by=coverage_of, using={"cut": cut} | holdout.using, on="holdout", n=len(held),
                       title=f"{'intervals' if numbers else 'sets'} that hold the truth, {LEVEL:.0%} promised")
+    run.save("evaluate/promise", {"level": LEVEL, "cut": cut, "covered": claim.value})      # what a service needs to answer with sets
     using = {k: holdout.using[k] for k in ("draws", "seed", "level")}
     unit = units_of(predictions, holdout.unit)
     tables = []

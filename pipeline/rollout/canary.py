@@ -117,6 +117,12 @@ class State:
     shift: Shift | None = None
     split: Split | None = None              # of this stage
     uplift: Uplift | None = None            # of a KPI, where there is one
+    mirrored: int = 0                       # requests that the new model was asked in shadow: they show its errors, and serve nobody
+
+    @property
+    def asked(self) -> int:
+        "Requests in which it could err."
+        return self.served + self.mirrored
 
     @property
     def mean(self) -> float | None:
@@ -173,7 +179,7 @@ def from_frame(frame: pl.DataFrame) -> State:
 class Look:
     "What one window brought; arrays are in the order of arrival."
 
-    failed: np.ndarray                     # bool, a value for each request that the new model was asked: it gave no answer
+    failed: np.ndarray                     # bool, a value for each request that the new model was asked, in shadow too: it gave no answer
     old_failed: np.ndarray                 # the same of the old model
     differences: np.ndarray                # losses, new minus old, of outcomes that became known; in [−1, 1]
     over: np.ndarray                       # 1.0 where the new model took longer than the limit
@@ -186,6 +192,7 @@ class Look:
     kpi: np.ndarray | None = None          # differences of the KPI of matched groups
     subjects: int = 0                      # of the new model, seen for the first time in this stage
     old_subjects: int = 0
+    mirrored: int = 0                      # requests that the new model was asked in shadow
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ def consider(
     decision, why = _decide(state, rules, now, still)
     assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
     record = Decision(
-        now, share, len(look.failed), len(look.old_failed), state.outcomes, state.mean, state.worse.evidence, state.better[state.stage].evidence,
+        now, share, len(look.failed) - look.mirrored, len(look.old_failed), state.outcomes, state.mean, state.worse.evidence, state.better[state.stage].evidence,
         int(look.failed.sum()), int(look.old_failed.sum()), max(state.errors.evidence, state.limit.evidence),
         "over" if state.latency.rejected or _too_slow(state, rules) else "within", decision, why,
         ratio_of(state.slower.value), state.shift.evidence, state.split.evidence,
@@ -280,7 +287,7 @@ def _learn(state: State, look: Look, share: float) -> State:
     ratios, kpi = (np.zeros(0) if v is None else v for v in (look.ratios, look.kpi))
     shift = state.shift if look.answers is None or look.old_answers is None else count_answers(state.shift, look.answers, look.old_answers)
     return replace(
-        state, served=state.served + len(look.failed), outcomes=state.outcomes + len(units), total=state.total + float(look.differences.sum()), due=state.due + look.due,
+        state, served=state.served + len(look.failed) - look.mirrored, mirrored=state.mirrored + look.mirrored, outcomes=state.outcomes + len(units), total=state.total + float(look.differences.sum()), due=state.due + look.due,
         known=state.known + (len(units) if look.known is None else look.known),
         worse=place(state.worse, units), better=tuple(place(b, units) if i >= state.stage else b for i, b in enumerate(state.better)),
         errors=count_errors(state.errors, int(look.failed.sum()), len(look.failed), int(look.old_failed.sum()), len(look.old_failed)),
@@ -310,7 +317,7 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
             f"{state.errors.new:,} errors, more than its share beside {state.errors.old:,} of the old model in the same windows",
         )
     if state.limit.rejected:
-        return "roll back", f"{state.errors.new:,} errors in {state.served:,} requests, {rules.errors_max:.2%} are tolerated"
+        return "roll back", f"{state.errors.new:,} errors in {state.asked:,} requests, {rules.errors_max:.2%} are tolerated"
     if state.latency.rejected:
         return "roll back", f"more than {SLOW_SHARE:.0%} of requests take longer than the limit"
     if _too_slow(state, rules):
@@ -335,8 +342,8 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
         return "hold", f"only {state.known:,} of {state.due:,} outcomes have come, {rules.outcomes_min:.0%} are asked for; those that are missing may be the bad ones"
     if not state.better[state.stage].rejected:
         return "hold", f"{state.outcomes:,} outcomes do not show yet that it is at most {margin:.4g} worse"
-    if state.errors.new > rules.errors_max * state.served:
-        return "hold", f"{state.errors.new:,} errors in {state.served:,} requests, {rules.errors_max:.2%} are tolerated"
+    if state.errors.new > rules.errors_max * state.asked:
+        return "hold", f"{state.errors.new:,} errors in {state.asked:,} requests, {rules.errors_max:.2%} are tolerated"
     return "promote", f"at most {margin:.4g} worse: shown by {state.outcomes:,} outcomes"
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #9d10c125
@@ -346,7 +353,7 @@ def standing(
 ) -> list[dict[str, Any]]:      # a row a test: name, evidence, boundary, estimate, low, high, tolerated, unit, does, crossed
     "Where each test stands."
     assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
-    errors, served = state.errors, max(state.served, 1)
+    errors, asked = state.errors, max(state.asked, 1)
 
     def row(name: str, test: Any, does: str, estimate: float | None, tolerated: float, unit: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
         return {"test": name, "evidence": min(test.evidence, 1e9), "boundary": 1 / test.alpha, "estimate": estimate, "low": low, "high": high,
@@ -356,8 +363,8 @@ def standing(
     rows = [
         row("worse than tolerated", state.worse, "roll back", state.mean, rules.worse_by, "loss, new minus old"),
         row("good enough for the next share", better, "promote", state.mean, rules.margin(state.stage), "loss, new minus old"),
-        row("errs more often", errors, "roll back", errors.new / served, rules.errors_max, "share of its requests"),
-        row("errs too often", state.limit, "roll back", errors.new / served, rules.errors_max, "share of its requests"),
+        row("errs more often", errors, "roll back", errors.new / asked, rules.errors_max, "share of its requests"),
+        row("errs too often", state.limit, "roll back", errors.new / asked, rules.errors_max, "share of its requests"),
         row("over the limit", state.latency, "roll back", None, SLOW_SHARE, "share of its requests"),
         row("answers otherwise", state.shift, "roll back", None, rules.shift_max, "share of answers"),
         row("subjects are missing", state.split, "hold", state.split.new / max(state.split.new + state.split.old, 1) * 100, state.split.share, "% of subjects"),

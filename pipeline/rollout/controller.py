@@ -280,7 +280,7 @@ class Steering:
 # %% ../../nbs/lib/rollout/09_controller.ipynb #4c6f5364
 def _resettled(facts: dict[str, Any]) -> dict[str, Any]:
     "The split is counted anew, when the new share has reached everybody."
-    return {**facts, "reading": asdict(replace(reading_of(facts["reading"]), stage=unsettled(facts["review_s"])))}
+    return {**facts, "reading": asdict(replace(reading_of(facts["reading"]), stage=unsettled(facts["review_s"]), came=""))}
 
 
 def _follows(plan: Plan, rollout: Rollout) -> bool:
@@ -376,7 +376,7 @@ class Controller:
 
     def _review(self, seen: Rollout, now: dt.datetime) -> Decision | None:
         reading = reading_of(seen.facts["reading"])
-        look, reading, why = gather(self.read(reading.begin, bool(reading.slice)), self.hear(reading.silent), reading, seen.rules)
+        look, reading, why = gather(self.read(reading.after, bool(reading.slice)), self.hear(reading.heard), reading, seen.rules)
         window = in_maintenance(seen.facts["maintenance"], now)
         still = f"held by {seen.by}: {seen.reason}" if seen.status == "held" else why or (f"maintenance: {window} UTC" if window else "")
         state, decision = consider(seen.state, look, seen.rules, still)
@@ -438,5 +438,5 @@ def lead(
     "A controller that reads this store's inference log."
     from pipeline.deploy.inference_log import read_inferences, read_outcomes
 
-    return Controller(Steering(registry), name, lambda after, inputs: read_inferences(registry.store, name, after, inputs),
+    return Controller(Steering(registry), name, lambda after, inputs: read_inferences(registry.store, name, after, inputs, outcomes=False),
                       lambda after: read_outcomes(registry.store, name, after), holder)

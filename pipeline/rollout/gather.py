@@ -5,7 +5,10 @@
 # %% ../../nbs/lib/rollout/08_gather.ipynb #8cfd466f
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +20,7 @@ from .canary import Look, Rules
 from .sequential import losses, matched
 
 # %% auto #0
-__all__ = ['ENOUGH', 'DISTINCT', 'SETTLES_S', 'Reading', 'reading_of', 'gather', 'by_size', 'unsettled']
+__all__ = ['ENOUGH', 'DISTINCT', 'SETTLES_S', 'BITS', 'Reading', 'reading_of', 'mark', 'gather', 'by_size', 'unsettled']
 
 # %% ../../nbs/lib/rollout/08_gather.ipynb #f52e0398
 ENOUGH = 30      # outcomes from which the range of a number is taken
@@ -46,6 +49,15 @@ class Reading:
     heard: int = -1                       # the last outcome's number
     silent: int = -1                      # the last outcome's number before the rollout
     tops: tuple[int, ...] = (-1,)         # `read` after the last reviews, oldest first
+    dues: tuple[int, ...] = ()            # answers of the last reviews whose outcomes count, oldest first
+    values: tuple[float, ...] = ()        # different answers of the old model, as far as they have to be told apart
+    came: str = ""                        # who came in this stage: `mark`
+    counted: str = ""                     # whose outcomes count already
+
+    @property
+    def after(self) -> int:
+        "The number after which the next review reads: one window back."
+        return max(self.begin, self.tops[-2] if len(self.tops) > 1 else self.begin)
 
     @property
     def kpi_scale(self) -> float:
@@ -62,36 +74,59 @@ def reading_of(
     return Reading(**made)
 
 # %% ../../nbs/lib/rollout/08_gather.ipynb #86bbf03c
+BITS = 1 << 20
+
+
+def mark(
+    seen: str,                   # as this function made it; empty: nobody yet
+    who: Sequence[str],
+) -> tuple[np.ndarray, str]:     # (n,) bool: seen for the first time; then all of them are marked
+    "Tell newcomers from those who were seen."
+    if not len(who):
+        return np.zeros(0, dtype=bool), seen
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(seen)) if seen else bytes(BITS // 8), dtype=np.uint8).copy()
+    place = np.array([int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8, person=b"seen").digest(), "big") % BITS for w in who], dtype=np.int64)
+    first = np.zeros(len(place), dtype=bool)
+    first[np.unique(place, return_index=True)[1]] = True
+    fresh = first & ((bits[place >> 3] >> (place & 7).astype(np.uint8)) & 1 == 0)
+    np.bitwise_or.at(bits, place >> 3, (1 << (place & 7)).astype(np.uint8))
+    return fresh, base64.b64encode(zlib.compress(bits.tobytes(), 1)).decode()
+
+# %% ../../nbs/lib/rollout/08_gather.ipynb #12dadb4d
 def gather(
-    log: pl.DataFrame,           # `read_inferences` since the rollout began, with inputs where there is a slice
-    outcomes: pl.DataFrame,      # `read_outcomes`, all
+    log: pl.DataFrame,           # `read_inferences` after `reading.after`, with inputs where there is a slice
+    outcomes: pl.DataFrame,      # `read_outcomes` after `reading.heard`
     reading: Reading,
     rules: Rules,
 ) -> tuple[Look, Reading, str]:  # the last: why nothing can be compared; empty: it can
     "What the next window brought, and how far the log has been read then."
-    none = np.zeros(0)
-    if not len(log):
-        return Look(none.astype(bool), none.astype(bool), none, none), replace(reading, tops=(*reading.tops, reading.read)[-(rules.outcome_delay + 2):]), ""
-    log, why = _sided(log.filter(pl.col("number") > reading.begin), reading)
+    log, why = _sided((log if log.width else pl.DataFrame(schema=_EMPTY)).filter(pl.col("number") > reading.after), reading)
     top = max(int(log["number"].max() or -1), reading.read) if len(log) else reading.read   # type: ignore[arg-type]
     fresh = log.filter(pl.col("number") > reading.read)
     asked = fresh.filter(pl.col("side").is_in(["new", "old"]) & ~pl.col("status").is_between(400, 499)).unique("request_id", keep="first", maintain_order=True)
     new, old = (asked.filter(pl.col("side") == side) for side in ("new", "old"))
+    mirrored = fresh.filter(pl.col("side") == "shadow").unique("request_id", keep="first", maintain_order=True)
+    tried = pl.concat([new, mirrored]).sort("number")        # in the order of arrival
+    failed = (tried["status"] >= 500) | ((tried["side"] == "shadow") & (tried["status"] >= 400))
     timed = [frame.filter(pl.col("status") < 400) for frame in (new, old)]
-    tops = (*reading.tops, top)[-(rules.outcome_delay + 2):]
-    window = (tops[0], tops[1]) if len(tops) == rules.outcome_delay + 2 else (0, 0)
+    counted = fresh.filter((pl.col("side") == ("shadow" if reading.paired else "new")) & (pl.col("status") == 200))
+    dues = (*reading.dues, len(counted))[-(rules.outcome_delay + 1):]
+    reading = _varied(fresh, reading)
     answers = _answers(log, reading)
-    subjects = _subjects(log, reading)
+    subjects, came = _subjects(fresh, reading)
     stage = reading.stage
     if stage < -1 and len(new):              # the traffic follows: a version that is not loaded yet loses nobody
         stage = top if stage == -2 else stage + 1
-    reading, differences, known, kpi = _outcomes(outcomes.filter(pl.col("number") > reading.begin) if len(outcomes) else outcomes, reading)
-    counted = log.filter((pl.col("side") == ("shadow" if reading.paired else "new")) & (pl.col("status") == 200) & (pl.col("number") > window[0]) & (pl.col("number") <= window[1]))
+    news = outcomes.filter((pl.col("number") > reading.begin) & (pl.col("outcome_number") > reading.heard)) if len(outcomes) else outcomes
+    reading, differences, known, kpi = _outcomes(news, reading)
+    if len(outcomes) and (reading.task != "regression" or reading.scale is not None):
+        reading = replace(reading, heard=max(reading.heard, int(outcomes["outcome_number"].max() or -1)))   # type: ignore[arg-type]
     look = Look(
-        (new["status"] >= 500).to_numpy(), (old["status"] >= 500).to_numpy(), differences, (timed[0]["ms"] > reading.limit_ms).to_numpy().astype(float), len(counted), known,
+        failed.to_numpy(), (old["status"] >= 500).to_numpy(), differences, (timed[0]["ms"] > reading.limit_ms).to_numpy().astype(float),
+        dues[0] if len(dues) > rules.outcome_delay else 0, known,
         (timed[1]["ms"] > reading.limit_ms).to_numpy().astype(float), by_size(*((f["ms"].clip(1e-3).log().to_numpy(), f["size"].to_numpy()) for f in timed)),
-        answers[0], answers[1], kpi, *subjects)
-    return look, replace(reading, read=top, tops=tops, stage=stage), why
+        answers[0], answers[1], kpi, *subjects, mirrored=len(mirrored))
+    return look, replace(reading, read=top, tops=(*reading.tops, top)[-2:], dues=dues, came=came, stage=stage), why
 
 
 def by_size(
@@ -110,7 +145,11 @@ def unsettled(
     "A stage's split is counted from when every worker follows it and what came before has landed in the log."
     return -1 - max(1, math.ceil(SETTLES_S / review_s) if review_s else 1)
 
-# %% ../../nbs/lib/rollout/08_gather.ipynb #ae1b402a
+# %% ../../nbs/lib/rollout/08_gather.ipynb #7b2b4b9e
+_EMPTY = {"number": pl.Int64, "request_id": pl.String, "row": pl.Int64, "version": pl.Int64, "role": pl.String, "status": pl.Int64, "ms": pl.Float64, "prediction": pl.String,
+          "subject": pl.String}
+
+
 def _sided(log: pl.DataFrame, reading: Reading) -> tuple[pl.DataFrame, str]:
     "With `side` (new, old, shadow, or none of these), `size` (rows of its request) and `who` (the unit)."
     inside, why = pl.lit(True), ""
@@ -124,7 +163,7 @@ def _sided(log: pl.DataFrame, reading: Reading) -> tuple[pl.DataFrame, str]:
                 inside = inside & (pl.col("inputs").str.json_path_match(f"$['{column}']") == value).fill_null(False)
     role, version = pl.col("role"), pl.col("version")
     side = (pl.when((role == "canary") & (version == reading.version)).then(pl.lit("new")).when((role == "live") & (version != reading.version) & inside).then(pl.lit("old"))
-            .when((role == "shadow") & (version == reading.version)).then(pl.lit("shadow")).otherwise(pl.lit("")))
+            .when((role == "shadow") & (version == reading.version) & inside).then(pl.lit("shadow")).otherwise(pl.lit("")))
     who = pl.col("request_id") if reading.sticks != "subject" else pl.coalesce("subject", "request_id")
     return log.with_columns(side=side, who=who, size=pl.len().over("request_id", "role")).sort("number"), why
 
@@ -138,43 +177,51 @@ def _number(frame: pl.DataFrame, reading: Reading) -> np.ndarray:
     return frame["prediction"].cast(pl.Float64).to_numpy()
 
 
+def _varied(fresh: pl.DataFrame, reading: Reading) -> Reading:
+    "How many different answers the old model has given, as far as it matters."
+    if reading.task == "multiclass" or len(reading.values) >= DISTINCT or not len(fresh):
+        return reading
+    old = _number(fresh.filter((pl.col("side") == "old") & (pl.col("status") == 200)), reading)
+    return replace(reading, values=tuple(sorted({*reading.values, *old[np.isfinite(old)].tolist()})[:DISTINCT]))
+
+
 def _answers(log: pl.DataFrame, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
     "This window's answers of both models, on the same rows where they are known."
     good = log.filter(pl.col("status") == 200)
-    answer = f"p_{reading.positive or reading.classes[-1]}" if reading.task == "binary" else "prediction"
-    if answer not in log.columns or (reading.task != "multiclass" and good.filter(pl.col("side") == "old")[answer].n_unique() < DISTINCT):
+    if not len(good) or (reading.task != "multiclass" and len(reading.values) < DISTINCT):
         return np.zeros(0), np.zeros(0)      # beside a model that hardly tells one row from another, every model answers otherwise
     new, old = (good.filter(pl.col("side") == side) for side in (("shadow", "old") if reading.paired else ("new", "old")))
     if reading.paired:
         key = ["request_id", "row"]
-        pairs = new.select(*key, a=pl.Series(_number(new, reading))).join(old.select(*key, b=pl.Series(_number(old, reading))), on=key, how="inner", maintain_order="left") if len(new) and len(old) else None
-        when = new.select(*key, n1="number").join(old.select(*key, n2="number"), on=key, how="inner", maintain_order="left") if pairs is not None else None
-        if pairs is None or when is None:
-            return np.zeros(0), np.zeros(0)
-        fresh = when.select(pl.max_horizontal("n1", "n2") > reading.read).to_series()   # a shadow's answer may land after the window of the other
-        return pairs.filter(fresh)["a"].to_numpy(), pairs.filter(fresh)["b"].to_numpy()
+        sides = [side.select(*key, "number", answer=pl.Series(_number(side, reading))) for side in (new, old)]
+        pairs = sides[0].join(sides[1], on=key, how="inner", maintain_order="left")
+        pairs = pairs.filter(pl.max_horizontal("number", "number_right") > reading.read)      # a shadow's answer may land after the window of the other
+        return pairs["answer"].to_numpy(), pairs["answer_right"].to_numpy()
     return tuple(_number(f.filter(pl.col("number") > reading.read), reading) for f in (new, old))   # type: ignore[return-value]
 
 
-def _subjects(log: pl.DataFrame, reading: Reading) -> tuple[int, int]:
+def _subjects(fresh: pl.DataFrame, reading: Reading) -> tuple[tuple[int, int], str]:
     "Subjects that came for the first time in this stage, by who answered them; requests of one row only, since others are not split by share."
     if reading.sticks == "unknown" or reading.stage < -1:
-        return 0, 0
-    stage = log.filter((pl.col("number") > reading.stage) & pl.col("side").is_in(["new", "old"]))
+        return (0, 0), reading.came
+    stage = fresh.filter((pl.col("number") > reading.stage) & pl.col("side").is_in(["new", "old"]))
     if reading.sticks == "subject":
         stage = stage.filter((pl.col("size") == 1) & pl.col("subject").is_not_null())
-    first = stage.unique("who", keep="first", maintain_order=True).filter(pl.col("number") > reading.read)
-    return int((first["side"] == "new").sum()), int((first["side"] == "old").sum())
+    first, came = stage.unique("who", keep="first", maintain_order=True), reading.came
+    if reading.sticks == "subject":          # a request comes once
+        newcomer, came = mark(came, first["who"].to_list())
+        first = first.filter(pl.Series(newcomer, dtype=pl.Boolean))
+    return (int((first["side"] == "new").sum()), int((first["side"] == "old").sum())), came
 
 
-def _outcomes(outcomes: pl.DataFrame, reading: Reading) -> tuple[Reading, np.ndarray, int, np.ndarray]:
+def _outcomes(news: pl.DataFrame, reading: Reading) -> tuple[Reading, np.ndarray, int, np.ndarray]:
     "Differences of losses and of the KPI that became known, and how many outcomes there were."
     none = np.zeros(0)
-    if not len(outcomes):
+    if not len(news):
         return reading, none, 0, none
     key = ["request_id", "row"]
-    told, _ = _sided(outcomes.filter((pl.col("status") == 200) & pl.col("outcome").is_not_null()), reading)
-    told = told.sort("outcome_number").unique([*key, "role"], keep="first", maintain_order=True)      # what is said again later changes nothing
+    told, _ = _sided(news.filter((pl.col("status") == 200) & pl.col("outcome").is_not_null() & ~pl.col("again")), reading)      # what is said again changes nothing
+    told = told.sort("outcome_number").unique([*key, "role"], keep="first", maintain_order=True)
     if reading.task == "regression" and reading.scale is None:
         known = told.filter(pl.col("side") == "old")["outcome"].cast(pl.Float64)
         if len(known) < ENOUGH:
@@ -182,20 +229,20 @@ def _outcomes(outcomes: pl.DataFrame, reading: Reading) -> tuple[Reading, np.nda
         low, high = (float(known.quantile(q) or 0.0) for q in (0.01, 0.99))
         reading = replace(reading, scale=(high - low) or 1.0)
     told = told.with_columns(loss=pl.Series(_losses(told, reading)), gain=pl.Series(_gains(told, reading))).filter(pl.col("loss").is_finite())
-    fresh = pl.col("outcome_number") > reading.heard
-    heard = max(reading.heard, int(outcomes["outcome_number"].max() or -1))   # type: ignore[arg-type]
     new, old, shadow = (told.filter(pl.col("side") == side) for side in ("new", "old", "shadow"))
-    units = told.filter(pl.col("side").is_in(["new", "old"]))
-    before = units.filter(~fresh)["who"].unique()
-    units = units.filter(fresh & ~pl.col("who").is_in(before.implode())).group_by("who", "side", maintain_order=True).agg(pl.col("loss", "gain").mean(), pl.col("size").first())
+    units = told.filter(pl.col("side").is_in(["new", "old"])).group_by("who", "side", maintain_order=True).agg(pl.col("loss", "gain").mean(), pl.col("size").first())
+    counted = reading.counted
+    if reading.sticks == "subject":
+        newcomer, counted = mark(counted, units["who"].to_list())
+        units = units.filter(pl.Series(newcomer, dtype=pl.Boolean))
     sides = [units.filter(pl.col("side") == side) for side in ("new", "old")]
     apart, kpi = (by_size(*((s[column].to_numpy(), s["size"].to_numpy()) for s in sides)) for column in ("loss", "gain"))
     if reading.paired:
-        pairs = shadow.filter(fresh).select(*key, a="loss").join(old.select(*key, b="loss"), on=key, how="inner", maintain_order="left")
+        pairs = shadow.select(*key, a="loss").join(old.select(*key, b="loss"), on=key, how="inner", maintain_order="left")
         differences, count = (pairs["a"] - pairs["b"]).to_numpy(), len(pairs)
     else:
-        differences, count = apart, len(new.filter(fresh))
-    return replace(reading, heard=heard), differences, count, kpi if reading.kpi != "none" else none
+        differences, count = apart, len(new)
+    return replace(reading, counted=counted), differences, count, kpi if reading.kpi != "none" else none
 
 
 def _losses(told: pl.DataFrame, reading: Reading) -> np.ndarray:

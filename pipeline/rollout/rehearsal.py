@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['REPLAYED', 'LEARNED', 'UP', 'BACK', 'SLOWEST', 'turned_round', 'outcomes_of', 'Rehearsed', 'rehearse', 'show_drill',
-           'runbook']
+__all__ = ['REPLAYED', 'LEARNED', 'UP', 'BACK', 'FIRST', 'SPARE', 'SLOWEST', 'turned_round', 'outcomes_of', 'Begins', 'begin_at',
+           'Rehearsed', 'rehearse', 'show_drill', 'runbook']
 
 # %% ../../nbs/lib/rollout/17_rehearsal.ipynb #bf1487b4
 REPLAYED = 4000      # requests of production that are sent
@@ -59,6 +59,45 @@ def outcomes_of(
         return [float(v) if np.isfinite(v) else None for v in target]
     return [classes[int(v)] if np.isfinite(v) and v >= 0 else None for v in target]
 
+# %% ../../nbs/lib/rollout/17_rehearsal.ipynb #48199b48
+FIRST = 5000         # requests of the first stage that are sent at most
+SPARE = 3            # days more than a stage's own, in which its requests may come
+
+
+@dataclass(frozen=True)
+class Begins:
+    "The stages that are played, and what is sent for the first of them."
+
+    stages: tuple[float, ...]     # percent
+    dense: int = 0                # requests of the first days
+    first: int = 0                # these days
+    why: str = ""                 # shares were left out
+
+
+def begin_at(
+    rules: Rules,
+    daily: np.ndarray,            # requests of each day that there are
+    paired: bool,                 # the new model scores the old one's requests too
+    sent: int = REPLAYED,         # of all days together
+) -> Begins:
+    "The smallest stage that can be shown."
+    why = ""
+    for place, share in enumerate(rules.stages):
+        stages, first = rules.stages[place:], rules.windows_per_stage + SPARE
+        long = len(stages) * rules.windows_per_stage + SPARE + rules.outcome_delay
+        needed = math.ceil(2 * FEWEST * 100 / share)
+        even = sent * min(daily[:first].sum() / max(daily.sum(), 1), 1)       # that come in these days anyway
+        if long > len(daily):
+            missing = f"{len(stages)} stages take {long} days and there are {len(daily)}"
+        elif not paired and needed > even * rules.windows_per_stage / first:
+            missing = f"without shadow answers every stage needs {needed:,} requests of its own"
+        elif needed > min(FIRST, daily[:first].sum()):
+            missing = f"the first {first} days would need {needed:,} requests and {min(FIRST, int(daily[:first].sum())):,} can be sent"
+        else:
+            return Begins(stages, max(needed, round(even)), first, why)
+        why = f"{share:g} % was left out: {missing}" + (f"; {why}" if why else "")
+    return Begins(rules.stages[-1:], 0, 0, why)
+
 # %% ../../nbs/lib/rollout/17_rehearsal.ipynb #065bae3e
 @dataclass(frozen=True)
 class Rehearsed:
@@ -69,6 +108,7 @@ class Rehearsed:
     exercises: tuple[Exercise, ...] = ()
     days: int = 0                                      # of production that passed
     stages: tuple[float, ...] = ()                     # percent
+    left_out: str = ""                                 # why a smaller share was not shown
     shown: Html | None = field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
@@ -87,8 +127,9 @@ def rehearse(
     stage = _stage(run, trial)
     try:
         with served(stage, flush_s=0.05, subject=run.problem.comply.subject, log_inputs=run.problem.deploy.log_inputs) as server:
-            days, replays = _days(run, trial, stage), []
-            rules, left = _rules(run, trial, days), days
+            begins = begin_at(trial.rules, np.bincount(trial.requests["window"].to_numpy(), minlength=len(trial.days)), run.problem.rollout.shadow)
+            days, replays = _days(run, trial, stage, begins), []
+            rules, left = _rules(run, trial, begins), days
             for called in (UP, BACK):
                 reading = reading_for(run.problem, stage.folder(called), stage.versions[called])
                 replays.append(play(stage, server, called, left, rules, reading, run.problem.rollout.subject))
@@ -103,7 +144,7 @@ def rehearse(
     run.save("rollout/replay", rows, timing=True)
     run.save("rollout/exercises", exercise_table(exercises), timing=True)
     passed = sum(len(r.rows) for r in replays)
-    found = Rehearsed("", tuple(replays), tuple(exercises), passed, rules.stages)
+    found = Rehearsed("", tuple(replays), tuple(exercises), passed, rules.stages, begins.why)
     _judge(run, found)
     return replace(found, shown=_shown(found, rows))
 
@@ -130,7 +171,7 @@ def _stage(run: Run, trial: Trial) -> Stage:
     return set_stage(place, name, models, contents)
 
 
-def _days(run: Run, trial: Trial, stage: Stage) -> list[Day]:
+def _days(run: Run, trial: Trial, stage: Stage, begins: Begins) -> list[Day]:
     from pipeline.data.contract import target_values
 
     contract, said, task = run.load("data/contract"), run.problem.rollout, run.problem.problem.task
@@ -138,15 +179,14 @@ def _days(run: Run, trial: Trial, stage: Stage) -> list[Day]:
     wanted = [f["name"] for f in schema["fields"]] + [c for c in (said.subject, *said.slice) if c]
     columns = [c for c in dict.fromkeys(wanted) if c in trial.rows.columns]
     outcomes = outcomes_of(target_values(trial.rows, contract), task, list(contract.get("classes") or ()))
-    return make_days(trial.rows, trial.requests["window"].to_numpy(), trial.days, columns, outcomes, said.subject, trial.rules.outcome_delay, REPLAYED, run.rng("rollout replay"))
+    return make_days(trial.rows, trial.requests["window"].to_numpy(), trial.days, columns, outcomes, said.subject, trial.rules.outcome_delay, REPLAYED, run.rng("rollout replay"),
+                     begins.dense, begins.first)
 
 
-def _rules(run: Run, trial: Trial, days: Sequence[Day]) -> Rules:
+def _rules(run: Run, trial: Trial, begins: Begins) -> Rules:
     "The problem's rules, begun at the first share that so few requests can show anything about."
     said = run.problem.rollout
-    daily = np.mean([len(day.bodies) for day in days if day.bodies])
-    told = [s for s in trial.rules.stages if s / 100 * daily * trial.rules.windows_per_stage >= 2 * FEWEST]
-    return replace(trial.rules, stages=tuple(told or trial.rules.stages[-1:]), slower_by=said.slower_by, shift_max=said.shift_max, outcomes_min=said.outcomes_min)
+    return replace(trial.rules, stages=begins.stages, slower_by=said.slower_by, shift_max=said.shift_max, outcomes_min=said.outcomes_min)
 
 
 def _judge(run: Run, found: Rehearsed) -> None:
@@ -169,7 +209,7 @@ def _shown(found: Rehearsed, rows: pl.DataFrame) -> Html:
     parts: list[Html] = [facts(
         {
             "sent over HTTP": f"{sum(r.sent for r in found.replays):,} requests of {found.days} days of production in {seconds:.0f} s, {found.days * 86_400 / max(seconds, 1e-9):,.0f} times as fast as they came",
-            "stages": " → ".join(f"{s:g} %" for s in found.stages) + "; at a smaller share so few requests show nothing",
+            "stages": " → ".join(f"{s:g} %" for s in found.stages) + (f" ({found.left_out})" if found.left_out else ""),
             "the run's model": _told(found.replays[0]),
             "a model that was made worse": _told(found.replays[1]),
         }, "Through the live service")]

@@ -43,6 +43,12 @@ class Day:
     ids: tuple[str, ...]
     subjects: tuple[str, ...]                 # of the requests; its id where a request has none
     outcomes: tuple[dict[str, Any], ...]      # as POST /outcomes takes them
+    more: frozenset[str] = frozenset()        # ids that are sent in a rollout's first stage only, while its share is small
+
+    def without_more(self) -> Day:
+        "What is sent when the share has grown."
+        kept = [i for i, given in enumerate(self.ids) if given not in self.more]
+        return replace(self, bodies=tuple(self.bodies[i] for i in kept), ids=tuple(self.ids[i] for i in kept), subjects=tuple(self.subjects[i] for i in kept), more=frozenset())
 
 
 def make_days(
@@ -55,9 +61,15 @@ def make_days(
     delay: int,                       # days until an outcome is known
     most: int,                        # rows in all
     rng: np.random.Generator,
+    dense: int = 0,                   # rows of the first days, at least
+    first: int = 0,                   # these days
 ) -> list[Day]:
-    "Rows as single requests by day, the same share of every day, each with an id by which its outcome is told."
-    taken = np.sort(rng.choice(len(frame), min(most, len(frame)), replace=False))
+    "Rows as single requests by day, the same share of every day but the first ones, each with an id by which its outcome is told."
+    even = rng.permutation(len(frame))
+    taken = even[:most]
+    early = even[most:][windows[even[most:]] < first]
+    early = early[:max(dense - int((windows[taken] < first).sum()), 0)]
+    taken, more = np.sort(np.concatenate([taken, early])), frozenset(f"row-{place}" for place in early)
     plain, days = as_rows(frame[taken], list(columns)), windows[taken]
     known = days + delay + (rng.random(len(taken)) < LATE)
     never = rng.random(len(taken)) < NEVER
@@ -74,7 +86,7 @@ def make_days(
         who = [plain[i].get(subject) if subject else None for i in mine]
         ids = tuple(f"row-{taken[i]}" for i in mine)
         bodies = tuple(json.dumps({"rows": [plain[i]]}).encode() for i in mine)
-        made.append(Day(label, bodies, ids, tuple(given if one is None else str(one) for one, given in zip(who, ids)), tuple(told[day])))
+        made.append(Day(label, bodies, ids, tuple(given if one is None else str(one) for one, given in zip(who, ids)), tuple(told[day]), more.intersection(ids)))
     return made
 
 # %% ../../nbs/lib/rollout/16_replay.ipynb #d2f022b3
@@ -95,7 +107,7 @@ class Reader:
         "Take in what is new."
         from pipeline.deploy.inference_log import read_inferences, read_outcomes
 
-        rows = read_inferences(self.stage.store, self.stage.name, self._last, self.inputs)
+        rows = read_inferences(self.stage.store, self.stage.name, self._last, self.inputs, outcomes=False)
         heard = read_outcomes(self.stage.store, self.stage.name, self._last_heard)
         if len(rows):
             self._rows.append(rows)
@@ -133,7 +145,7 @@ class Reader:
 
 def _after(parts: Sequence[pl.DataFrame], column: str, after: int) -> pl.DataFrame:
     kept = [part.filter(pl.col(column) > after) for part in parts]
-    return pl.concat(kept, how="diagonal_relaxed") if kept else pl.DataFrame(schema={column: pl.Int64, "number": pl.Int64, "outcome": pl.String})
+    return pl.concat(kept, how="diagonal_relaxed") if kept else pl.DataFrame()
 
 # %% ../../nbs/lib/rollout/16_replay.ipynb #4232d281
 @dataclass
@@ -175,11 +187,15 @@ def play(
     replay, connection, begun = Replay(called), server.connect(), time.monotonic()
     sent = {"content-type": "application/json", "prefer": "handling=lenient", **(headers or {})}
     tried: set[str] = set()       # subjects that the new version has answered
+    asked: set[str] = set()       # requests
     try:
         for day in days:
+            now = steering.rollouts.current(name)
+            day = day if now is not None and now.state.stage == 0 else day.without_more()
             await_plan(server, stage, sent)
+            asked.update(day.ids)
             answers = _send(connection, day, replay, sent)
-            _tell(connection, day, sent)
+            _tell(connection, [o for o in day.outcomes if o["request_id"] in asked], sent)
             replay.mixed += sum(1 for who, v in answers if who in tried and v != version)
             tried |= {who for who, v in answers if v == version}
             reader.await_rows(day.ids)
@@ -237,9 +253,9 @@ def _send(connection: http.client.HTTPConnection, day: Day, replay: Replay, head
     return answers
 
 
-def _tell(connection: http.client.HTTPConnection, day: Day, headers: Mapping[str, str]) -> None:
-    for first in range(0, len(day.outcomes), 5000):
-        part = day.outcomes[first:first + 5000]
+def _tell(connection: http.client.HTTPConnection, outcomes: Sequence[Mapping[str, Any]], headers: Mapping[str, str]) -> None:
+    for first in range(0, len(outcomes), 5000):
+        part = outcomes[first:first + 5000]
         connection.request("POST", "/outcomes", json.dumps({"outcomes": part}).encode(), dict(headers))
         response = connection.getresponse()
         content = response.read()

@@ -72,6 +72,8 @@ INCIDENTS: dict[str, Incident] = {
     "service down": Incident("page", "nobody is answered", ("serve", "models", "log"), "lost worker"),
     "worker lost": Incident("ticket", "requests in flight failed; a new worker has taken over", ("look", "log"), "lost worker"),
     "errors risen": Incident("page", "callers get no answer", ("look", "back", "before"), "roll back"),
+    "error budget burning": Incident("page", "the month's time without answers is being spent too fast", ("look", "back", "serve", "log"), "lost worker"),
+    "latency spike": Incident("ticket", "some answers take three times as long as the slowest usually do, within what was promised", ("look", "models", "log"), "roll back"),
     "latency over the limit": Incident("page", "answers come too late to be used", ("look", "back", "before"), "roll back"),
     "disk full": Incident("page", "answers go on, but are no longer written down", ("room", "trail", "look"), "full disk"),
     "package refused": Incident("page", "a damaged, expired or older package was to be served; the old version goes on", ("models", "verify", "trail"), "bad model"),

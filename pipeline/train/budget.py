@@ -27,28 +27,36 @@ class Stopwatch:
         self,
         threads: int = 1,   # cores that the work may use
     ) -> None:
-        self.cores = 1 + 0.5 * (threads - 1)
+        self.cores, self.elsewhere = 1 + 0.5 * (threads - 1), 0.0
         self.begun = time.monotonic(), time.process_time()
 
     def __call__(self) -> float:
-        wall, cpu = time.monotonic() - self.begun[0], time.process_time() - self.begun[1]
+        wall, cpu = time.monotonic() - self.begun[0], time.process_time() - self.begun[1] + self.elsewhere
         return min(wall, cpu / self.cores)
+
+    def book(self, seconds: float) -> None:
+        "Core-seconds that another machine worked for this process."
+        self.elsewhere += seconds
 
 
 class CoreClock:
-    "Seconds in which this process worked, on all its cores together."
+    "Seconds in which this process worked, on all its cores together, and others for it."
 
     def __init__(self) -> None:
-        self.begun = time.process_time()
+        self.begun, self.elsewhere = time.process_time(), 0.0
 
     def __call__(self) -> float:
-        return time.process_time() - self.begun
+        return time.process_time() - self.begun + self.elsewhere
+
+    def book(self, seconds: float) -> None:
+        "Core-seconds that another machine worked for this process."
+        self.elsewhere += seconds
 
 
 def start_clock(
     kind: str,          # wall or core (train.clock)
     threads: int = 1,
-) -> Callable[[], float]:
+) -> Stopwatch | CoreClock:
     "What the budget counts, from now on."
     return CoreClock() if kind == "core" else Stopwatch(threads)
 

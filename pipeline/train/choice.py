@@ -24,8 +24,8 @@ from .protocol import pick_rows, simplicity
 from .search import Found, Goal, Rows, Trial, blocks
 
 # %% auto #0
-__all__ = ['COLUMNS', 'READABLE', 'ON_EDGE', 'MARGIN', 'rows_of', 'newest_rows', 'goal_of', 'Limits', 'Cost', 'leaderboard',
-           'families_of', 'why_not_ship', 'Choice', 'choose']
+__all__ = ['COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'rows_of', 'newest_rows', 'goal_of', 'Limits', 'Beside',
+           'Cost', 'leaderboard', 'teacher_of', 'why_not_student', 'families_of', 'why_not_ship', 'Choice', 'choose']
 
 # %% ../../nbs/lib/train/10_choice.ipynb #2df17d11
 def rows_of(
@@ -94,12 +94,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Beside:
+    "A student beside its teacher, as shares of what the teacher takes."
+
+    teacher: str
+    size: float
+    time: float        # of the median time of one row; both were asked in turns
+    time_low: float    # 95 % interval over turns
+    time_high: float
+
+
+@dataclass(frozen=True)
 class Cost:
     "What a candidate was measured to cost."
 
     row_ms: float      # CPU milliseconds of one row from a mapping of its values
     batch_ms: float    # of a row among many
     size_mb: float
+    beside: Beside | None = None   # of a student
 
 
 def leaderboard(
@@ -145,7 +157,31 @@ COLUMNS: dict[str, Any] = {
 
 # %% ../../nbs/lib/train/10_choice.ipynb #99255863
 READABLE = ("dummy", "linear", "additive")                              # families that people can read
-ON_EDGE = ("dummy", "linear", "additive", "trees", "student", "portfolio")   # families that `deploy.edge` can write
+ON_EDGE = ("dummy", "linear", "additive", "text", "trees", "student", "portfolio", "nets")   # families that `deploy.edge` can write
+
+
+SIZE, LATENCY = 0.25, 0.5    # of a teacher's, at most, for a student to be shipped
+
+
+def teacher_of(
+    found: Found,
+) -> Trial | None:
+    "The best candidate whose models are at hand and that was not taught itself."
+    able = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.models and t.value is not None and t.family not in ("dummy", "student")]
+    return max(able, key=lambda t: found.goal.sign * float(t.value or 0.0), default=None)
+
+
+def why_not_student(
+    beside: Beside | None,
+) -> str:
+    "Why a student is not worth having: one that is hardly smaller or quicker costs quality for nothing; empty when it is."
+    if beside is None:
+        return "its size and time were not measured beside a teacher's"
+    if beside.size > SIZE:
+        return f"more than {SIZE:.0%} of the size of its teacher, {beside.teacher}"
+    if beside.time_high > LATENCY:
+        return f"not shown to answer a row in {LATENCY:.0%} of the time of its teacher, {beside.teacher}"
+    return ""
 
 
 def families_of(
@@ -172,6 +208,8 @@ def why_not_ship(
         return "a reference: the problem's limits leave this family out"
     if limits.edge and not set(inside) <= set(ON_EDGE):
         return "it cannot be written for a small runtime (deploy.target)"
+    if trial.family == "student" and (lacking := why_not_student(cost.beside if cost else None)):
+        return lacking
     if 1.1 * trial.size_bytes > 1e6 * limits.model_mb:
         return f"about {1.1 * trial.size_bytes / 1e6:.1f} MB, {limits.model_mb:g} MB are allowed (deploy.model_mb)"
     if limits.timed and cost is None:

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from ..core.charts import bars, lines, points
+from ..core.cluster import connect
 from ..core.display import Html, facts, headline, note, number, stack, table
 from ..core.errors import InputError
 from ..core.intervals import bootstrap, score_difference, units_of
@@ -30,6 +31,7 @@ from .hindsight import TOO_FEW, compared, optimism, sensitivity, tell_optimism
 from .reweighing import mitigation_weights
 from .search import Found, Goal, Recorded, Rows, run_search
 from .students import add_candidates, compare_students
+from .workers import Cluster, Workers
 
 # %% auto #0
 __all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'recorded_by', 'limits_of', 'show_contest', 'show_plan', 'hold_contest',
@@ -53,6 +55,7 @@ class Contest:
     clock: Callable[[], float]                             # seconds of the budget that are spent
     unit: str = "s"                                        # of the budget: s or core-s
     recorded: Recorded | None = None                       # what the run that is repeated finished
+    workers: Workers | None = None                         # who fits; this process by default
     costs: dict[str, Cost] = field(default_factory=dict)   # what an answer costs, by candidate; filled when the contest was held
 
     @property
@@ -65,6 +68,8 @@ def open_contest(
     run: Any,   # the run of the train phase
 ) -> Contest:
     "Load rows, contract and plan, code the columns, and buy fits with the budget."
+    if run.settings.engine == "ray":
+        connect(run.settings.address)   # what it takes to start is not the search's
     clock = start_clock(run.problem.train.clock, run.settings.threads)
     scope, contract, splits = run.load("scope/plan"), run.load("data/contract"), run.load("data/splits")
     train = run.problem.train
@@ -81,8 +86,9 @@ def open_contest(
                      dearness(train.clock, run.settings.threads))
     limits = limits_of(run, scope)
     run.save("train/plan", plan.table())
+    workers = Cluster(rows, run.settings.threads, train.clock, run.settings.address, clock.book, True) if run.settings.engine == "ray" else None
     return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock,
-                   "core-s" if train.clock == "core" else "s", recorded_by(run))
+                   "core-s" if train.clock == "core" else "s", recorded_by(run), workers)
 
 
 def recorded_by(
@@ -110,7 +116,8 @@ def show_contest(contest: Contest) -> Html:
     return facts({
         "rows to learn from": f"{len(rows.target):,}", "columns": f"{len(contest.encoder.columns)} ({len(contest.encoder.features)} features)",
         "folds": f"{len(rows.folds)}; {how}", "rows answered for": f"{len(rows.valid):,}",
-        "ranked by": f"{contest.label} ({contest.goal.better} is better)", "budget": f"{contest.plan.budget_s:g} {contest.unit} for everything",
+        "ranked by": f"{contest.label} ({contest.goal.better} is better)", **({"fitted by": str(contest.workers)} if contest.workers else {}),
+        "budget": f"{contest.plan.budget_s:g} {contest.unit} for everything",
         "simplicity may cost": f"{contest.limits.tolerance:g} {contest.label}",
     }, "The rules of the contest")
 
@@ -127,7 +134,7 @@ def hold_contest(
 ) -> Found:
     "Fit the plan, with checkpoints, keep every trial, and measure what each candidate's answers cost."
     found = run_search(contest.rows, contest.plan, contest.goal, run.seed, run.settings.threads, Checkpoints(run.checkpoints),
-                       contest.clock, "portfolio" in {step.family for step in contest.plan.steps}, run.problem.train.ensemble, contest.recorded)
+                       contest.clock, "portfolio" in {step.family for step in contest.plan.steps}, run.problem.train.ensemble, contest.recorded, contest.workers)
     train, spent = run.problem.train, contest.plan.budget_s - contest.plan.refit_price
 
     def late(name: str) -> Callable[[], bool]:
@@ -250,9 +257,9 @@ def show_choice(run: Any, contest: Contest, choice: Choice, found: Found) -> Htm
     shown = facts({"chosen": choice.name, "because": choice.because, "configuration": read_configuration(found.table(), choice.name)}, "The choice")
     if not any(t.family == "student" and t.status == "done" for t in found.trials):
         return shown
-    students = run.load("train/students").rename({"size_share": "of its size", "time_share": "of its time"})
+    students = run.load("train/students").rename({"size_share": "of its size", "time_share": "of its time", "time_low": "least", "time_high": "most"})
     return stack(shown, table(students.drop("small"), f"Students: {contest.label} and its distance to the best with 95 % interval",
-                              formats={"of its size": ".0%", "of its time": ".0%"}))
+                              formats=dict.fromkeys(("of its size", "of its time", "least", "most"), ".0%")))
 
 
 def show_hindsight(
@@ -288,7 +295,10 @@ def fit_models(
     seeds = [run.seed + i for i in range(run.problem.train.seeds)]
     final = fit_finally(chosen, default or chosen, contest.rows, contest.contract, contest.encoder, contest.plan, seeds, run.settings.threads,
                         Checkpoints(run.checkpoints),
-                        lambda seed: seed not in contest.recorded.seeds if contest.recorded else contest.clock() > contest.plan.budget_s)
+                        lambda seed: seed not in contest.recorded.seeds if contest.recorded else contest.clock() > contest.plan.budget_s,
+                        contest.workers)
+    if contest.workers is not None:
+        contest.workers.close()
     run.save("train/model", final.model.save(run.scratch / "model"))
     run.save("train/default", final.default.save(run.scratch / "default"))
     run.save("train/seed_models", save_seeds(final, run.scratch / "seeds"))

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import IntegrityError
-from .walks import CATEGORY, NUMBER, compiled
+from .walks import CATEGORY, NUMBER, UNUSED, compiled
 
 # %% auto #0
-__all__ = ['BLOCK', 'FEW', 'WIDEST', 'LINKS', 'SAVED', 'LAID', 'START_S', 'NotFast', 'Forest', 'read_forest', 'pays',
+__all__ = ['BLOCK', 'FEW', 'LINES_MB', 'WIDEST', 'LINKS', 'SAVED', 'LAID', 'START_S', 'NotFast', 'Forest', 'read_forest', 'pays',
            'open_forest', 'prepare']
 
 # %% ../../nbs/lib/train/18_fast.ipynb #139003f2
 BLOCK = 2_048            # rows that go through a tree together
 FEW = 8                  # rows up to which each walks alone
+LINES_MB = 64            # for the bits of categories, node by node
 WIDEST = 65_000          # thresholds or categories of one feature that a code can tell apart
 
 
@@ -42,7 +43,10 @@ class Forest:
     words: np.ndarray      # uint32: bits of categories
     leaves: np.ndarray     # float64
     edges: np.ndarray      # float64: thresholds by feature
-    columns: np.ndarray    # (features, 4) int64
+    columns: np.ndarray    # (features, 6) int64
+    starts: np.ndarray     # (trees, 2) uint64
+    steps: np.ndarray      # uint64: nodes as a single row walks them
+    bits: np.ndarray       # uint64: categories by node
     largest: int           # leaves of the largest tree
 
     @property
@@ -71,7 +75,7 @@ class Forest:
         codes = np.empty((len(self.columns), min(rows, BLOCK)), np.uint16)
         if rows <= FEW:
             rank(matrix, 0, rows, self.edges, self.columns, codes)
-            row_walk(codes, rows, self.roots, self.nodes, self.words, self.leaves, trees, sums)
+            row_walk(codes, rows, self.columns, self.starts, self.steps, self.bits, self.leaves, trees, sums)
             return sums
         spare, stack = np.empty((2, codes.shape[1]), np.uint16), np.empty((self.largest + 2, 4), np.int64)
         for begin in range(0, rows, BLOCK):
@@ -92,6 +96,18 @@ class Forest:
         if self.link == "logistic":
             return 1.0 / (1.0 + _exp(-self.slope * sums[0]))
         return _exp(sums[0]) if self.link == "exp" else sums[0]
+
+
+    def probability(
+        self,
+        row: np.ndarray,            # (1, features)
+        steps: int | None = None,
+    ) -> float:
+        "The same for a single row and a logistic link, without the arrays."
+        try:
+            return 1.0 / (1.0 + math.exp(-self.slope * self.score(row, steps).item()))
+        except OverflowError:
+            return 0.0
 
 # %% ../../nbs/lib/train/18_fast.ipynb #08dec6aa
 def _exp(values: np.ndarray) -> np.ndarray:
@@ -153,14 +169,44 @@ def _lay_out(trees: list[dict[str, str]], features: int, scores: int, link: str,
     if not sound or len(feature) and (feature.min() < 0 or feature.max() >= features) or not np.isfinite(leaves).all():
         raise IntegrityError("a LightGBM text does not hold together (a split points outside its tree); fetch or train the model again")
     category, missing = (decision & 1) == 1, (decision >> 2) & 3
-    columns = np.zeros((features, 4), np.int64)
+    columns = np.zeros((features, 6), np.int64)
     nodes = np.zeros((len(tree), 6), np.int32)
     nodes[:, 0] = feature
     nodes[:, 4], nodes[:, 5] = (np.where(child >= 0, child + first[tree], ~(~child + leaf[tree])) for child in children)
     edges = _rank_thresholds(nodes, columns, feature, threshold, decision, category, missing)
     words = _lay_out_categories(nodes, columns, trees, tree, feature, threshold, category)
     roots = np.where(inner > 0, first, ~leaf).astype(np.int32)
-    return Forest(link, slope, scores, roots, nodes, words, leaves, edges, columns, int(size.max(initial=1)))
+    starts = np.stack([np.cumsum(np.maximum(inner, 1)) - np.maximum(inner, 1), leaf], axis=1)
+    steps, bits = _lay_out_steps(nodes, words, columns, children, starts, inner, tree)
+    return Forest(link, slope, scores, roots, nodes, words, leaves, edges, columns, starts.astype(np.uint64), steps, bits, int(size.max(initial=1)))
+
+
+def _lay_out_steps(
+    nodes: np.ndarray, words: np.ndarray, columns: np.ndarray, children: list[np.ndarray], starts: np.ndarray, inner: np.ndarray, tree: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    "Nodes as words of 64 bits, a step that leads to the only leaf for a tree without nodes; and lines of bits by category."
+    feature, limit, place = nodes[:, 0].astype(np.int64), nodes[:, 2].astype(np.int64), np.arange(len(nodes)) - (np.cumsum(inner) - inner)[tree]
+    if len(columns) > 32_000 or inner.max(initial=0) > 32_000:
+        raise NotFast(f"it has {len(columns):,} features, or a tree of {inner.max(initial=0):,} splits")
+    lines, size = [np.zeros(UNUSED, np.uint64)], UNUSED
+    for f in np.flatnonzero(columns[:, 2] == CATEGORY):
+        mine = np.flatnonzero(feature == f)
+        long = -(-len(mine) // 64)
+        columns[f, 4:] = size, long
+        size += long * (int(columns[f, 1]) + 1)
+        if size * 8 > LINES_MB * 1_000_000 or len(mine) > WIDEST:
+            raise NotFast(f"feature f{f} has too many categories for {len(mine):,} splits")
+        on = np.zeros((int(columns[f, 1]) + 1, long * 64), bool)      # a category that no split names stands last and never turns left
+        for number, node in enumerate(mine):
+            own = np.unpackbits(words[limit[node]:limit[node] + nodes[node, 3]].view(np.uint8), bitorder="little")
+            on[:len(own), number] = own
+        lines.append(np.packbits(on, axis=1, bitorder="little").view(np.uint64).ravel())
+        limit[mine] = np.arange(len(mine))
+    shift = np.where(nodes[:, 1] == NUMBER, nodes[:, 3], 0)
+    left, right = (np.where(child >= 0, child - place, child) & 0xFFFF for child in children)
+    steps = np.full(int(np.maximum(inner, 1).sum()), 0xFFFF_FFFF_0000, np.uint64)
+    steps[starts[tree, 0] + place] = (limit | right << 16 | left << 32).astype(np.uint64) | (2 * feature + shift).astype(np.uint64) << np.uint64(48)
+    return steps, np.concatenate(lines)
 
 
 def _rank_thresholds(
@@ -178,7 +224,7 @@ def _rank_thresholds(
             raise NotFast(f"feature f{f} has {len(own):,} thresholds, or is a number and a category")
         right = (ways == {2}) & ((decision[mine] & 2) == 0)
         nodes[mine, 2], nodes[mine, 3] = rank + 1 - right, right
-        columns[f] = sum(map(len, edges)), len(own), NUMBER, ways == {2}
+        columns[f, :4] = sum(map(len, edges)), len(own), NUMBER, ways == {2}
         edges.append(own)
     return np.concatenate([np.empty(0), *edges])
 
@@ -201,7 +247,7 @@ def _lay_out_categories(
     at = begins[tree[mine]] + which
     nodes[mine, 1], nodes[mine, 2], nodes[mine, 3] = CATEGORY, base[tree[mine]] + every[at], every[at + 1] - every[at]
     for f in np.unique(feature[mine]):
-        columns[f] = columns[f, 0], 32 * nodes[mine[feature[mine] == f], 3].max(), CATEGORY, 0
+        columns[f, :4] = columns[f, 0], 32 * nodes[mine[feature[mine] == f], 3].max(), CATEGORY, 0
         if columns[f, 1] > WIDEST:
             raise NotFast(f"feature f{f} has categories beyond {WIDEST:,}")
     return np.append(words, 0).astype(np.uint32)

@@ -20,8 +20,9 @@ from .budget import Plan
 from .checkpoints import Checkpoints, key_of
 from .features import Encoder
 from .models import Model, load_model
-from .protocol import Fitting, fit, pick_rows
-from .search import BOOSTED, Rows, Trial, final_config
+from .protocol import pick_rows
+from .search import Rows, Trial, final_config
+from .workers import BOOSTED, Here, Order, Workers
 
 # %% auto #0
 __all__ = ['Final', 'has_chance', 'residual_width', 'fit_finally', 'save_seeds', 'seeds_table', 'validation_frame', 'folder_mb',
@@ -76,13 +77,18 @@ def fit_finally(
     threads: int = 1,
     checkpoints: Checkpoints = Checkpoints(),
     late: Callable[[int], bool] = lambda seed: False,   # a further seed is given up when it says so
+    workers: Workers | None = None,                     # who fits; this process by default
 ) -> Final:
     "Fit what is kept."
+    workers = workers or Here(rows, threads)
     used = pick_rows(len(rows.target), plan.refit_rows, seeds[0])
     costs: list[dict[str, Any]] = []
 
+    def ordered(trial: Trial, seed: int, stage: str) -> Order:
+        return Order(trial.family, final_config(trial), seed, None, plan.refit_rows, seeds[0], stage != "default")
+
     def one(trial: Trial, seed: int, stage: str) -> Model:
-        wall, cpu = time.monotonic(), time.process_time()
+        wall, cpu = time.monotonic(), time.process_time() + workers.cpu_s
         config, about = final_config(trial), {"candidate": trial.name}
         weights = None if rows.weights is None or stage == "default" else rows.weights[used]
         key = key_of(family=trial.family, config=config, seed=seed, threads=threads, used=used, target=rows.target, encoder=encoder.to_dict(),
@@ -92,18 +98,20 @@ def fit_finally(
         if place is not None and resumed:
             model = load_model(place)
         else:
-            fitting = Fitting(config, seed, threads, checkpoint=checkpoints.file(key, "net"), weights=weights)
-            estimator = fit(trial.family, rows.shape, rows.matrix[used], rows.target[used], fitting)
+            estimator, _ = workers.fit(ordered(trial, seed, stage), lambda: math.inf, checkpoints.file(key, "net"))
             facts = {"config": config, "seed": seed, "rows": len(used), "steps": estimator.steps, "validation": trial.value}
             if rows.shape.task == "regression" and trial.answer is not None:
                 facts["residual"] = residual_width(rows.target[rows.valid], trial.answer)
             model = Model(trial.family, contract, encoder, estimator, facts | about)
             if place is not None:
                 model.save(place)
-        costs.append({"candidate": trial.name, "stage": stage, "wall_s": time.monotonic() - wall, "cpu_s": time.process_time() - cpu,
+        costs.append({"candidate": trial.name, "stage": stage, "wall_s": time.monotonic() - wall, "cpu_s": time.process_time() + workers.cpu_s - cpu,
                       "planned_s": None, "resumed": int(resumed)})
         return model
 
+    several = [(chosen, seed, f"seed {seed}") for seed in seeds[1:]] if has_chance(chosen, len(used)) else []
+    coming = [(chosen, seeds[0], "final"), *([] if chosen.name == default.name else [(default, seeds[0], "default")]), *several]
+    workers.ahead((ordered(*order), math.inf) for order in coming)
     model = one(chosen, seeds[0], "final")
     reference = model if chosen.name == default.name else one(default, seeds[0], "default")
     others: list[Model] = []
@@ -112,6 +120,7 @@ def fit_finally(
             others.append(replace(model, about=model.about | {"seed": seed}))
         elif not late(seed):
             others.append(one(chosen, seed, f"seed {seed}"))
+    workers.ahead(())
     schema: dict[str, Any] = {"candidate": pl.String, "stage": pl.String, "wall_s": pl.Float64, "cpu_s": pl.Float64,
                               "planned_s": pl.Float64, "resumed": pl.Int64}
     return Final(model, reference, (model, *others), pl.DataFrame(costs, schema=schema))

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/19_frontier.ipynb #744ecb92
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError
-from .choice import Cost, Limits, why_not_ship
+from .choice import Beside, Cost, Limits, teacher_of, why_not_ship
 from .fast import prepare
 from .features import Encoder
 from .models import Model
@@ -23,9 +24,9 @@ from .protocol import pick_rows
 from .search import Found, Goal, Rows, Trial
 
 # %% auto #0
-__all__ = ['TURNS', 'ASKED', 'MANY', 'MOST_S', 'SHARES', 'NOISY_ROWS', 'COLUMNS', 'least_cpu', 'measure_model', 'measure_costs',
-           'price_of', 'shorten', 'cut_to_rounds', 'size_with_rounds', 'disturb', 'noise_loss', 'dominated_by',
-           'frontier']
+__all__ = ['TURNS', 'ASKED', 'MANY', 'MOST_S', 'RACES', 'LAPS', 'SHARES', 'NOISY_ROWS', 'COLUMNS', 'least_cpu', 'measure_model',
+           'measure_costs', 'price_of', 'race', 'shorten', 'cut_to_rounds', 'size_with_rounds', 'disturb', 'noise_loss',
+           'dominated_by', 'frontier']
 
 # %% ../../nbs/lib/train/19_frontier.ipynb #e3c70750
 TURNS, ASKED, MANY = 7, 4, 2_000    # turns of so many single rows; rows asked together
@@ -70,9 +71,15 @@ def measure_costs(
     encoder: Encoder,
     frame: pl.DataFrame,        # training rows, a few of which are asked
 ) -> dict[str, Cost]:           # candidate -> cost; only those whose models are at hand
-    "Ask every finished candidate's last model."
-    return {t.name: measure_model(Model(t.family, contract, encoder, _shortened(t.models[-1], t.steps), {}), frame)
-            for t in found.trials if t.stage == "full" and t.status == "done" and t.models}
+    "Ask every finished candidate's last model; a student's stands beside its teacher's."
+    models = {t.name: Model(t.family, contract, encoder, _shortened(t.models[-1], t.steps), {})
+              for t in found.trials if t.stage == "full" and t.status == "done" and t.models}
+    costs, teacher = {name: measure_model(model, frame) for name, model in models.items()}, teacher_of(found)
+    for t in found.trials:
+        if t.family == "student" and t.name in models and teacher is not None:
+            share = t.size_bytes / teacher.size_bytes
+            costs[t.name] = replace(costs[t.name], beside=Beside(teacher.name, share, *race(models[t.name], models[teacher.name], frame)))
+    return costs
 
 
 def price_of(
@@ -82,6 +89,35 @@ def price_of(
     "CPU time times price, and times power and the grid's intensity."
     hours = ms / 3600   # of 1,000 rows
     return hours * prices["core_hour"], hours * prices["watts_per_core"] / 1000 * prices["gram_co2e_per_kwh"]
+
+# %% ../../nbs/lib/train/19_frontier.ipynb #0b531244
+RACES, LAPS = 15, 40    # turns; rows a turn
+
+
+def race(
+    one: Model,
+    other: Model,
+    frame: pl.DataFrame,               # rows as the models' contract wants them
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float, float]:       # share, and its 95 % interval by order statistics
+    "The median time of a row by one model as a share of the other's."
+    rows = frame.select(one.features).head(LAPS).to_dicts()
+    for model in (one, other):
+        prepare(model.estimator)
+        model.predict_row(rows[0])
+    shares: list[float] = []
+    begun = clock()
+    while len(shares) < RACES and (len(shares) < 6 or clock() - begun < 2 * MOST_S):
+        spent: tuple[list[float], list[float]] = ([], [])
+        for place, row in enumerate(rows):
+            for who in (0, 1) if place % 2 else (1, 0):
+                before = clock()
+                (one, other)[who].predict_row(row)
+                spent[who].append(clock() - before)
+        shares.append(float(np.median(spent[0]) / np.median(spent[1])))
+    shares.sort()
+    tail = max((k for k in range(len(shares) // 2) if sum(math.comb(len(shares), i) for i in range(k + 1)) <= 0.025 * 2 ** len(shares)), default=0)
+    return float(np.median(shares)), shares[tail], shares[-1 - tail]
 
 # %% ../../nbs/lib/train/19_frontier.ipynb #5afeafb5
 SHARES = (0.5, 0.25, 0.125)

@@ -13,29 +13,46 @@ import numpy as np
 from ..core.errors import InputError, suggest
 
 # %% auto #0
-__all__ = ['REPAIRS', 'TINY', 'ROWS', 'CELLS', 'LEVELS', 'fit_repair', 'apply_repair', 'fit_widths']
+__all__ = ['REPAIRS', 'REPAIRS_OF_MORE', 'MOST_CLASSES', 'HELD', 'MATRIX_ROWS', 'TINY', 'ROWS', 'CELLS', 'LEVELS', 'repairs_for',
+           'fit_repair', 'apply_repair', 'fit_widths']
 
 # %% ../../nbs/lib/train/05_repairs.ipynb #16bc7a83
-REPAIRS = ("temperature", "line", "isotonic", "venn_abers")
+REPAIRS = ("temperature", "line", "isotonic", "venn_abers")      # of two classes
+REPAIRS_OF_MORE = ("temperature", "vector", "dirichlet", "isotonic")
+MOST_CLASSES = 20    # of whose logarithms a matrix is learned
+HELD = 1.0           # how strongly a matrix is held to the identity, against the log loss of all rows
+MATRIX_ROWS = 20_000   # that a matrix is learned from
 TINY = 1e-9
 ROWS, CELLS = 200_000, 2_000_000     # learned from at most so many
 LEVELS = 200      # Venn-Abers: scores are grouped into so many levels at most
 
 
+def repairs_for(
+    classes: int,
+) -> tuple[str, ...]:
+    "The ways there are for so many classes."
+    if classes <= 2:
+        return REPAIRS
+    return REPAIRS_OF_MORE if classes <= MOST_CLASSES else tuple(kind for kind in REPAIRS_OF_MORE if kind != "dirichlet")
+
+
 def fit_repair(
-    kind: str,          # one of REPAIRS; more than two classes: temperature
+    kind: str,          # one of `repairs_for` so many classes
     y: np.ndarray,      # class indices
     p: np.ndarray,      # (n,) or (n, k)
 ) -> dict[str, Any]:    # kind and its numbers
     "Learn what to do with stated probabilities; raises `InputError` for an unknown kind."
     p = p[:, 1] if p.ndim == 2 and p.shape[1] == 2 else p
-    if kind not in REPAIRS or (p.ndim == 2 and kind != "temperature"):
-        raise InputError(f"calibration by {kind!r} does not exist for {'two' if p.ndim == 1 else 'more'} classes"
-                         f"{suggest(kind, REPAIRS if p.ndim == 1 else REPAIRS[:1])}")
-    y, most = np.asarray(y).astype(int), min(ROWS, CELLS * len(y) // p.size)
+    known = repairs_for(2 if p.ndim == 1 else p.shape[1])
+    if kind not in known:
+        raise InputError(f"calibration by {kind!r} does not exist for {'two' if p.ndim == 1 else p.shape[1]} classes{suggest(kind, known)}")
+    y, most = np.asarray(y).astype(int), min(MATRIX_ROWS if kind in ("vector", "dirichlet") else ROWS, CELLS * len(y) // p.size)
     if len(y) > most:      # a curve of few numbers does not need millions of rows
         some = np.sort(np.random.default_rng(0).choice(len(y), most, replace=False, shuffle=False))
         y, p = y[some], p[some]
+    if p.ndim == 2 and kind != "temperature":
+        return {"kind": kind} | ({"curves": [_curve(*_steps((y == k).astype(int), p[:, k])) for k in range(p.shape[1])]} if kind == "isotonic"
+                                 else _matrix(y, np.log(np.clip(p, TINY, 1)), kind == "dirichlet"))
     if kind == "isotonic":
         return {"kind": kind} | _curve(*_steps(y, p))
     if kind == "venn_abers":
@@ -59,6 +76,11 @@ def apply_repair(
     p = np.ascontiguousarray(p)      # one row and many rows take the same way through numpy, to the last bit
     if "x" in repair:
         return np.interp(p, repair["x"], repair["y"])
+    if "curves" in repair:
+        risen = np.column_stack([np.interp(p[:, k], curve["x"], curve["y"]) for k, curve in enumerate(repair["curves"])])
+        return risen / risen.sum(1, keepdims=True)
+    if "weights" in repair:
+        return _weighed(np.log(np.clip(p, TINY, 1)), np.array(repair["weights"]), np.array(repair["shifts"]))
     if p.ndim == 2:
         powered = np.clip(p, TINY, 1) ** repair["slope"]
         return powered / powered.sum(1, keepdims=True)
@@ -104,6 +126,42 @@ def _temperature(y: np.ndarray, logs: np.ndarray) -> float:
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, right) if loss(left) < loss(right) else (left, high)
     return float(np.exp((low + high) / 2))
+
+
+def _weighed(logs: np.ndarray, weights: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    "Softmax of weighed logarithms; summed class by class, so that one row and many give the same bits."
+    scores = np.repeat(shifts[None], len(logs), axis=0)
+    for k in range(logs.shape[1]):
+        scores += logs[:, k:k + 1] * weights[:, k]
+    powered = np.exp(scores - scores.max(1, keepdims=True))
+    return powered / powered.sum(1, keepdims=True)   # type: ignore[no-any-return]
+
+
+def _matrix(y: np.ndarray, logs: np.ndarray, whole: bool) -> dict[str, Any]:
+    "Weights of logarithms and shifts with the least log loss, held to the identity; only the diagonal unless `whole`."
+    from scipy.optimize import minimize
+
+    k = logs.shape[1]
+    free = np.ones((k, k), bool) if whole else np.eye(k, dtype=bool)
+    happened = np.eye(k)[y]
+
+    def unfold(told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weights = np.eye(k)
+        weights[free] += told[:-k]
+        return weights, told[-k:]
+
+    def loss(told: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, shifts = unfold(told)
+        scores = logs @ weights.T + shifts
+        scores -= scores.max(1, keepdims=True)
+        total = np.exp(scores).sum(1)
+        off = np.exp(scores) / total[:, None] - happened
+        slope = np.concatenate([(off.T @ logs)[free], off.sum(0)]) + HELD * told
+        return float((np.log(total) - (scores * happened).sum(1)).sum() + HELD / 2 * told @ told) / len(y), slope / len(y)
+
+    found = minimize(loss, np.zeros(int(free.sum()) + k), jac=True, method="L-BFGS-B", options={"maxiter": 300})
+    weights, shifts = unfold(found.x)
+    return {"weights": weights.tolist(), "shifts": shifts.tolist()}
 
 
 def _steps(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

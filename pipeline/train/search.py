@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ..core.errors import PilothouseError
+from ..core.errors import ClusterFault, PilothouseError
 from ..core.metrics import BETTER, metric_or_none
 from .budget import HEADROOM, START, Plan, Step, Stopwatch, price, usual_rounds
 from .checkpoints import Checkpoints, key_of
@@ -23,10 +23,11 @@ from .ensembles import Ensemble, blend, weigh_greedily
 from .proposals import propose
 from .protocol import Estimator, Fitting, OutOfTime, Shape, always, check_rows, fit, from_files, never, pick_rows
 from .trees import is_skewed, most_rounds, patience
+from .workers import BOOSTED, Here, Order, Wanted, Workers
 
 # %% auto #0
-__all__ = ['Fold', 'ALWAYS', 'BOOSTED', 'SUSPECT', 'FLOOR', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal',
-           'blocks', 'Trial', 'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor', 'run_search']
+__all__ = ['Fold', 'ALWAYS', 'SUSPECT', 'FLOOR', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial',
+           'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor', 'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -164,9 +165,6 @@ class Recorded:
         return never if known.height else always
 
 # %% ../../nbs/lib/train/09_search.ipynb #e133b20a
-BOOSTED = ("trees", "portfolio")
-
-
 @dataclass
 class Meter:
     "Seconds of the budget that are spent, by price and by the rounds that were needed."
@@ -282,44 +280,62 @@ def run_search(
     further: bool = False,                            # propose more configurations while the budget lasts
     ensemble: bool = False,                           # weigh the candidates together in the end
     recorded: Recorded | None = None,                 # of a run that is repeated: it, not the clock, says what was stopped
+    workers: Workers | None = None,                   # who fits; this process by default
 ) -> Found:
     "Fit every step of the plan; raises `InputError` for rows that no family can learn from."
     check_rows(rows.shape, rows.matrix, rows.target, rows.target_name)
     clock = clock or Stopwatch(threads)
     trials: list[Trial] = []
-    caches: dict[tuple[int, int], dict[str, Any]] = {}
+    workers = workers or Here(rows, threads)
     meter = Meter(rows, plan)
 
     worked: list[tuple[float, float]] = []   # of the candidates that have ended: seconds on the clock, and by the price list
 
-    def late() -> bool:
+    def left() -> float:
         taken, priced = (sum(column) for column in zip(*worked)) if worked else (0.0, 0.0)
         pace = max(1.0, taken / priced) if priced > 1 else 1.0
-        return clock() > plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace)
+        return plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace) - clock()
 
-    def ends(name: str, stage: str) -> Callable[[], bool]:
-        if name in ALWAYS:   # without them nothing could be shipped
-            return never
-        return late if recorded is None else recorded.stopped(name, stage)
+    def ends(name: str, stage: str) -> Callable[[], float]:
+        if name in ALWAYS or recorded is not None and not recorded.stopped(name, stage)():   # without the first, nothing could be shipped
+            return lambda: math.inf
+        return left if recorded is None else lambda: -math.inf
 
-    def attempt(step: Step) -> None:
+    def foreseen(step: Step, coming: Sequence[Step]) -> Iterator[Wanted]:
+        "The fits of a step, and of those behind it that the meter would pay for as it stands."
+        known, expected = any(t.name == "trees" and t.status == "done" for t in trials), 0.0
+        for one in (step, *coming):
+            if one.name == "portfolio" and not one.config:   # which one was best on the last fold is not known yet
+                return
+            need = meter.expect(one)
+            if one is not step and one.optional and (not known or expected + need > meter.left(trials)):
+                continue
+            expected += need
+            for order in orders_of(one, rows, seed):
+                if checkpoints.get(_key(order, rows, threads)) is None:
+                    yield order, ends(one.name, one.stage)()
+
+    def attempt(step: Step, coming: Sequence[Step]) -> None:
         trial = Trial(step.name, step.family, step.config, step.stage, 0, planned_s=step.price)
-        wall, cpu, begun, charged = time.monotonic(), time.process_time(), clock(), meter.spent
-        may_stop = ends(step.name, step.stage)
+        wall, cpu, begun, charged = time.monotonic(), time.process_time() + workers.cpu_s, clock(), meter.spent
+        time_left = ends(step.name, step.stage)
         try:
-            if may_stop():
+            if time_left() < 0:
                 raise OutOfTime
-            _answer(trial, step, rows, seed, threads, checkpoints, may_stop, caches)
+            workers.ahead(foreseen(step, coming))
+            _answer(trial, step, rows, seed, threads, checkpoints, time_left, workers)
             _measure(trial, rows, goal)
         except OutOfTime:
             trial.status, trial.error, trial.rows = "stopped", f"the budget of {plan.budget_s:g} s was spent", 0
+        except ClusterFault:   # of the place, not of the candidate
+            raise
         except (PilothouseError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
             trial.status, trial.error = "failed", f"{type(error).__name__}: {error}"[:500]
         except Exception as error:
             if type(error).__name__ != "LightGBMError":
                 raise
             trial.status, trial.error = "failed", f"LightGBM: {error}"[:500]
-        trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
+        trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() + workers.cpu_s - cpu
         trials.append(with_floor(trial, meter.floor))
         meter.charge(trial)
         if trial.name == "trees":
@@ -329,7 +345,7 @@ def run_search(
         if trial.status == "done" and not trial.resumed:   # one that was cut short has no price of its own
             worked.append((clock() - begun, meter.spent - charged))
 
-    for planned in plan.steps:
+    for place, planned in enumerate(plan.steps):
         step = _with_config(planned, trials, goal)
         if step is None:
             continue
@@ -338,30 +354,36 @@ def run_search(
             said = f"passed over: about {need:.1f} s, {max(0.0, meter.left(trials)):.1f} s of the budget are left for candidates"
             trials.append(Trial(step.name, step.family, step.config, step.stage, 0, "skipped", said, planned_s=0.0))
             continue
-        attempt(step)
+        attempt(step, plan.steps[place + 1:])
     if further:
         _go_on(trials, rows, plan, goal, seed, meter, attempt, ends)
+    workers.ahead(())
     if ensemble:
         joined = _join(trials, rows, goal, meter)
         trials += [joined] if joined is not None else []
     return Found(trials, goal, any(t.status == "stopped" for t in trials))
 
 # %% ../../nbs/lib/train/09_search.ipynb #4099a3a2
-def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, meter: Meter, attempt: Callable[[Step], None],
-           ends: Callable[[str, str], Callable[[], bool]]) -> None:
+def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, meter: Meter, attempt: Callable[[Step, Sequence[Step]], None],
+           ends: Callable[[str, str], Callable[[], float]]) -> None:
     "Proposals, one after the other, while the meter says that they can be paid."
     long = meter.left(trials) >= LONG
-    for place in range(FURTHER_LONG if long else 2 * FURTHER if len(rows.valid) >= TELLING else FURTHER):
+    most = FURTHER_LONG if long else 2 * FURTHER if len(rows.valid) >= TELLING else FURTHER
+
+    def proposed(place: int) -> Step:
         tried = [(t.config, goal.sign * t.value) for t in trials if t.family == "portfolio" and t.status == "done" and t.stage == "full" and t.value is not None]
         config = propose(tried, place, seed, bool(rows.shape.categories), long)
         if goal_is_log(rows):
             config["target"] = "log"
         cost = sum(price("portfolio", len(train), rows.shape, config) for train, _ in rows.folds)
-        step = Step(f"proposal {place + 1}", "portfolio", config, "full", max(len(train) for train, _ in rows.folds), cost, True)
-        if ends(step.name, step.stage)() or any(t.status == "stopped" for t in trials):
+        return Step(f"proposal {place + 1}", "portfolio", config, "full", max(len(train) for train, _ in rows.folds), cost, True)
+
+    for place in range(most):
+        step = proposed(place)
+        if ends(step.name, step.stage)() < 0 or any(t.status == "stopped" for t in trials):
             break
         if meter.expect(step) <= meter.left(trials):
-            attempt(step)
+            attempt(step, [] if long else [proposed(later) for later in range(place + 1, most)])   # Optuna learns from each before it asks again
 
 
 def goal_is_log(rows: Rows) -> bool:
@@ -415,35 +437,42 @@ def _with_config(step: Step, trials: Sequence[Trial], goal: Goal) -> Step | None
     return Step(best.name, step.family, best.config, step.stage, step.rows, step.price)
 
 
+def orders_of(step: Step, rows: Rows, seed: int) -> list[Order]:
+    "A step's fits, fold after fold; a screening is one on the last fold."
+    places = range(len(rows.folds)) if step.stage == "full" else [len(rows.folds) - 1]
+    return [Order(step.family, step.config, seed, place, step.rows, seed) for place in places]
+
+
+def _key(order: Order, rows: Rows, threads: int) -> str:
+    assert order.fold is not None
+    train = order.learn_from(rows)
+    return key_of(family=order.family, config=order.config, seed=order.seed, threads=threads, sizes=list(rows.shape.sizes), train=train,
+                  valid=rows.folds[order.fold][1], target=rows.target, weights=rows.weights if rows.weights is not None else 0,
+                  features=rows.matrix[train[:: max(1, len(train) // 2000)]])
+
+
 def _answer(
-    trial: Trial, step: Step, rows: Rows, seed: int, threads: int, checkpoints: Checkpoints, late: Callable[[], bool],
-    caches: dict[tuple[int, int], dict[str, Any]],
+    trial: Trial, step: Step, rows: Rows, seed: int, threads: int, checkpoints: Checkpoints, left: Callable[[], float], workers: Workers,
 ) -> None:
     "Fit on each fold and answer for it."
-    places = range(len(rows.folds)) if step.stage == "full" else [len(rows.folds) - 1]
     models: list[tuple[Estimator, np.ndarray]] = []
     steps: list[int] = []
-    for place in places:
-        train, valid = rows.folds[place]
-        train = train[pick_rows(len(train), step.rows, seed)] if step.family != "dummy" else np.arange(len(rows.target))
-        key = key_of(family=step.family, config=step.config, seed=seed, threads=threads, sizes=list(rows.shape.sizes), train=train,
-                     valid=valid, target=rows.target, weights=rows.weights if rows.weights is not None else 0, features=rows.matrix[train[:: max(1, len(train) // 2000)]])
+    for order in orders_of(step, rows, seed):
+        assert order.fold is not None
+        key = _key(order, rows, threads)
         kept = checkpoints.get(key)
         if kept is not None:
             model = from_files(step.family, rows.shape, {name: values.tobytes() for name, values in kept[1].items()})
             steps.append(kept[0]["steps"])
             trial.resumed += 1
         else:
-            cache = caches.setdefault((place, len(train)), {}) if step.family in ("trees", "portfolio") else {}
-            fitting = Fitting(step.config, seed, threads, (rows.matrix[valid], rows.target[valid]), late, checkpoints.file(key, "net"), cache,
-                              None if rows.weights is None else rows.weights[train])
-            model = fit(step.family, rows.shape, rows.matrix[train], rows.target[train], fitting)
-            trial.resumed += bool(cache.get("resumed"))
+            model, resumed = workers.fit(order, left, checkpoints.file(key, "net"))
+            trial.resumed += resumed
             steps.append(model.steps)
             files = {name: np.frombuffer(content, np.uint8) for name, content in model.to_files().items()}
             checkpoints.put(key, {"steps": model.steps}, files)
-        models.append((model, valid))
-        trial.rows = max(trial.rows, len(train))
+        models.append((model, rows.folds[order.fold][1]))
+        trial.rows = max(trial.rows, len(order.learn_from(rows)))
     trial.steps = round(float(np.mean(steps)))
     trial.models = [model for model, _ in models]
     trial.size_bytes = max(sum(map(len, model.to_files().values())) for model, _ in models)

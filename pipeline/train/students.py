@@ -14,15 +14,15 @@ import numpy as np
 import polars as pl
 
 from . import trees
-from .choice import Cost
+from .choice import SIZE, Cost, teacher_of, why_not_student
 from .frontier import cut_to_rounds, size_with_rounds
 from .protocol import Fitting, OutOfTime, Shape, never
 from .protocol import fit as fit_family
 from .search import Found, Goal, Rows, Trial
 
 # %% auto #0
-__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'SIZE', 'LATENCY', 'SCHEMA', 'fit', 'from_files', 'try_candidate',
-           'teacher_of', 'add_candidates', 'compare_students']
+__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'add_candidates',
+           'compare_students']
 
 # %% ../../nbs/lib/train/20_students.ipynb #4b5256b0
 LEAST = 0.02   # weight of a class below which its copy of a row is left out
@@ -57,7 +57,6 @@ def from_files(shape: Shape, files: dict[str, bytes]) -> trees.Trees:
 STUDENT = {"learning_rate": 0.12, "num_leaves": 16, "min_data_in_leaf": 40, "rounds": 200}
 ADDITIVE = {"learning_rate": 0.15, "num_leaves": 2, "rounds": 400}
 SOFT = 0.7
-SIZE, LATENCY = 0.25, 0.5    # of the teacher's, at most
 
 
 def try_candidate(
@@ -95,14 +94,6 @@ def try_candidate(
     return trial
 
 
-def teacher_of(
-    found: Found,
-) -> Trial | None:
-    "The best candidate whose models are at hand."
-    able = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.models and t.value is not None and t.family != "dummy"]
-    return max(able, key=lambda t: found.goal.sign * float(t.value or 0.0), default=None)
-
-
 def add_candidates(
     found: Found,
     rows: Rows,
@@ -134,19 +125,19 @@ def compare_students(
 ) -> pl.DataFrame:                   # a row a student; empty where nobody was taught
     "Each student against its teacher: quality with its interval, size and time as shares, and whether it is shipped."
     students = [t for t in found.trials if t.family == "student" and t.status == "done"]
-    teacher = teacher_of(replace(found, trials=[t for t in found.trials if t.family != "student"]))
     out = []
-    for t in students if teacher is not None else []:
-        assert teacher is not None
+    for t in students:
+        beside = costs[t.name].beside
+        if beside is None:
+            continue
         row = board.filter(pl.col("candidate") == t.name).row(0, named=True)
-        size, time_share = t.size_bytes / teacher.size_bytes, costs[t.name].row_ms / costs[teacher.name].row_ms
-        small = size <= SIZE and time_share <= LATENCY
-        out.append({"student": t.name, "teacher": teacher.name, "metric": t.value, "to_best": row["to_best"], "to_best_low": row["to_best_low"],
-                    "to_best_high": row["to_best_high"], "size_share": size, "time_share": time_share, "small": small, "shipped": t.name == chosen})
+        out.append({"student": t.name, "teacher": beside.teacher, "metric": t.value, "to_best": row["to_best"], "to_best_low": row["to_best_low"],
+                    "to_best_high": row["to_best_high"], "size_share": beside.size, "time_share": beside.time, "time_low": beside.time_low,
+                    "time_high": beside.time_high, "small": not why_not_student(beside), "shipped": t.name == chosen})
     return pl.DataFrame(out, schema=SCHEMA)
 
 
 SCHEMA: dict[str, Any] = {
     "student": pl.String, "teacher": pl.String, "metric": pl.Float64, "to_best": pl.Float64, "to_best_low": pl.Float64, "to_best_high": pl.Float64,
-    "size_share": pl.Float64, "time_share": pl.Float64, "small": pl.Boolean, "shipped": pl.Boolean,
+    "size_share": pl.Float64, "time_share": pl.Float64, "time_low": pl.Float64, "time_high": pl.Float64, "small": pl.Boolean, "shipped": pl.Boolean,
 }

@@ -160,6 +160,9 @@ class Trees:
             return np.empty((0, self.shape.classes) if self.shape.classes else 0)
         shown, forest = self.view.show(matrix, self.shape), self._fast(len(matrix))
         few = {"num_threads": 1} if len(matrix) <= 16 else {}   # waking threads takes longer than so few rows
+        if forest and len(matrix) == 1 and self.shape.task == "binary" and forest.link == "logistic":
+            p = forest.probability(shown, steps or self.steps)
+            return np.array(((1 - p, p),))     # finite: its leaves are
         answer = forest.predict(shown, steps or self.steps) if forest else self.booster.predict(shown, num_iteration=steps or self.steps, **few)
         if self.shape.task == "binary":
             answer = np.array((1 - answer, answer)).T

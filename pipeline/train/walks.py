@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['NUMBER', 'CATEGORY', 'ZERO', 'rank_values', 'walk_block', 'walk_rows', 'compiled']
+__all__ = ['NUMBER', 'CATEGORY', 'ZERO', 'LANES', 'UNUSED', 'rank_values', 'walk_block', 'walk_rows', 'compiled']
 
 # %% ../../nbs/lib/train/18_walks.ipynb #19e9127d
 NUMBER, CATEGORY = 0, 1
@@ -133,29 +133,71 @@ def walk_block(
                     depth += 1
 
 # %% ../../nbs/lib/train/18_walks.ipynb #bebb1eda
+LANES = 6      # trees at once
+UNUSED = 1024  # words of zeros in front of the bits: what a number's test finds there
+
+
 def walk_rows(
     codes: np.ndarray,    # (features, block) uint16
     count: int,           # rows in the block
-    roots: np.ndarray,
-    nodes: np.ndarray,
-    words: np.ndarray,
-    leaves: np.ndarray,
-    trees: int,
+    columns: np.ndarray,  # (features, 6) int64, as `rank_values` reads them, then where a category's lines of bits begin and how long one is
+    starts: np.ndarray,   # (trees, 2) uint64: first step, first leaf
+    steps: np.ndarray,    # uint64: 16 bits each of limit, way to the right, way to the left (below zero: complement of a leaf), code
+    bits: np.ndarray,     # uint64
+    leaves: np.ndarray,   # float64
+    trees: int,           # of these so many are walked
     sums: np.ndarray,     # (scores, rows) float64, added to
 ) -> None:
     "Add every tree's answer, row after row."
-    scores = sums.shape[0]
+    one, four, six, word, low, top = np.uint64(1), np.uint64(4), np.uint64(6), np.uint64(16), np.uint64(0xFFFF), np.uint64(48)
+    inside, many, done = np.uint64(63), np.uint64(trees), np.uint64(trees)
+    features, scores = columns.shape[0], sums.shape[0]
+    code, line = np.empty(2 * features, np.uint64), np.zeros(2 * features, np.uint64)
+    at, which, found = np.zeros(LANES, np.uint64), np.zeros(LANES, np.uint64), np.empty(trees, np.uint16)
     for i in range(count):
-        for t in range(trees):
-            node = np.int64(roots[t])
-            while node >= 0:
-                k = codes[nodes[node, 0], i]
-                if nodes[node, 1] == NUMBER:
-                    turn = np.uint16(k - np.uint16(nodes[node, 3])) <= np.uint16(nodes[node, 2])
+        for f in range(features):
+            k = codes[f, i]
+            if columns[f, 2] == CATEGORY:
+                code[2 * f] = code[2 * f + 1] = low
+                line[2 * f] = line[2 * f + 1] = np.uint64(columns[f, 4]) + np.uint64(columns[f, 5]) * np.uint64(k)
+            else:
+                code[2 * f], code[2 * f + 1] = np.uint64(k), np.uint64(np.uint16(k - np.uint16(1)))
+        coming = np.uint64(0)
+        for j in range(LANES):
+            which[j] = done
+            if coming < many:
+                which[j], at[j] = coming, starts[coming, 0]
+                coming += one
+        full = trees >= LANES
+        while full:
+            for j in range(LANES):
+                step = steps[at[j]]
+                asked, limit = step >> top, step & low
+                turn = ((bits[line[asked] + (limit >> six)] >> (limit & inside)) & one) | np.uint64(code[asked] <= limit)
+                way = np.int64(np.int16((step >> (word + (turn << four))) & low))
+                if way >= 0:
+                    at[j] += np.uint64(way)
                 else:
-                    turn = k < nodes[node, 3] * 32 and ((words[nodes[node, 2] + (k >> 5)] >> np.uint32(k & 31)) & np.uint32(1)) != 0
-                node = np.int64(nodes[node, 4]) if turn else np.int64(nodes[node, 5])
-            sums[t % scores, i] += leaves[~node]
+                    found[which[j]] = np.uint16(~way)
+                    which[j] = coming
+                    if coming == many:
+                        full = False
+                        break
+                    at[j] = starts[coming, 0]
+                    coming += one
+        for j in range(LANES):       # the last ones, each alone
+            while which[j] != done:
+                step = steps[at[j]]
+                asked, limit = step >> top, step & low
+                turn = ((bits[line[asked] + (limit >> six)] >> (limit & inside)) & one) | np.uint64(code[asked] <= limit)
+                way = np.int64(np.int16((step >> (word + (turn << four))) & low))
+                if way >= 0:
+                    at[j] += np.uint64(way)
+                else:
+                    found[which[j]] = np.uint16(~way)
+                    which[j] = done
+        for t in range(trees):
+            sums[t % scores, i] += leaves[starts[t, 1] + np.uint64(found[t])]
 
 # %% ../../nbs/lib/train/18_walks.ipynb #e7da4cb0
 @functools.cache

@@ -1,9 +1,10 @@
 """A batch of any length in bounded memory, and what the inference log costs.
 
-    python -m tests.bench.batch [--rows 1000000,10000000] [--trees 300] [--folder DIR]   # trees at most, see --help
+    python -m tests.bench.batch [--rows 1000000,10000000] [--kinds parquet,csv,jsonl,xlsx] [--trees 300] [--folder DIR]   # trees at most, see --help
 
 `pilothouse predict`'s way: a file of 13 columns in, ten of them read, answers out, in a process of its own whose peak memory the
-kernel counts (with the pages of the file that the kernel keeps anyway), and its own memory; `whole` reads the same file at once, as before. The model has 63 leaves a tree and as many
+kernel counts (with the pages of the file that the kernel keeps anyway), and its own memory; `whole` reads the same file at once. A sheet
+holds a million rows, so longer tables are no workbooks. The model has 63 leaves a tree and as many
 trees as training kept; results say how many. Log: microseconds of CPU that a request
 pays (`add`), that the writing thread pays a request, and that a collector pays a row; bodies of 1 and of 100 rows. Results go to
 tests/bench/results/batch.json and are printed as a table.
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 RESULTS = Path(__file__).parent / "results" / "batch.json"
 NUMBERS = [f"x{i}" for i in range(8)]
+SHEET_ROWS = 1_048_576
 LEVELS = {"carrier": ["UA", "B6", "AA", "DL", "EV"], "origin": ["JFK", "LGA", "EWR"]}
 
 
@@ -40,20 +42,23 @@ def made(rows: int, seed: int) -> pl.DataFrame:
     return pl.DataFrame(columns | {"tail": [f"N{i}" for i in rng.integers(0, 4000, rows)], "note": ["nothing that anybody reads"] * rows, "id": np.arange(rows)})
 
 
-def write(folder: Path, rows: int) -> None:
-    "The same rows as parquet and as CSV, piece by piece."
+def write(folder: Path, rows: int, kinds: list[str]) -> None:
+    "The same rows in each kind of file, piece by piece."
     import pyarrow.parquet as pq
 
-    writer = None
-    with (folder / f"{rows}.csv").open("wb") as text:
+    from pipeline.data.export import write_export
+
+    writer = pq.ParquetWriter(folder / f"{rows}.parquet", made(1, 0).to_arrow(compat_level=pl.CompatLevel.oldest()).schema, compression="zstd")
+    with (folder / f"{rows}.csv").open("wb") as csv, (folder / f"{rows}.jsonl").open("wb") as lines:
         for first in range(0, rows, 500_000):
             frame = made(min(500_000, rows - first), first)
-            table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
-            writer = writer or pq.ParquetWriter(folder / f"{rows}.parquet", table.schema, compression="zstd")
-            writer.write_table(table)
-            frame.write_csv(text, include_header=first == 0)
-    assert writer is not None
+            writer.write_table(frame.to_arrow(compat_level=pl.CompatLevel.oldest()))
+            frame.write_csv(csv, include_header=first == 0)
+            if "jsonl" in kinds:
+                frame.write_ndjson(lines)
     writer.close()
+    if "xlsx" in kinds and rows < SHEET_ROWS:
+        write_export(pl.read_parquet(folder / f"{rows}.parquet"), folder / f"{rows}.xlsx")
 
 
 def package(folder: Path, trees: int) -> tuple[Path, bytes]:
@@ -127,6 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", default="1000000,10000000")
     parser.add_argument("--trees", type=int, default=300, help="at most: training stops where more of them no longer help")
+    parser.add_argument("--kinds", default="parquet,csv,jsonl,xlsx")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--folder", default="")
     parser.add_argument("--one", nargs=5, default=None)
     asked = parser.parse_args()
@@ -137,10 +144,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kept, key = package(folder, asked.trees)
     found: list[dict[str, Any]] = []
-    sizes = [int(n) for n in asked.rows.split(",")]
+    sizes, kinds = [int(n) for n in asked.rows.split(",")], asked.kinds.split(",")
     for rows in sizes:
-        write(folder, rows)
-        for kind in ("parquet", "csv"):
+        write(folder, rows, kinds)
+        for kind in kinds:
+            if kind == "xlsx" and rows >= SHEET_ROWS:
+                continue
             for way in ("parts", "whole") if rows == sizes[0] else ("parts",):
                 out = folder / f"{way}-{rows}-{kind}.csv"
                 done = subprocess.run([sys.executable, "-m", "tests.bench.batch", "--one", way, str(kept), key.hex(), str(folder / f"{rows}.{kind}"), str(out)],
@@ -156,7 +165,7 @@ def main() -> None:
 
     result = {"date": dt.date.today().isoformat(), "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} when it ended, Python {platform.python_version()}, polars {pl.__version__}, LightGBM {lightgbm.__version__}",
               "trees": sum(file.read_text().count("\nTree=") for file in (kept / "model").rglob("*.txt")), "batch": found, "log": log_costs(folder / "store")}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    asked.results.write_text(json.dumps(result, indent=1) + "\n")
     if not asked.folder:
         shutil.rmtree(folder)
     print("\n| file | way | rows | rows/s | rows a CPU second | peak MB | own MB |\n|---|---|---|---|---|---|---|")

@@ -12,7 +12,6 @@ import argparse
 import datetime as dt
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -58,6 +57,11 @@ def write(path: Path, rows: int) -> None:
     writer.close()
 
 
+def peak_mb() -> float:
+    "The most that this process held so far; unlike `ru_maxrss`, which an exec'd child takes over from the process that started it."
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1024
+
+
 def stream(path: Path, store: Path) -> dict[str, Any]:
     "The streamed data phase; run in a process of its own."
     from pipeline.core.problem import parse_problem, read_yaml
@@ -75,7 +79,7 @@ def stream(path: Path, store: Path) -> dict[str, Any]:
     def staged(name: str, since: tuple[float, float]) -> tuple[float, float]:
         now = time.perf_counter(), time.process_time()
         stages.append({"stage": name, "wall_s": round(now[0] - since[0], 2), "cpu_s": round(now[1] - since[1], 2),
-                       "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)})
+                       "peak_mb": round(peak_mb())})
         return now
 
     def tell(doing: str, done: int, total: int) -> None:

@@ -567,13 +567,13 @@ def install() -> None:
 
 
 def versions() -> dict[str, str]:
-    import granian
+    import httptools
     import lightgbm
 
     listed = subprocess.run([sys.executable, "-m", "uv", "pip", "list", "--format", "json", "--python", _peer("python")], capture_output=True, text=True)
     peers = {p["name"]: p["version"] for p in json.loads(listed.stdout or "[]")}
     kept = ("fastapi", "uvicorn", "pydantic", "mlserver", "litserve", "bentoml", "mlflow", "lightgbm")
-    return {"python": sys.version.split()[0], "granian": granian.__version__, "lightgbm": lightgbm.__version__, **{f"peers: {n}": peers[n] for n in kept if n in peers}}
+    return {"python": sys.version.split()[0], "httptools": httptools.__version__, "lightgbm": lightgbm.__version__, **{f"peers: {n}": peers[n] for n in kept if n in peers}}
 
 
 def main() -> None:

@@ -1,0 +1,271 @@
+"""An outage is measured and heard, slow answers are heard within one window, and a quiet hour is quiet: simulated, on a real service, and by Prometheus itself."""
+from __future__ import annotations
+
+import datetime as dt
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+import deploy_world as world
+from pipeline.core import audit
+from pipeline.deploy.handler import Service
+from pipeline.deploy.inference_log import Recorder, layout_of, read_inferences
+from pipeline.deploy.load import Plan, send_bodies
+from pipeline.deploy.objectives import BURNS, Objectives, rules_file, scrape_file
+from pipeline.deploy.package import KEY, load_package
+from pipeline.deploy.staging import as_rows
+from pipeline.monitor.signals import Tail, Watch, signals
+from serving_kit import packages, running, until
+
+FIELDS = ["hour", "seats", "carrier", "built", "rain"]
+PROMISE = Objectives(0.99, 25)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    store, (folder,) = packages(tmp_path_factory.mktemp("signals"), [20])
+    return store, folder
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[bytes]:
+    frame = world.rows("binary", 300, seed=9).with_columns(pl.col("hour").fill_null(9.0)).select(FIELDS)
+    return [json.dumps({"rows": [row]}).encode() for row in as_rows(frame, FIELDS)]
+
+
+def hour(seed: int, n: int = 60_000) -> pl.DataFrame:
+    "An hour of answers whose load moves, with a tail."
+    random = np.random.default_rng(seed)
+    due = np.sort(random.random(n)) * 3600
+    busy = 1 + 0.4 * np.sin(due / 400 + seed)
+    return pl.DataFrame({"due_s": due, "latency_ms": np.exp(random.normal(0, 0.8, n)) * busy, "status": 200})
+
+
+def test_thirty_quiet_hours_are_quiet_and_a_sleep_in_two_percent_is_heard_within_a_window() -> None:
+    for seed in range(30):
+        quiet = hour(seed)
+        assert signals(quiet, PROMISE).raised.is_empty(), seed
+        if seed % 3:
+            continue
+        asleep = (np.random.default_rng(100 + seed).random(len(quiet)) < 0.02) & (quiet["due_s"].to_numpy() > 1800)
+        for sleep_ms, rules in ((200, {"latency over the limit", "latency spike"}), (40, {"latency spike"})):      # over the promise, and below it
+            limit = PROMISE if sleep_ms == 200 else Objectives(0.99, 250)
+            slept = signals(quiet.with_columns(latency_ms=pl.col("latency_ms") + pl.Series(sleep_ms * asleep)), limit).raised
+            assert set(slept["rule"]) == rules, (seed, sleep_ms)
+            first = slept["opened_s"].min()
+            assert 1800 < first <= 1800 + limit.window_s, (seed, sleep_ms, first)
+            assert slept["closed_s"].null_count() == len(rules), "it goes on for as long as the sleeps do, and does not flicker"
+
+
+def test_a_service_at_the_very_edge_of_its_promise_is_not_called_slow() -> None:
+    random, rang = np.random.default_rng(1), 0
+    for _ in range(40):
+        watch = Watch(PROMISE)
+        n = 20_000
+        watch.add(np.sort(random.random(n)) * 1000, np.ones(n), np.where(random.random(n) < 0.01, 30.0, 20.0))      # exactly 1 %
+        watch.judge(1000)
+        rang += len(watch.raised)
+    assert rang == 0
+
+
+def test_uptime_is_what_was_left_and_burns_ring_by_length(asked: list[bytes]) -> None:
+    for share in (0.01, 0.05, 0.2, 0.5):
+        found = signals(hour(3).with_columns(status=pl.when(pl.col("due_s").is_between(1000, 1000 + 3600 * share)).then(0).otherwise(200)), PROMISE)
+        assert abs(found.uptime.value - (1 - share)) < 0.005
+        burns = set(found.raised.filter(rule="error budget burning")["window"])
+        assert burns == {b_window for b_window, limit in (("1h", 0.144), ("6h", 0.36)) if share > limit}, (share, burns)
+    slow = signals(hour(3).with_columns(latency_ms=pl.when(pl.col("due_s").is_between(1000, 1360)).then(3000.0).otherwise(pl.col("latency_ms"))), PROMISE)
+    assert abs(slow.uptime.value - 0.9) < 0.005, "an answer that comes after three seconds is none"
+
+
+def test_a_watch_in_pieces_is_the_same_watch() -> None:
+    whole = hour(5, 20_000).with_columns(status=pl.when(pl.col("due_s").is_between(900, 1900)).then(0).otherwise(200))
+    at, good, ms = whole["due_s"].to_numpy(), (whole["status"] == 200).to_numpy(), whole["latency_ms"].to_numpy()
+    one, many, begun = Watch(PROMISE), Watch(PROMISE), 0
+    one.add(at, good, ms)
+    one.judge(3600)
+    for end in (*np.sort(np.random.default_rng(2).random(40) * 3600), 3600):
+        stop = int(np.searchsorted(at, end))
+        many.add(at[begun:stop], good[begun:stop], ms[begun:stop])
+        many.judge(end)
+        begun = stop
+    assert one.steps == many.steps and one.raised == many.raised and many.late == 0 and one.raised
+
+
+def test_a_killed_service_is_down_for_as_long_as_it_was(place: tuple[Path, Path], asked: list[bytes]) -> None:
+    "kill -9 of every process, another start at the same port; the prober's uptime against the moment from which callers were really answered."
+    store, folder = place
+    found: list[pl.DataFrame] = []
+    rate, seconds, patience = 100.0, 14.0, 0.5
+    with running(store, folder, log=False) as first:
+        plan = Plan("127.0.0.1", first.port, rate, int(rate * seconds), timeout_s=patience)
+        prober = threading.Thread(target=lambda: found.append(send_bodies(plan, asked)))
+        prober.start()
+        assert until(lambda: b'pilothouse_answers_total{version="1",role="live",status="200"} 2' in first.ask("GET", "/metrics")[2]), "the prober is at work"
+        os.killpg(first.process.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        first.process.wait()
+        with Callers(first.port, asked[0], patience) as callers, running(store, folder, log=False, port=first.port):
+            assert until(lambda: callers.first is not None)
+            prober.join(90)
+    sample, = found
+    length = float(sample["due_s"].max())     # type: ignore[arg-type]
+    down = (callers.first - killed) / length
+    promise = Objectives(0.995, 25)
+    seen = signals(sample, promise, 3600 / length, in_time_ms=1000 * patience)
+    assert down > 1.5 * promise.failing(BURNS[0]), "another process needs more than a second to start"
+    assert abs(seen.uptime.value - (1 - down)) < 0.005, f"{seen.uptime.value:.4f} was reported, {1 - down:.4f} is true"
+    assert seen.raised.filter(rule="error budget burning", window="1h").height == 1
+
+
+class Callers:
+    "A caller every ten milliseconds, each on a connection of its own; `first` is when the first one set out that was answered in time."
+
+    def __init__(self, port: int, body: bytes, patience: float) -> None:
+        self.port, self.body, self.patience = port, body, patience
+        self.sent: list[float] = []
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    @property
+    def first(self) -> float | None:
+        return min(self.sent) if self.ended.is_set() else None
+
+    def __enter__(self) -> Callers:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(60) as callers:
+            while not self.sent and not self.ended.wait(0.01):
+                callers.submit(self.ask, time.monotonic())
+        self.ended.set()        # the earlier ones have had their time
+
+    def ask(self, now: float) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
+        try:
+            connection.request("POST", "/predict", self.body, {"content-type": "application/json", "prefer": "handling=lenient"})
+            if connection.getresponse().status == 200:
+                self.sent.append(now)
+        except (OSError, http.client.HTTPException):
+            pass                # nobody is there
+        finally:
+            connection.close()
+
+
+def test_an_hour_of_traffic_through_the_real_log_rings_nothing_and_loses_nothing(place: tuple[Path, Path], asked: list[bytes]) -> None:
+    "An hour in twelve seconds: service, spool, table and watch run beside each other."
+    store, folder = place
+    pace, seconds, rate = 300.0, 12.0, 120.0
+    promise, found, lags = Objectives(0.99, 500), [], []
+    with running(store, folder, log=False, store=str(store), flush_s=0.05) as server:
+        begun = dt.datetime.now(dt.UTC)
+        tail = Tail(Watch(promise, pace, outside=False), lambda after: read_inferences(store, "tiny", after), begun, settles_s=0.4)
+        load = threading.Thread(target=lambda: found.append(send_bodies(Plan(server.host, server.port, rate, int(rate * seconds)), asked)))
+        load.start()
+        while load.is_alive():
+            tail.look(dt.datetime.now(dt.UTC))
+            lags.append(tail.lag_s(dt.datetime.now(dt.UTC)))
+            time.sleep(0.1)
+        load.join()
+        sent = int((found[0]["status"] == 200).sum())
+        assert until(lambda: (tail.look(dt.datetime.now(dt.UTC)), tail.rows >= sent)[1]), f"{tail.rows} of {sent} answers are in the log"
+    assert (tail.rows, tail.lost, tail.watch.late) == (sent, 0, 0) and sent == len(found[0])
+    assert not [a for a in tail.watch.raised if a["severity"] == "page" and a["rule"] != "rows missing"], tail.watch.raised
+    assert sorted(lags)[int(0.9 * len(lags))] < promise.window_s, f"the watch was behind by {sorted(lags)[-5:]} s of an hour, a window has {promise.window_s:g}"
+
+
+def test_sleeps_inside_the_service_are_heard_through_its_own_log(place: tuple[Path, Path], asked: list[bytes], tmp_path: Path) -> None:
+    store, folder = place
+    predictor = load_package(folder, audit.public_key(store, KEY))
+    recorder = Recorder(tmp_path, "tiny", {predictor.version: layout_of(predictor, "none")}, interval=600, collects=False)
+    service = Service(predictor, recorder=recorder)
+    method, route, answer = service._routes["/predict"]
+    random, sleeping = np.random.default_rng(3), threading.Event()
+
+    def sometimes(call: Any) -> Any:
+        if sleeping.is_set() and random.random() < 0.02:
+            time.sleep(0.03)
+        return answer(call)
+
+    service._routes["/predict"] = (method, route, sometimes)
+    begun, rows = dt.datetime.now(dt.UTC), 0
+    tail = Tail(Watch(Objectives(0.99, 20), pace=600, outside=False), lambda after: read_inferences(tmp_path, "tiny", after), begun, settles_s=0.0)
+
+    def ask(n: int) -> dt.datetime:
+        nonlocal rows
+        for i in range(n):
+            assert service.handle("POST", "/predict", {"prefer": "handling=lenient"}, asked[i % len(asked)])[0] == 200
+        rows += n
+        recorder.flush()
+        now = dt.datetime.now(dt.UTC)
+        tail.look(now)
+        return now
+
+    ask(4000)
+    assert not [a for a in tail.watch.raised if a["rule"] == "latency over the limit"]
+    onset = (dt.datetime.now(dt.UTC) - begun).total_seconds() * tail.watch.pace
+    sleeping.set()
+    ask(9000)
+    recorder.close()
+    rang = [a for a in tail.watch.raised if a["rule"] == "latency over the limit"]
+    assert rang and rang[0]["opened_s"] > onset and (tail.rows, tail.lost) == (rows, 0)
+    heard = (rang[0]["opened_s"] - onset) / tail.watch.pace
+    assert heard <= 8_148 * (dt.datetime.now(dt.UTC) - begun).total_seconds() / 9000, "in as many requests as a window needs"
+
+
+PROMTOOL = shutil.which("promtool")
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool (Prometheus) is not installed here")
+def test_prometheus_rings_when_the_monitor_does(tmp_path: Path) -> None:
+    "The rule file, read and run by Prometheus' own engine: two quiet hours, an outage of ten minutes, a sleep in 2 % of the requests."
+    (tmp_path / "alerts.yml").write_text(yaml.safe_dump(rules_file(PROMISE, "tiny"), sort_keys=False, width=4000))
+    scrape = scrape_file("tiny", 8443, {"app.kubernetes.io/name": "tiny"})
+    assert scrape["rule_files"] == ["alerts.yml"]
+
+    def series(slow_from: int = 10**9, down: tuple[int, int] = (0, 0)) -> list[dict[str, str]]:
+        steps = np.arange(480)                                # 15 s each, 100 requests a second
+        count = np.cumsum(np.full(480, 1500.0))
+        fast = np.cumsum(np.where(steps >= slow_from, 1470.0, 1497.0))
+        labels = 'job="tiny",role="live",version="1"'
+        told = {'up{job="tiny"}': 1 - ((steps >= down[0]) & (steps < down[1])), f'pilothouse_answers_total{{{labels},status="200"}}': count,
+                f'pilothouse_predict_seconds_count{{{labels}}}': count, f'pilothouse_predict_seconds_bucket{{{labels},le="0.025"}}': fast}
+        return [{"series": name, "values": " ".join(f"{v:g}" for v in values)} for name, values in told.items()]
+
+    def rings(at: str, alert: str, expected: list[dict[str, str]], **fault: Any) -> dict[str, Any]:
+        alerts = [r for r in rules_file(PROMISE, "tiny")["groups"][0]["rules"] if r.get("alert") == alert]
+        wanted = [{"exp_labels": a["labels"], "exp_annotations": a["annotations"]} for a in alerts if any(a["labels"].items() >= e.items() for e in expected)]
+        return {"interval": "15s", "input_series": series(**fault), "alert_rule_test": [{"eval_time": at, "alertname": alert, "exp_alerts": wanted}]}
+
+    told = [rings("119m", alert, []) for alert in ("ErrorBudgetBurning", "LatencyOverTheLimit", "ServiceDown")]
+    told += [rings("69m15s", "ErrorBudgetBurning", [{"window": w} for w in ("1h", "6h", "3d")], down=(240, 280)), rings("62m", "ServiceDown", [{"severity": "page"}], down=(240, 280)),
+             rings("77m", "ErrorBudgetBurning", [{"window": w} for w in ("6h", "3d")], down=(240, 280)), rings("65m", "LatencyOverTheLimit", [{"severity": "page"}], slow_from=240)]
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["alerts.yml"], "evaluation_interval": "15s", "tests": told}, width=100_000))
+    done = subprocess.run([str(PROMTOOL), "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_rules_and_the_monitor_know_the_same_numbers() -> None:
+    rules = rules_file(PROMISE, "tiny")["groups"][0]["rules"]
+    said = [r["expr"] for r in rules if r.get("alert") == "ErrorBudgetBurning"]
+    assert len(said) == len(BURNS) and all(f"> {PROMISE.failing(b):.6g}" in s for b, s in zip(BURNS, said))
+    latency = next(r["expr"] for r in rules if r.get("alert") == "LatencyOverTheLimit")
+    assert f"{(PROMISE.too_slow(10_000) - 0.01) * 100:.6g} / sqrt(" in latency
