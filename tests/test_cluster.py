@@ -161,7 +161,9 @@ def test_the_phase_on_a_cluster_saves_what_it_saves_here(machines: str, tmp_path
     play(tmp_path / "nbs/phases/04_train.ipynb", shown=shown, **(where | {"run": "outputs/small/ray"}))
     assert "a Ray cluster, 2 machines and 2 cores" in " ".join(str(s._repr_html_()) for s in shown if hasattr(s, "_repr_html_"))
     assert not cluster.is_connected(), "the phase leaves the cluster when its models are fitted"
-    here, there = (json.loads((tmp_path / f"outputs/small/{run}/04_train/receipt.json").read_text())["outputs"] for run in ("main", "ray"))
+    receipts = [json.loads((tmp_path / f"outputs/small/{run}/04_train/receipt.json").read_text()) for run in ("main", "ray")]
+    assert [r["engine"] for r in receipts] == ["local", "ray"] and receipts[0]["elsewhere_s"] == 0 < receipts[1]["elsewhere_s"] < receipts[1]["cpu_s"]
+    here, there = (receipt["outputs"] for receipt in receipts)
     assert {"train/model", "train/trials", "train/seed_models", "train/validation"} <= set(here) == set(there)
     assert [name for name in here if here[name]["sha256"] != there[name]["sha256"] and not here[name]["timing"]] == []
 
@@ -200,7 +202,12 @@ def test_without_an_address_ray_starts_on_this_machine_and_ends_with_the_search(
     import ray
 
     ray.shutdown()
-    who = Cluster(ROWS)
+    try:
+        who = Cluster(ROWS)
+    except EnvironmentFault as error:
+        if "timed out during startup" not in str(error):
+            raise
+        pytest.skip("this machine is too busy: Ray did not start within its own limit of 30 s, tried three times")
     order = Order("trees", {"rounds": 20}, 1, 0, 300, 1)
     try:
         assert str(who).startswith("a Ray cluster, 1 machine and ")

@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 
 from pipeline.comply.traces import find_traces
-from pipeline.core.run import function_named, open_run
+from pipeline.core.run import function_named, open_run, read_saved
 from pipeline.data.versions import save_version
+from pipeline.deploy.inference_log import Layout, Recorder, read_inferences
 from room_kit import contract_of, earlier_phases, execute, make_project, records, rows
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs/phases/09_comply.ipynb"
@@ -34,7 +35,7 @@ def test_every_task(project, task):
     make_project(project, task)
     run = earlier_phases(project, task, rows(300, LATER, task, seed=3, first=9000))
     names = execute(NOTEBOOK)
-    assert checks(run)["An erased subject leaves no trace"] == "go"
+    assert checks(run)["An erased subject leaves no trace"] == "go" and checks(run)["A forgotten subject leaves the inference log"] == "not applicable"
     assert {"comply/columns", "comply/gaps", "comply/erasure"} <= set(records(run, "09_comply", "receipt")["outputs"])
     assert names["drill"].certificate["traces_after"] == 0 < names["drill"].certificate["traces_before"]
     again = open_run("10_report", "params/shop.yml", "outputs/shop/main")
@@ -47,17 +48,24 @@ def test_the_drill_touches_nothing_and_names_nobody(project):
     make_project(project)
     run = earlier_phases(project, "binary", rows(300, LATER, seed=3, first=9000))
     save_version(project / "outputs/store", "shop", pl.read_parquet(run / "02_data/train.parquet"))
+    log = Recorder(project / "outputs/store", "shop", {1: Layout(("price",), (), "customer", ("false", "true"))}, interval=60, collects=False)
+    for i in range(60):
+        log.add(1.7e9 + i, f"r{i}", 1, "live", 200, 0.4, json.dumps({"rows": [{"price": i, "customer": f"C-{i % 9:04d}"}]}).encode(), b'{"predictions": [{"prediction": "true", "p": {"false": 0.1, "true": 0.9}}]}')
+    log.close()
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and ".work" not in p.parts}
     names = execute(NOTEBOOK)
+    answers, _ = records_of_log = read_saved(run, "comply/log").to_dicts()
+    assert checks(run)["A forgotten subject leaves the inference log"] == "go" and [r["left"] for r in records_of_log] == [0, 0]
+    assert answers["before"] - answers["after"] == answers["of_the_subject"] > 0 and read_inferences(project / "outputs/store", "shop").height == 60
     assert all(p.read_bytes() == content for p, content in before.items())
     assert not (run / "09_comply/.scratch").exists()
     assert names["drill"].done.filter(kind="table")["rows_removed"][0] > 0
     customers = pl.read_parquet(run / "02_data/train.parquet")["customer"].unique()
     for name in customers:
         assert not find_traces(run / "09_comply", name)
-    log = (project / "outputs/store/audit.jsonl").read_text()
-    assert "erasure.drilled" in log and "C-00" not in log
-    assert [json.loads(line)["event"] for line in log.splitlines()][0] == "sealed.replayed"      # the holdout was opened for no decision
+    trail = (project / "outputs/store/audit.jsonl").read_text()
+    assert "erasure.drilled" in trail and "C-00" not in trail
+    assert [json.loads(line)["event"] for line in trail.splitlines()][0] == "sealed.replayed"      # the holdout was opened for no decision
 
 
 def test_the_same_rows_give_the_same_drill(project):

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
 import deploy_world as world
@@ -20,7 +22,7 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.core.errors import EnvironmentFault
 from pipeline.core.store import digest_bytes
 from pipeline.deploy import first_load
-from pipeline.deploy.first_load import check_loads
+from pipeline.deploy.first_load import check_loads, probe_package
 from pipeline.deploy.package import KEY, MANIFEST, SIGNATURE, Contents, load_package, package_of, release, released, verify_package
 from pipeline.deploy.sbom import SERVING, check_sbom, installed, make_sbom, read_lock, serving_lock
 from pipeline.deploy.schema import make_schema
@@ -245,3 +247,13 @@ print(probe_package(sys.argv[1], audit.public_key(Path(sys.argv[2]), KEY))["rows
 """
     done = subprocess.run([sys.executable, "-c", code, str(made[1]), str(made[0] / "store"), ",".join(names)], capture_output=True, text=True, cwd=world.ROOT)
     assert done.stdout.split() == ["16", "True"], done.stderr
+
+
+def test_a_model_of_whole_texts_passes_its_first_load(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"note": ["win a prize", "see you soon", None, "free prize now"] * 50, "hour": [float(i % 24) for i in range(200)]})
+    columns = [{"name": "note", "type": "text", "dtype": "String", "nullable": True}, {"name": "hour", "type": "number", "dtype": "Float64", "nullable": False, "min": 0.0, "max": 23.0}]
+    contract = {"target": "spam", "task": "binary", "classes": ["no", "yes"], "features": ["note", "hour"], "columns": columns}
+    model = train_model("text", frame, np.tile([1, 0, 0, 1], 50), contract).save(tmp_path / "model")
+    contents = Contents(contract, make_schema(contract, frame).to_dict(), {"threshold": 0.5}, [], {}, "# spam\n", {})
+    package = release(tmp_path / "store", tmp_path / "work", "spam", model, contents)
+    assert probe_package(package, audit.public_key(tmp_path / "store", KEY))["rows"] == 16

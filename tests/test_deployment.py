@@ -14,7 +14,7 @@ import deploy_world as world
 from pipeline.core import audit
 from pipeline.core.errors import InputError
 from pipeline.data.contract import target_values
-from pipeline.deploy.deployment import ask, deploy, go_back, history, plain_row, read_live, stop_all, write_serving
+from pipeline.deploy.deployment import ask, deploy, go_back, history, plain_row, read_live, standing, stop_all, write_serving
 from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, Contents, release
 from pipeline.deploy.registry import Registry
@@ -93,6 +93,8 @@ def test_what_is_deployed_with_a_store_is_logged_watched_and_follows_its_plans(p
     plans.change("tiny", 1, "a trial", "bob", canary=digests[1], share=100.0, subject="tailnum", salt="t")
     row = {**plain_row(place.schema), "tailnum": "N1"}
     assert until(lambda: place.ask("shop", body={"rows": [row]})[1]["version"] == 2)
+    now = standing(place.folder)
+    assert now and (now.service, now.version, now.answers, now.door) == ("ready", 1, 1, first.door)
 
     # nothing may cut the trial short
     before = read_live(place.folder)
@@ -114,13 +116,15 @@ def test_going_back_takes_the_traffic_along(place: Place) -> None:
     live = read_live(place.folder)
     if live is None or live["version"] != 2:
         pytest.skip("nothing is live: the test before this one says why")
+    Plans(place.registry).change("tiny", 5, "by hand", "bob", live=place.registry.entry("tiny", 1).digest)
+    assert until(lambda: (now := standing(place.folder)) and (now.version, now.answers) == (2, 1))
     back = go_back(place.folder, by="bob")
     assert back.version == 1 and until(lambda: place.version() == 1) and place.plan.live == place.registry.entry("tiny", 1).digest
     assert read_live(place.folder)["serving"] == live["serving"], "the same tokens, the same store"
     assert place.ask("", body={"rows": [plain_row(place.schema)]})[0] == 401
     assert [(e["event"], e["version"], e["by"]) for e in history(place.folder)] == [("live", 1, "ann"), ("live", 2, "ann"), ("live", 1, "bob")]
     changed = [e["details"] for e in audit.entries(place.store) if e["event"] == "traffic.changed"]
-    assert [(e["reason"], e["by"]) for e in changed][-3:] == [("deployed to live", "ann"), ("the trial went well", "bob"), ("brought back at live", "bob")]
+    assert [(e["reason"], e["by"]) for e in changed][-4:] == [("deployed to live", "ann"), ("the trial went well", "bob"), ("by hand", "bob"), ("brought back at live", "bob")]
 
 
 def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:
@@ -136,3 +140,46 @@ def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(InputError, match="JSON"):
             read_serving(tmp_path / "s.json")
+
+
+def test_the_verb_hands_over_what_the_problem_file_says(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli.main import main
+    from pipeline.core.store import digest
+    from pipeline.deploy import deployment
+
+    (tmp_path / "settings.ini").write_text("")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/tiny.yml").write_text(world.problem_text("tiny", "binary", comply={"subject": "tailnum", "encrypt": True}, deploy={"log_inputs": "none"}))
+    shutil.copytree(place.store, tmp_path / "outputs/store")
+    phase = tmp_path / "outputs/tiny/main/06_deploy"
+    shutil.copytree(place.packages[1], phase / "package")
+    (phase / "receipt.json").write_text(json.dumps({"outputs": {"deploy/package": {"file": "package", "sha256": digest(place.packages[1])}}}))
+    (phase.parent / "manifest.json").write_text("{}")
+    seen: list[Any] = []
+
+    def stand_in(to: Path, folder: Path, key: Any, port: int | None, how: dict[str, Any], files: Path | None, by: str) -> deployment.Deployed:
+        seen.append((to, port, how))
+        return deployment.Deployed("tiny", 2, "0" * 16, 1, 2, 3, 4.0, "now", True)
+
+    monkeypatch.setattr(deployment, "deploy", stand_in)
+    monkeypatch.chdir(tmp_path)
+    assert main(["deploy", "up", "tiny/main", "--to", "live", "--tokens", "t", "--workers", "2", "--rate", "5"]) == 0, capsys.readouterr()
+    assert seen.pop() == (Path("live"), None, {"workers": 2, "rate": 5.0, "tokens": str(tmp_path / "t"), "store": str(tmp_path / "outputs/store"), "database": "", "log_inputs": "none",
+                                               "subject": "tailnum", "keyed": True, "extensions": "pipeline.rollout.desk:extensions"})
+    assert main(["deploy", "up", "tiny/main", "--to", "live", "--alone", "--port", "0"]) == 0 and seen.pop() == (Path("live"), 0, {"workers": 1, "rate": 0.0})
+    assert [e["details"]["to"] for e in audit.entries(tmp_path / "outputs/store") if e["event"] == "package.deployed"] == ["live", "live"]
+
+    # what was judged no-go stays away from callers
+    shutil.rmtree(tmp_path / "outputs/store")
+    shutil.copytree(place.store, tmp_path / "outputs/store", ignore=shutil.ignore_patterns("pilothouse.db*"))
+    registry = Registry(tmp_path / "outputs/store")
+    registry.register(place.packages[0], "go", by="ci")
+    registry.register(place.packages[1], "no-go", by="ci")
+    registry.close()
+    capsys.readouterr()
+    assert main(["deploy", "up", "tiny/main", "--to", "live"]) == 2 and not seen
+    assert "tiny v2 comes from a run with the verdict no-go" in capsys.readouterr().err
+    assert main(["deploy", "up", "tiny/main", "--to", "live", "--alone"]) == 0
+
+    # a place that was never used
+    assert [main(["deploy", verb, "--to", "elsewhere"]) for verb in ("stop", "back", "status")] == [2, 2, 2] and not (tmp_path / "elsewhere").exists()

@@ -96,6 +96,9 @@ def test_odd_values_are_read_or_refused(tmp_path: Path) -> None:
     long[model.encoder.columns.index("carrier")] = "x" * 300_000
     assert ask("\t".join(long) + "\n").returncode == 0
     assert ask("").stdout == ""
+    ended = frame.head(3).with_columns(carrier=pl.Series(["UA\0", "UA", "nobody"]))
+    answers = ask(rows_as_lines(model, ended)).stdout.splitlines()
+    assert len(answers) == 3 and ask(rows_as_lines(model, ended.with_columns(carrier=pl.lit("UA")))).stdout.splitlines()[0] == answers[0], "a text ends at its NUL"
 
 
 def test_weekdays_of_a_century() -> None:

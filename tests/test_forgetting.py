@@ -175,6 +175,25 @@ def test_a_crash_anywhere_is_made_good_by_the_same_request(place: Path, step: st
     assert told["open"] == [] and find_held(subject(place)).is_empty() and labels.load_version(place / "outputs/store", "shop", labels.list_versions(place / "outputs/store", "shop")[-1]["id"]).height == 295
 
 
+def test_a_number_goes_by_its_rows_and_copies_of_sources_go_whole(place: Path) -> None:
+    "4711 stands in every file for something; rows are found by the column, and what was fetched is fetched again without them."
+    store, run = place / "outputs/store", place / "outputs/shop/main"
+    frame = pl.DataFrame({"__row": range(6), "customer": [4711, 4712, 4711, 4713, 4712, 4711], "price": [4711.0] * 6})
+    frame.write_parquet(run / "02_data/train.parquet")
+    shutil.rmtree(store / "tables/shop")
+    save_version(store, "shop", frame)
+    for name in ("a" * 64, "b" * 64):
+        (store / "fetched" / name).mkdir(parents=True)
+        (store / "fetched" / name / "shop.csv").write_text("customer\n4711\n")
+    receipt = json.loads((run / "02_data/receipt.json").read_text())
+    receipt["files"][f"outputs/store/fetched/{'a' * 64}/shop.csv"] = {"sha256": "a" * 64, "bytes": 1, "mtime_ns": 1}
+    (run / "02_data/receipt.json").write_text(json.dumps(receipt))
+    told = forget_subject(subject(place, "4711"), "letter 12", "clerk", NOW)
+    assert told["open"] == [] and told["rows_removed"]["table"] == 3 and told["searched_by"].startswith("rows alone")
+    assert pl.read_parquet(run / "02_data/train.parquet").to_dicts() == [row for row in frame.to_dicts() if row["customer"] != 4711]
+    assert not (store / f"fetched/{'a' * 64}/shop.csv").exists() and (store / f"fetched/{'b' * 64}/shop.csv").exists()
+
+
 def test_what_is_no_subject_changes_nothing(place: Path) -> None:
     (place / "outputs/shop/main/02_data/report.html").write_text("somebody said nobody")
     before = {p: p.read_bytes() for p in (place / "outputs").rglob("*") if p.is_file() and "inferences" not in p.parts}      # looking takes these in

@@ -12,7 +12,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.deploy.load import Plan, answered_share, latency_quantile, send, send_bodies, throughput, uptime
+import deploy_world as world
+from pipeline.core import audit
+from pipeline.deploy.batch import predict_all
+from pipeline.deploy.load import Plan, answered_share, latency_quantile, per_1000, send, send_bodies, throughput, uptime
+from pipeline.deploy.package import KEY, load_package
+from serving_kit import packages
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -117,3 +122,24 @@ def test_an_answer_that_never_comes_counts_as_none(tmp_path: Path) -> None:
     with Away(answer=b"") as server:
         found = send_here(Plan("127.0.0.1", server.port, 100, 10, timeout_s=0.5), tmp_path)
     assert set(found["status"]) == {0}
+
+
+def test_what_answers_cost_follows_the_price_and_the_trees(tmp_path: Path) -> None:
+    "Processor time as it was spent, not as it was estimated: half of the trees cost less, and the money follows time and price."
+    store, folders = packages(tmp_path, [800, 400], rows=3000)
+    predictors = [load_package(folder, audit.public_key(store, KEY)) for folder in folders]
+    frame, spent = world.rows("binary", 20_000, seed=4), [float("inf")] * 2
+    for predictor in predictors:
+        predict_all(predictor, frame.head(100))
+    for _ in range(6):                      # in turn; the least of several is what the work itself takes
+        for i, predictor in enumerate(predictors):
+            begun = time.process_time()
+            predict_all(predictor, frame)
+            spent[i] = min(spent[i], time.process_time() - begun)
+    assert 0.3 < spent[1] / spent[0] < 0.8, f"400 trees took {spent[1]:.3f} CPU s, 800 took {spent[0]:.3f}"
+    place = {"core_hour": 0.04, "watts_per_core": 10.0, "gram_co2e_per_kwh": 350.0}
+    whole, half = ({"cpu_ms_per_1000": 1e6 * s / len(frame), **place} for s in spent)
+    for what, price in (("money", "core_hour"), ("joules", "watts_per_core"), ("co2e_g", "gram_co2e_per_kwh")):
+        assert per_1000(half, what) < 0.8 * per_1000(whole, what)
+        assert per_1000(whole | {price: 2 * whole[price]}, what) == pytest.approx(2 * per_1000(whole, what), rel=1e-12), "twice the price is twice the cost"
+    assert per_1000(whole, "money") == pytest.approx(1000 * spent[0] / len(frame) / 3600 * 0.04)

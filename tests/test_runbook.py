@@ -255,11 +255,13 @@ def test_the_phase_sends_what_the_service_takes(tmp_path: Path) -> None:
         trial = prepare(run)
         assert rehearsal.rehearse(run, trial).why == "rollout.live is off"
         stage = rehearsal._stage(run, trial)
-        days, (first, *_) = rehearsal._days(run, trial, stage), [d for d in rehearsal._days(run, trial, stage) if d.outcomes]
+        begins = rehearsal.begin_at(trial.rules, np.bincount(trial.requests["window"].to_numpy()), True)
+        days = rehearsal._days(run, trial, stage, begins)
+        first = next(d for d in days if d.outcomes)
         service = Service(load_package(stage.folder("new"), audit.public_key(stage.store, KEY)))
         answered = [service.handle("POST", "/predict", {}, body) for day in days[:3] for body in day.bodies]
         assert {status for status, _, _ in answered} == {200} and {o["value"] for o in first.outcomes} <= set(world.CLASSES["multiclass"])
-        assert list(stage.versions) == ["default", "new", "worse"] and rehearsal._rules(run, trial, days).stages[-1] == 100
+        assert list(stage.versions) == ["default", "new", "worse"] and rehearsal._rules(run, trial, begins).stages[-1] == 100
         stage.close()
         text = rehearsal.runbook(run, rehearsal.Rehearsed("rollout.live is off"))._repr_html_()
         assert "loss risen" in text and (run.work / "runbook.txt").read_text().count("## ") == len(INCIDENTS)

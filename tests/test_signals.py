@@ -21,12 +21,14 @@ import yaml
 
 import deploy_world as world
 from pipeline.core import audit
+from pipeline.core.problem import Problem
 from pipeline.deploy.handler import Service
 from pipeline.deploy.inference_log import Recorder, layout_of, read_inferences
 from pipeline.deploy.load import Plan, send_bodies
 from pipeline.deploy.objectives import BURNS, Objectives, rules_file, scrape_file
 from pipeline.deploy.package import KEY, load_package
 from pipeline.deploy.staging import as_rows
+from pipeline.monitor.follow import follow
 from pipeline.monitor.signals import Tail, Watch, signals
 from serving_kit import packages, running, until
 
@@ -81,7 +83,7 @@ def test_a_service_at_the_very_edge_of_its_promise_is_not_called_slow() -> None:
     assert rang == 0
 
 
-def test_uptime_is_what_was_left_and_burns_ring_by_length(asked: list[bytes]) -> None:
+def test_uptime_is_what_was_left_and_burns_ring_by_length() -> None:
     for share in (0.01, 0.05, 0.2, 0.5):
         found = signals(hour(3).with_columns(status=pl.when(pl.col("due_s").is_between(1000, 1000 + 3600 * share)).then(0).otherwise(200)), PROMISE)
         assert abs(found.uptime.value - (1 - share)) < 0.005
@@ -109,8 +111,12 @@ def test_a_killed_service_is_down_for_as_long_as_it_was(place: tuple[Path, Path]
     "kill -9 of every process, another start at the same port; the prober's uptime against the moment from which callers were really answered."
     store, folder = place
     found: list[pl.DataFrame] = []
+    alarms: list[dict[str, Any]] = []
     rate, seconds, patience = 100.0, 14.0, 0.5
+    problem = Problem.model_validate_json(world.problem_text("tiny", "binary"))
     with running(store, folder, log=False) as first:
+        watcher = threading.Thread(target=follow, args=(problem, store, f"http://127.0.0.1:{first.port}", seconds, alarms.append, 0.2, 120.0))      # a minute in half a second
+        watcher.start()
         plan = Plan("127.0.0.1", first.port, rate, int(rate * seconds), timeout_s=patience)
         prober = threading.Thread(target=lambda: found.append(send_bodies(plan, asked)))
         prober.start()
@@ -121,6 +127,9 @@ def test_a_killed_service_is_down_for_as_long_as_it_was(place: tuple[Path, Path]
         with Callers(first.port, asked[0], patience) as callers, running(store, folder, log=False, port=first.port):
             assert until(lambda: callers.first is not None)
             prober.join(90)
+            watcher.join(90)
+    heard = next(a for a in alarms if a["rule"] == "service down")
+    assert heard["severity"] == "page" and heard["do"] == "pilothouse serve tiny/main" and not [a for a in alarms if a["rule"] in ("latency over the limit", "rows missing")]
     sample, = found
     length = float(sample["due_s"].max())     # type: ignore[arg-type]
     down = (callers.first - killed) / length
@@ -188,7 +197,7 @@ def test_an_hour_of_traffic_through_the_real_log_rings_nothing_and_loses_nothing
         sent = int((found[0]["status"] == 200).sum())
         assert until(lambda: (tail.look(dt.datetime.now(dt.UTC)), tail.rows >= sent)[1]), f"{tail.rows} of {sent} answers are in the log"
     assert (tail.rows, tail.lost, tail.watch.late) == (sent, 0, 0) and sent == len(found[0])
-    assert not [a for a in tail.watch.raised if a["severity"] == "page" and a["rule"] != "rows missing"], tail.watch.raised
+    assert not [a for a in tail.watch.raised if a["severity"] == "page" and a["opened_s"] <= 3600], tail.watch.raised
     assert sorted(lags)[int(0.9 * len(lags))] < promise.window_s, f"the watch was behind by {sorted(lags)[-5:]} s of an hour, a window has {promise.window_s:g}"
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/cli/04_verbs.ipynb #d317566f
 from __future__ import annotations
 
+import datetime as dt
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ from ..core.errors import EnvironmentFault, InputError, IntegrityError, Pilothou
 __all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'rollouts', 'Problem', 'Reason', 'advice', 'deployments', 'Place', 'Token',
            'say', 'new', 'contract', 'run', 'status', 'why', 'verify', 'reproduce', 'lineage', 'versions', 'diff',
            'report', 'readiness', 'audit_verify', 'audit_log', 'models', 'rollout_start', 'rollout_status',
-           'rollout_hold', 'rollout_resume', 'rollout_promote', 'rollout_back', 'rollout_run', 'advise_hosting',
-           'predict', 'explain_row', 'serve', 'forget', 'lab', 'doctor', 'deploy_up', 'deploy_back', 'deploy_status',
-           'deploy_stop', 'deploy_serve', 'deploy_smoke', 'deploy_ping']
+           'rollout_hold', 'rollout_resume', 'rollout_promote', 'rollout_back', 'rollout_run', 'monitor',
+           'advise_hosting', 'predict', 'explain_row', 'serve', 'forget', 'lab', 'doctor', 'deploy_up', 'deploy_back',
+           'deploy_status', 'deploy_stop', 'deploy_serve', 'deploy_smoke', 'deploy_ping']
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f75a548a
 app = typer.Typer(
@@ -179,11 +180,13 @@ def _lost_rows(run: Path, settings: Any) -> str:
     "What to add where a subject was forgotten in a run after it had ended."
     from pipeline.core import audit
 
+    from pipeline.core.run import phase_folders
+
     name = f"{run.parent.name}/{run.name}"
-    told = [e for e in audit.entries(settings.store) if e["event"] == "run.finished" and e["run"] == name or e["event"] == "subject.forgotten" and name in e["details"].get("runs", ())]
-    if not told or told[-1]["event"] == "run.finished":
+    told = [e["at"] for e in audit.entries(settings.store) if e["event"] == "subject.forgotten" and name in e["details"].get("runs", ())]
+    if not told or all((folder / "receipt.json").stat().st_mtime > dt.datetime.fromisoformat(told[-1]).timestamp() for folder in phase_folders(run)):
         return ""
-    return f" (a subject was forgotten in this run on {told[-1]['at'][:10]}, so it lost rows: pilothouse run {run.parent.name}{'' if run.name == 'main' else f' --run {run.name}'})"
+    return f" (a subject was forgotten in this run on {told[-1][:10]}, so it lost rows: pilothouse run {run.parent.name}{'' if run.name == 'main' else f' --run {run.name}'})"
 
 
 @app.command(epilog="Example: pilothouse reproduce flights/main --as main-again")
@@ -557,6 +560,46 @@ def rollout_run(
         lead(steering.registry, found.problem.name).run(threading.Event(), once=once, told=told, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
     return 0
 
+# %% ../../nbs/lib/cli/04_verbs.ipynb #a47e4228
+@app.command(epilog="Example: pilothouse monitor flights --url http://127.0.0.1:8000")
+def monitor(
+    problem: Problem,
+    url: Annotated[str | None, typer.Option("--url", help="Of the running service: watch it from now on, from outside and by its log.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="With --url: end after so many; by default it goes on until stopped.")] = None,
+    hours: Annotated[float, typer.Option("--hours", help="Without --url: judge what the log holds of the last hours.")] = 1.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    "Uptime, spent error budget and slow answers of a service; exit code 1 if somebody had to be called."
+    from pipeline.cli.run import problem_file
+    from pipeline.core.problem import load_problem
+    from pipeline.core.settings import load_settings
+    from pipeline.monitor.follow import follow, look_back
+
+    settings = load_settings()
+    found = load_problem(problem_file(problem, settings))
+
+    def told(alarm: dict[str, Any]) -> None:
+        say({"event": "alarm", **alarm}, f"{alarm['at']:%Y-%m-%d %H:%M:%S} {alarm['severity']}: {alarm['rule']} ({alarm['number']:.3g}, limit {alarm['limit']:.3g}); first: {alarm['do']}", as_json)
+        sys.stdout.flush()
+
+    if url is not None:
+        if minutes is not None and not minutes > 0:
+            raise InputError(f"--minutes {minutes:g} is no time to watch; give a number above 0")
+        rang = follow(found, settings.store, url, None if minutes is None else 60 * minutes, told)
+        if not as_json:
+            print(f"{len(rang)} alarms")
+    else:
+        if minutes is not None:
+            raise InputError("--minutes is about a service that is watched; add --url, or give --hours to look back")
+        rang, tail = look_back(found, settings.store, hours)
+        rows = [{k: f"{a[k]:%Y-%m-%d %H:%M:%S}" if k == "at" else f"{a[k]:.3g}" if k in ("number", "limit") else a[k] for k in ("at", "severity", "rule", "number", "limit", "do")} for a in rang]
+        if rows and not as_json:
+            _show_rows(rows)
+        say({"hours": hours, "rows": tail.rows, "lost": tail.lost, "alarms": rang},
+            f"{len(rang)} alarms in {hours:g} hours; {tail.rows:,} answered rows in the log, {tail.lost:,} missing", as_json)
+    return 1 if any(alarm["severity"] == "page" for alarm in rang) else 0
+
 # %% ../../nbs/lib/cli/04_verbs.ipynb #27699cb0
 advice = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Advice from a file of answers.", epilog="Example: pilothouse advise hosting answers.yml")
 app.add_typer(advice, name="advise")
@@ -849,9 +892,9 @@ def deploy_up(
                 "keyed": problem.comply.encrypt, "extensions": "pipeline.rollout.desk:extensions"}
     manifest = admit(settings.store, settings.database, folder, downgrade, load=False)
     registry = Registry(settings.store, settings.database)
-    judged = next((e.verdict for e in registry.entries(manifest["name"]) if e.version == manifest["version"]), "")
+    known = next((e for e in registry.entries(manifest["name"]) if e.version == manifest["version"]), None)
     registry.close()
-    if judged == "no-go" and not alone:
+    if known is not None and known.verdict == "no-go" and not alone:
         raise InputError(f"{manifest['name']} v{manifest['version']} comes from a run with the verdict no-go and is not put before callers; "
                          "mend what failed and run again, or try it without the store (--alone)")
     try:
@@ -861,7 +904,8 @@ def deploy_up(
         raise
     if done.changed:
         audit.append(settings.store, "package.deployed", {"name": done.name, "version": done.version, "release": done.release, "to": to.name, "by": who()})
-    return _tell_deployed(done, as_json)
+    called = f"; the registry calls it {known.state}: pilothouse models {done.name} --move {done.version} --to staging --reason …" if known is not None and known.state != "production" and not alone else ""
+    return _tell_deployed(done, as_json, called)
 
 
 @deployments.command("back", epilog="Example: pilothouse deploy back --to live/flights")
@@ -886,8 +930,10 @@ def deploy_status(to: Place, as_json: Json = False, debug: Debug = False) -> int
     door = f"callers ask at http://127.0.0.1:{now.door}" if now.door else "its door is shut, so nobody reaches it"
     door += "" if now.service == "ready" and now.door else f"; deploy its run again, or look into {to}/log"
 
+    other = f" and answers with v{now.answers}, as the traffic's plan says" if now.answers not in (0, now.version) else ""
+
     def show() -> None:
-        print(f"{now.name} v{now.version} (release {now.release}), live since {now.since}: the service is {now.service}, {door}")
+        print(f"{now.name} v{now.version} (release {now.release}), live since {now.since}: the service is {now.service}{other}, {door}")
         _show_rows(shown)
 
     say({"now": vars(now), "attempts": rows}, show, as_json)
@@ -968,7 +1014,7 @@ def deploy_ping(
     return 0 if status == 200 else 4
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #e3026c68
-def _tell_deployed(done: Any, as_json: bool) -> int:
+def _tell_deployed(done: Any, as_json: bool, more: str = "") -> int:
     state = "is live" if done.changed else "was live already"
-    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release}); /docs says how to ask", as_json)
+    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release}); /docs says how to ask{more}", as_json)
     return 0

@@ -204,7 +204,7 @@ def look_at_access(run: Run) -> Any:
     run.require("Keys and sealed data are readable by their owner alone", not loose, f"{modes.height - len(loose)} of {modes.height} paths", f"chmod {', '.join(loose[:3])}")
     kept = days_kept(run.store, run.folder.parent.name, run.now())
     limit = run.problem.comply.retention_days
-    run.require("Nothing is kept longer than promised (comply.retention_days)", kept <= limit, f"the oldest table or label version is {kept} days old",
+    run.require("Nothing is kept longer than promised (comply.retention_days)", kept <= limit, f"the oldest rows in tables, labels and inference log are {kept} days old",
                 f"pilothouse forget --expired --problem {run.folder.parent.name} --reason '…', or promise a longer time", limit=f"≤ {limit:g} days",
                 answers=["comply.retention_days"])
     return stack(table(matrix, "Roles and what they may do"), table(modes, "Private files and folders"))

@@ -15,20 +15,22 @@ from typing import Any
 
 import polars as pl
 
-from .erasure import affected_models, can_be_sought, erase_file, erase_folder, rows_left, sign_certificate
+from .erasure import affected_models, can_be_sought, erase_file, erase_folder, pick_subject, rows_left, sign_certificate
 from .traces import find_traces, holds
 from ..core import audit
 from ..core.crypto import are_forgotten, erase_key, known_key, named, pseudonym, pseudonym_key, token
+from ..core.display import estimates, note, stack, table
 from ..core.errors import InputError, IntegrityError
 from ..core.problem import Problem
-from ..core.run import phase_folders
+from ..core.run import Run, phase_folders, read_receipt
 from ..core.store import to_json, write_whole
 from ..data.versions import list_versions, stream_version
-from ..deploy.inference_log import count_inferences, count_older, drop_inferences, forget_inferences
+from ..deploy.inference_log import collect, count_inferences, count_older, drop_inferences, forget_inferences, forget_lines, inference_tables
 from ..label import versions as labels
 
 # %% auto #0
-__all__ = ['STORE_OWN', 'HELD', 'REMOVED', 'Subject', 'subject_of', 'find_held', 'forget_subject', 'drop_expired']
+__all__ = ['STORE_OWN', 'HELD', 'REMOVED', 'MOST_LINES', 'LOG_DRILL', 'Subject', 'subject_of', 'find_held', 'forget_subject',
+           'try_log', 'count_left', 'drill_log', 'drop_expired']
 
 # %% ../../nbs/lib/comply/10_forgetting.ipynb #20ebda69
 @dataclass(frozen=True)
@@ -97,13 +99,12 @@ def find_held(
         rows = _rows_of_run(run, subject)
         files = _files_with(run, subject, rows)
         found.append({"place": f"{subject.problem}/{run.name}", "kind": "run", "rows": len(rows), "files": len(files)})
-    table = subject.store / "tables" / subject.problem
-    found.append({"place": "table and its versions", "kind": "table", "rows": len(_rows_of_table(subject)), "files": len(_named_in(table, subject))})
+    found.append({"place": "table and its versions", "kind": "table", "rows": len(_rows_of_table(subject)), "files": len(_named_in(subject.store / "tables" / subject.problem, subject))})
     found.append({"place": "inference log", "kind": "log", "rows": count_inferences(subject.store, subject.problem, subject.value, subject.column), "files": 0})
     about = _labelled(subject)
     found.append({"place": "label versions", "kind": "labels", "rows": max((part.filter(pl.col("__row").is_in(about)).height for _, part in _label_versions(subject)), default=0), "files": 0})
     found += [{"place": package.name[:12], "kind": "package", "rows": 0, "files": len(_named_in(package, subject))} for package in _packages(subject.store)]
-    found += [{"place": f.relative_to(subject.outputs).as_posix(), "kind": "file", "rows": 0, "files": 1} for f in subject.others() if _named_in(f, subject)]
+    found += [{"place": f.relative_to(subject.outputs).as_posix(), "kind": "file", "rows": 0, "files": 1} for f in subject.others() if _named_in(f, subject) or _is_source(f, subject)]
     return pl.DataFrame(found, schema=HELD).filter((pl.col("rows") > 0) | (pl.col("files") > 0))
 
 # %% ../../nbs/lib/comply/10_forgetting.ipynb #2c7dad9a
@@ -149,6 +150,14 @@ def _named_in(place: Path, subject: Subject) -> list[str]:
     if not place.exists():
         return []
     return sorted({t.path for stand in subject.stands() if can_be_sought(stand) for t in find_traces(place, stand)})
+
+
+def _is_source(file: Path, subject: Subject) -> bool:
+    "A copy of a source that a run of the problem read, where its bytes cannot tell whether it holds the subject."
+    if can_be_sought(subject.value) or "fetched" not in file.parts:
+        return False
+    read = {Path(name).parts[-2:] for run in subject.runs() for folder in phase_folders(run) for name in read_receipt(folder).get("files", {})}
+    return file.parts[-2:] in read
 
 
 def _files_with(run: Path, subject: Subject, rows: set[int]) -> list[str]:
@@ -258,11 +267,11 @@ def _forget_in_runs(subject: Subject) -> list[dict[str, Any]]:
 
 def _forget_in_tables(subject: Subject) -> list[dict[str, Any]]:
     "Only where the table holds the subject: erasing makes the rest its only version."
-    table, done = subject.store / "tables" / subject.problem, []
+    folder, done = subject.store / "tables" / subject.problem, []
     for stand in subject.stands():
         rows = _rows_of_table(subject)
-        if rows or _named_in(table, subject):
-            changed = erase_folder(table, subject.column, stand, rows)
+        if rows or _named_in(folder, subject):
+            changed = erase_folder(folder, subject.column, stand, rows)
             done += [{"place": f"table {subject.problem}", "rows_removed": row["rows_removed"], "changed": row["changed"]} for row in changed.to_dicts()]
     return done
 
@@ -270,9 +279,14 @@ def _forget_in_tables(subject: Subject) -> list[dict[str, Any]]:
 def _forget_elsewhere(subject: Subject) -> list[dict[str, Any]]:
     done = []
     for file in subject.others():
+        place = file.relative_to(subject.outputs).as_posix()
+        if place.startswith("store/fetched/") and (_named_in(file, subject) or _is_source(file, subject)):      # named by its content: never changed
+            file.unlink()
+            done.append({"place": place, "rows_removed": 0, "changed": "removed: a copy of a source, fetched again when it is needed"})
+            continue
         for stand in subject.stands():
             if file.exists() and (changed := erase_file(file, subject.column, stand, ())):
-                done.append({"place": file.relative_to(subject.outputs).as_posix(), "rows_removed": changed["rows_removed"], "changed": changed["changed"]})
+                done.append({"place": place, "rows_removed": changed["rows_removed"], "changed": changed["changed"]})
     return done
 
 
@@ -294,8 +308,8 @@ def _left(subject: Subject, models: pl.DataFrame, registry: Any) -> list[str]:
     left += [f"package {p.name[:12]} of another problem or store names the subject: forget there too" for p in _packages(subject.store) if p.name not in known and _named_in(p, subject)]
     for run in subject.runs():
         left += [f"{subject.problem}/{run.name}/{path} still holds the subject" for path in _files_with(run, subject, _rows_of_run(run, subject))]
-    for table in (subject.problem, f"{subject.problem}.inferences", f"{subject.problem}.outcomes"):
-        left += [f"table {table}, {path} still holds the subject" for path in _named_in(subject.store / "tables" / table, subject)]
+    for name in (subject.problem, f"{subject.problem}.inferences", f"{subject.problem}.outcomes"):
+        left += [f"table {name}, {path} still holds the subject" for path in _named_in(subject.store / "tables" / name, subject)]
     left += ["rows of the table are still about the subject"] if _rows_of_table(subject) else []
     left += [f"{f.relative_to(subject.outputs).as_posix()} still holds the subject" for f in subject.others() if _named_in(f, subject)]
     if _named_in(subject.store / "audit.jsonl", subject):
@@ -332,6 +346,63 @@ def _certificate(subject: Subject, held: pl.DataFrame, removed: pl.DataFrame, mo
     if any(can_be_sought(stand) and holds(json.dumps(told), stand) for stand in subject.stands()):
         raise InputError("the subject's name is part of a path or of a model's name; rename that before a certificate is written")
     return sign_certificate(subject.store, told)
+
+# %% ../../nbs/lib/comply/10_forgetting.ipynb #acddc913
+MOST_LINES = 100_000
+LOG_DRILL = {"part": pl.String, "before": pl.Int64, "of_the_subject": pl.Int64, "after": pl.Int64, "left": pl.Int64}
+
+
+def try_log(
+    store: Path,        # outputs/store
+    name: str,          # the problem's name
+    scratch: Path,      # a folder of one's own
+) -> pl.DataFrame:      # LOG_DRILL: answers and outcomes; empty where no line names a subject
+    "Forget one subject in a copy of the newest lines of the log."
+    copy = scratch / "log"
+    shutil.rmtree(copy, ignore_errors=True)
+    collect(store, name)
+    newest = int(inference_tables(store, name)[0].told().get("next", 0))
+    lines, outcomes = (t.read(after=newest - MOST_LINES - 1 if i == 0 else -1) for i, t in enumerate(inference_tables(store, name)))
+    outcomes = outcomes.join(lines.select("request_id", "row"), on=["request_id", "row"], how="semi")
+    stand = pick_subject([lines], "subject")
+    if stand is None:
+        return pl.DataFrame(schema=LOG_DRILL)
+    tables = inference_tables(copy, name)
+    for each, rows in zip(tables, (lines, outcomes)):
+        with each.turn():
+            each.append(rows.drop("number"), {})
+    about = lines.filter(pl.col("subject") == stand).select("request_id", "row")
+    forget_lines(copy, name, [stand])
+    found = []
+    for part, each, rows in zip(("answers", "outcomes"), tables, (lines, outcomes)):
+        left = each.read()
+        still = left.join(about, on=["request_id", "row"], how="semi").height
+        found.append({"part": part, "before": rows.height, "of_the_subject": rows.join(about, on=["request_id", "row"], how="semi").height, "after": left.height,
+                      "left": still + sum(t.count for t in find_traces(each.folder, stand))})
+    shutil.rmtree(copy)
+    return pl.DataFrame(found, schema=LOG_DRILL)
+
+
+def count_left(
+    tried: pl.DataFrame,     # comply/log
+) -> float:
+    "Lines and traces of a subject that was forgotten in the log."
+    return float(tried["left"].sum())
+
+
+def drill_log(run: Run) -> Any:
+    "Forget one subject in a copy of the inference log, save comply/log, claim and check that no line is left."
+    title, name = "A forgotten subject leaves the inference log", run.folder.parent.name
+    tried = try_log(run.store, name, run.scratch)
+    run.save("comply/log", tried, timing=True)      # the log is the store's history, not this run's
+    if tried.is_empty():
+        why = "no answer in the inference log names a subject" if (run.store / "tables" / f"{name}.inferences").exists() else "nothing was served yet, so there is no inference log"
+        run.not_applicable(title, why, answers=["D5"])
+        return note(f"Not applicable: {why}.")
+    left = run.claim("log_lines_left", of="comply/log", by=count_left, better="lower", on="a copy of the newest lines", title="lines of a forgotten subject in the inference log")
+    run.check(title, left, at_most=0, answers=["D5"])
+    shown = tried.select("part", pl.col("before").alias("lines before"), pl.col("of_the_subject").alias("about the subject"), pl.col("after").alias("lines after"))
+    return stack(estimates([left], "What is left of a subject in the log", {left.name: 0.0}), table(shown, "One subject taken out of a copy of the log"))
 
 # %% ../../nbs/lib/comply/10_forgetting.ipynb #8a80138b
 def drop_expired(

@@ -223,6 +223,7 @@ class Run:
     _started: dt.datetime = field(default_factory=lambda: dt.datetime.now(dt.UTC))
     _clock: float = field(default_factory=time.monotonic)
     _lock: int = -1
+    _elsewhere: float = 0.0
 
     @property
     def problem(self) -> Problem:
@@ -255,6 +256,10 @@ class Run:
         path = self.folder / ".checkpoints" / self.phase
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path
+
+    def book(self, seconds: float) -> None:
+        "Core-seconds that other machines worked for this phase."
+        self._elsewhere += seconds
 
     def rng(self, name: str) -> np.random.Generator:
         "A random generator that depends on the seed and on `name` alone."
@@ -528,12 +533,12 @@ class Run:
             "notebook": notebook_digest(self.notebook) if self.notebook else "",
             "leaves": self._reads, "loaded": self._loaded, "files": self._files, "absent": sorted(set(self._absent)), "modules": module_digests(self.settings.outputs / ".cache" / "sources.json"),
             "lock": lock_digest(self.settings.root), "python": interpreter(), "seed": self._problem.problem.seed,
-            "threads": self.settings.threads, "imports": imported_libraries(),
+            "threads": self.settings.threads, "engine": self.settings.engine, "elsewhere_s": round(self._elsewhere, 3), "imports": imported_libraries(),
             "outputs": {n: {k: v for k, v in asdict(a).items() if k != "name"} for n, a in sorted(self._outputs.items())},
             "records": {k: digest_file(self.work / f"{k}.json") for k in ("claims", "checks", "decisions", "answer")},
             "answer": self._answer, "verdict": self.verdict,
             "started": self._started.isoformat(timespec="seconds"), "finished": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "wall_s": round(time.monotonic() - self._clock, 3), "cpu_s": round(sum(u.ru_utime + u.ru_stime for u in usage), 3),
+            "wall_s": round(time.monotonic() - self._clock, 3), "cpu_s": round(sum(u.ru_utime + u.ru_stime for u in usage) + self._elsewhere, 3),
             "peak_rss_mb": round(max(u.ru_maxrss for u in usage) / 1024, 1),
         }
         write_whole(self.work / "receipt.json", to_json(receipt, "receipt"), flush=False)

@@ -33,12 +33,16 @@ def probe_package(
     import numpy as np
 
     from pipeline.train.fast import prepare
+    from pipeline.train.features import Coded
 
     predictor = load_package(folder, public_key, newest)
     model = predictor.model
     width = len(model.encoder.features)
     random = np.random.default_rng(1)
     rows = np.concatenate([np.full((1, width), np.nan), np.zeros((1, width)), random.lognormal(0, 3, (PROBES - 2, width)).round(1)])
+    if model.encoder.text_columns:       # families that read whole texts are asked with some
+        said = np.resize(np.array([None, "", "one two three", "Ünüsual ☃ 12"], object), (PROBES, len(model.encoder.text_columns)))
+        rows = Coded.of(rows, said)
     native = _native(model.estimator, rows)
     prepare(model.estimator)
     answers = np.asarray(model.mended(model.estimator.predict(rows)))

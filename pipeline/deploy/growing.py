@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -138,11 +139,9 @@ class Growing:
                 file.unlink(missing_ok=True)
 
     def _table(self) -> Any:
-        from deltalake import DeltaTable
-
         if not (self.folder / "_delta_log").is_dir():
             return None
-        return self._said(lambda: DeltaTable(str(self.folder)))
+        return self._said(lambda: _opened(str(self.folder), _state(self.folder / "_delta_log")))
 
     def _said(self, call: Callable[[], Any]) -> Any:
         from deltalake.exceptions import DeltaError
@@ -188,6 +187,20 @@ class Growing:
             raise EnvironmentFault(f"table {self.folder.name} cannot be written: {str(error).splitlines()[0][:120]}; check space and rights") from error
 
 # %% ../../nbs/lib/deploy/23_growing.ipynb #7ede8036
+def _state(log: Path) -> tuple[tuple[str, int, int], ...]:
+    "Every file of a table's log as it stands: names, times, sizes."
+    with os.scandir(log) as found:
+        return tuple(sorted((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in found))
+
+
+@lru_cache(maxsize=32)
+def _opened(folder: str, state: tuple[tuple[str, int, int], ...]) -> Any:
+    "The table; its log is read again only when a file of it has changed."
+    from deltalake import DeltaTable
+
+    return DeltaTable(folder)
+
+
 def _first(file: Path) -> int:
     return int(file.name.split("-")[1])
 

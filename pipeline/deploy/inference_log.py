@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'CHUNK', 'CHUNK_BYTES', 'FILE_BYTES', 'Record', 'ID',
            'MOST_OUTCOMES', 'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder',
            'spool_key', 'write_spool', 'note_outcomes', 'inference_tables', 'collect', 'read_inferences',
-           'read_outcomes', 'newest_numbers', 'forget_inferences', 'count_inferences', 'drop_inferences', 'count_older']
+           'read_outcomes', 'newest_numbers', 'forget_inferences', 'forget_lines', 'count_inferences',
+           'drop_inferences', 'count_older']
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #608e52c3
 @dataclass(frozen=True)
@@ -546,8 +547,16 @@ def forget_inferences(
     column: str,                       # its name
 ) -> int:                              # lines that are gone
     "Take a subject's lines out of the log, outcomes too. Call it before the subject's key is erased."
-    stands = _stand_ins(store, subject, column)
-    return _drop(store, name, lambda rows: pl.Series(rows["subject"].is_in(stands).fill_null(False)))
+    return forget_lines(store, name, _stand_ins(store, subject, column))
+
+
+def forget_lines(
+    store: Path,
+    name: str,
+    stands: Sequence[str],             # what stands for the subject in the log's column `subject`
+) -> int:                              # lines that are gone
+    "The same where the subject is known by what stands for it."
+    return _drop(store, name, lambda rows: pl.Series(rows["subject"].is_in(list(stands)).fill_null(False)))
 
 
 def count_inferences(

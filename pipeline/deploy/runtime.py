@@ -304,7 +304,7 @@ static void unescape(char *text) {
     for (; *text; text++, to++) {
         if (*text != '\\') { *to = *text; continue; }
         text++;
-        *to = *text == 't' ? '\t' : *text == 'n' ? '\n' : *text == 'r' ? '\r' : *text;
+        *to = *text == 't' ? '\t' : *text == 'n' ? '\n' : *text == 'r' ? '\r' : *text == '0' ? 0 : *text;
     }
     *to = 0;
 }

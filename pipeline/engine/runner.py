@@ -382,6 +382,7 @@ class _Work:
             try:
                 task = Task(phase, self._parameters(), kept, self._imports(phase))
                 used = self.executor.run(task, lambda cell, of: self.tell("cell", phase=phase.name, cell=cell, of=of))
+                used["cpu_s"] = round(used["cpu_s"] + _elsewhere(work), 3)
                 last = self._before(phase.name)
                 self._put_in_place(phase, kept, {**used, "reasons": reasons, **({"before": last} if last else {})})
             except BaseException as error:
@@ -475,6 +476,13 @@ class _Work:
         self.facts.memory.save()
         if self.executor:
             self.executor.close()
+
+
+def _elsewhere(work: Path) -> float:
+    "Core-seconds that other machines worked for a phase; the kernel's own count does not know of them."
+    with contextlib.suppress(OSError, ValueError):   # a phase that did not finish has no receipt, which is told next
+        return float(json.loads((work / "receipt.json").read_text(encoding="utf-8")).get("elsewhere_s", 0.0))
+    return 0.0
 
 
 @contextmanager

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['SPIKE', 'SPIKED_SHARE', 'CLOSES', 'TELLING', 'USUAL_S', 'FEW', 'IN_TIME_MS', 'LONGEST_S', 'RAISED', 'SETTLES_S',
-           'RATES', 'AWAY', 'ASLEEP', 'Step', 'Watch', 'Signals', 'signals', 'Tail', 'play_hours', 'rehearse_signals']
+__all__ = ['SPIKE', 'SPIKED_SHARE', 'CLOSES', 'TELLING', 'USUAL_S', 'FEW', 'IN_TIME_MS', 'DOWN', 'LONGEST_S', 'RAISED',
+           'SETTLES_S', 'RATES', 'AWAY', 'ASLEEP', 'Step', 'Watch', 'Signals', 'signals', 'Tail', 'play_hours',
+           'rehearse_signals']
 
 # %% ../../nbs/lib/monitor/09_signals.ipynb #550df80b
 SPIKE = 3.0                    # times the usual 99th percentile
@@ -34,6 +35,7 @@ TELLING = 100                  # requests of a step, below which it has no 99th 
 USUAL_S = 3_600.0              # over which the usual one is taken
 FEW = 20                       # requests that usually come in a step, from which none at all is a sign
 IN_TIME_MS = 1000.0            # that a caller waits for an answer
+DOWN = 0.999                   # of a step without answers: nobody is there
 LONGEST_S = 86_400.0           # that a window on latency may grow to where few requests come
 RAISED: dict[str, Any] = {"rule": pl.String, "severity": pl.String, "window": pl.String, "opened_s": pl.Float64, "closed_s": pl.Float64, "number": pl.Float64, "limit": pl.Float64}
 
@@ -137,6 +139,8 @@ class Watch:
     def _ringing(self) -> list[tuple[str, str, str, float, float]]:
         found = []
         if self.outside:
+            if self.steps[-1].bad > DOWN:
+                found.append(("service down", short(self.step_s), "page", self.steps[-1].bad, DOWN))
             for burn in BURNS:
                 limit = self.objectives.failing(burn)
                 if (share := self.failing(burn.long_s)) > limit and self.failing(burn.short_s) > limit:

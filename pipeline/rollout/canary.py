@@ -207,7 +207,7 @@ class Decision:
     mean: float | None           # difference of losses so far
     evidence_worse: float        # 1/alpha of a test rolls back
     evidence_enough: float       # 1/alpha of a test allows the next share
-    new_errors: int
+    new_errors: int              # in shadow too
     old_errors: int
     evidence_errors: float
     latency: str                 # within, over

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['REPLAYED', 'LEARNED', 'UP', 'BACK', 'FIRST', 'SPARE', 'SLOWEST', 'turned_round', 'outcomes_of', 'Begins', 'begin_at',
-           'Rehearsed', 'rehearse', 'show_drill', 'runbook']
+__all__ = ['REPLAYED', 'LEARNED', 'UP', 'BACK', 'FIRST', 'AMPLE', 'SPARE', 'SLOWEST', 'turned_round', 'outcomes_of', 'Begins',
+           'begin_at', 'Rehearsed', 'rehearse', 'show_drill', 'runbook']
 
 # %% ../../nbs/lib/rollout/17_rehearsal.ipynb #bf1487b4
 REPLAYED = 4000      # requests of production that are sent
@@ -61,6 +61,7 @@ def outcomes_of(
 
 # %% ../../nbs/lib/rollout/17_rehearsal.ipynb #48199b48
 FIRST = 5000         # requests of the first stage that are sent at most
+AMPLE = 1.75         # times as many as are asked for: subjects bring more than one request each
 SPARE = 3            # days more than a stage's own, in which its requests may come
 
 
@@ -85,7 +86,7 @@ def begin_at(
     for place, share in enumerate(rules.stages):
         stages, first = rules.stages[place:], rules.windows_per_stage + SPARE
         long = len(stages) * rules.windows_per_stage + SPARE + rules.outcome_delay
-        needed = math.ceil(2 * FEWEST * 100 / share)
+        needed = math.ceil(AMPLE * FEWEST * 100 / share)
         even = sent * min(daily[:first].sum() / max(daily.sum(), 1), 1)       # that come in these days anyway
         if long > len(daily):
             missing = f"{len(stages)} stages take {long} days and there are {len(daily)}"

@@ -34,10 +34,10 @@ from .students import add_candidates, compare_students
 from .workers import Cluster, Workers
 
 # %% auto #0
-__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'recorded_by', 'limits_of', 'show_contest', 'show_plan', 'hold_contest',
-           'measure_answers', 'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs',
-           'show_frontier', 'settle', 'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of',
-           'show_costs', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest', 'show_plan',
+           'hold_contest', 'measure_answers', 'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds',
+           'draw_costs', 'show_frontier', 'settle', 'show_choice', 'show_hindsight', 'fit_models', 'check_answers',
+           'costs_of', 'show_costs', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -86,9 +86,23 @@ def open_contest(
                      dearness(train.clock, run.settings.threads))
     limits = limits_of(run, scope)
     run.save("train/plan", plan.table())
-    workers = Cluster(rows, run.settings.threads, train.clock, run.settings.address, clock.book, True) if run.settings.engine == "ray" else None
+    workers = workers_of(run, rows, clock.book) if run.settings.engine == "ray" else None
     return Contest(frame, contract, splits, encoder, rows, goal, plan, limits, clock,
                    "core-s" if train.clock == "core" else "s", recorded_by(run), workers)
+
+
+def workers_of(
+    run: Any,
+    rows: Rows,
+    book: Callable[[float], None],   # the clock's
+) -> Cluster:
+    "The machines of the cluster that settings.ini or --address names, or the cores of this one; what others work is booked."
+    def booked(seconds: float) -> None:
+        book(seconds)
+        if run.settings.address:   # what a cluster on this machine uses, the engine sees itself
+            run.book(seconds)
+
+    return Cluster(rows, run.settings.threads, run.problem.train.clock, run.settings.address, booked, ends=True)
 
 
 def recorded_by(

@@ -87,14 +87,21 @@ def fit_finally(
     def ordered(trial: Trial, seed: int, stage: str) -> Order:
         return Order(trial.family, final_config(trial), seed, None, plan.refit_rows, seeds[0], stage != "default")
 
+    def kept(trial: Trial, seed: int, stage: str) -> tuple[str, Path | None]:
+        "Its key, and where it is kept."
+        weights = None if rows.weights is None or stage == "default" else rows.weights[used]
+        key = key_of(family=trial.family, config=final_config(trial), seed=seed, threads=threads, used=used, target=rows.target, encoder=encoder.to_dict(),
+                     **({} if weights is None else {"weights": weights}))
+        return key, checkpoints.file(key, "model")
+
+    def is_kept(place: Path | None) -> bool:
+        return place is not None and (place / "digests.json").is_file()
+
     def one(trial: Trial, seed: int, stage: str) -> Model:
         wall, cpu = time.monotonic(), time.process_time() + workers.cpu_s
         config, about = final_config(trial), {"candidate": trial.name}
-        weights = None if rows.weights is None or stage == "default" else rows.weights[used]
-        key = key_of(family=trial.family, config=config, seed=seed, threads=threads, used=used, target=rows.target, encoder=encoder.to_dict(),
-                     **({} if weights is None else {"weights": weights}))
-        place = checkpoints.file(key, "model")
-        resumed = place is not None and (place / "digests.json").is_file()
+        key, place = kept(trial, seed, stage)
+        resumed = is_kept(place)
         if place is not None and resumed:
             model = load_model(place)
         else:
@@ -111,7 +118,7 @@ def fit_finally(
 
     several = [(chosen, seed, f"seed {seed}") for seed in seeds[1:]] if has_chance(chosen, len(used)) else []
     coming = [(chosen, seeds[0], "final"), *([] if chosen.name == default.name else [(default, seeds[0], "default")]), *several]
-    workers.ahead((ordered(*order), math.inf) for order in coming)
+    workers.ahead((ordered(*order), math.inf) for order in coming if not is_kept(kept(*order)[1]))
     model = one(chosen, seeds[0], "final")
     reference = model if chosen.name == default.name else one(default, seeds[0], "default")
     others: list[Model] = []
