@@ -752,7 +752,10 @@ def forget(
 
     settings, problem = _problem_with_runs(name)
     roles = problem.comply.roles
-    if role or any("forget" in actions for actions in roles.values()):
+    able = [one for one, actions in roles.items() if "forget" in actions]
+    if able and not role:
+        raise InputError(f"comply.roles of {problem.problem.name} says who may forget ({', '.join(able)}); give your role with --role")
+    if role:
         demand(roles, role, "forget", lambda event, **details: audit.append(settings.store, event, details))
     if expired:
         gone = drop_expired(settings.outputs, problem, reason, who(), clock(), dry)

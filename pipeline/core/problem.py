@@ -345,7 +345,10 @@ class ComplySection(Section):
     subject: str | None = Field(None, description="the column that names a person or thing one may ask to forget")
     pii: list[str] = []
     forbidden: list[str] = []
-    roles: dict[str, list[str]] = {"viewer": ["report"], "engineer": ["report", "data", "run"], "owner": ["report", "data", "run", "promote"]}
+    roles: dict[str, list[str]] = Field(
+        {"viewer": ["report"], "engineer": ["report", "data", "run"], "owner": ["report", "data", "run", "promote"]},
+        description="what each role may do: report, data, personal (columns), run, promote, forget, audit",
+    )
     retention_days: Positive = 730.0
     encrypt: bool = Field(False, description="keep personal columns under a key for each subject")
     least_cell: int = Field(10, ge=1, description="fewer rows than this are never shown as a group")

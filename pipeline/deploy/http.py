@@ -239,7 +239,10 @@ class Connection(asyncio.Protocol):
         self.closing, self.later = True, None
         self.awaited, self.since = "linger", self.server.now
         if self.transport is not None and self.transport.can_write_eof():
-            self.transport.write_eof()
+            try:
+                self.transport.write_eof()
+            except OSError:                 # the client has gone without waiting
+                self.transport.abort()
         elif self.transport is not None:
             self.transport.close()
 

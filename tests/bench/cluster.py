@@ -70,7 +70,7 @@ def main() -> None:
     from pipeline.train.workers import Cluster, Here
 
     rows, (nodes, _) = made(asked.rows), two_nodes()
-    connect(nodes.address)
+    ray = connect(nodes.address)
     took: dict[str, list[tuple[float, float, str]]] = {"here": [], "1 machine": [], "2 machines": []}
     for turn in range(asked.rounds + 1):   # the first warms everybody
         for place, done in took.items():
@@ -80,6 +80,7 @@ def main() -> None:
             one = searched(rows, asked.budget, workers)
             if turn:
                 done.append(one)
+    ray.shutdown()
     nodes.shutdown()
     digests = {digest for done in took.values() for _, _, digest in done}
     assert len(digests) == 1, f"not the same bits: {digests}"
