@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LONG = ("test_end_to_end", "test_label_studio", "test_deploy_server", "test_privacy", "test_own_table", "test_runbook", "test_batch")
+LONG = ("test_end_to_end", "test_label_studio", "test_cluster", "test_deploy_server", "test_privacy", "test_own_table", "test_runbook", "test_batch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
