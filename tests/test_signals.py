@@ -111,11 +111,11 @@ def test_a_killed_service_is_down_for_as_long_as_it_was(place: tuple[Path, Path]
     "kill -9 of every process, another start at the same port: the uptime that a prober reports, and how long callers of another process really found nobody."
     store, folder = place
     alarms: list[dict[str, Any]] = []
-    seconds, patience = 16.0, 0.5
+    seconds, patience = 20.0, 0.5
     problem = Problem.model_validate_json(world.problem_text("tiny", "binary"))
     with running(store, folder, log=False) as first, ThreadPoolExecutor(3) as pool:
         prober, callers = (pool.submit(send_bodies, Plan("127.0.0.1", first.port, rate, int(rate * seconds), seed=seed, timeout_s=patience), asked) for rate, seed in ((100.0, 7), (150.0, 8)))
-        watcher = pool.submit(follow, problem, store, f"http://127.0.0.1:{first.port}", seconds, alarms.append, 0.2, 120.0)      # a minute in half a second
+        watcher = pool.submit(follow, problem, store, f"http://127.0.0.1:{first.port}", seconds, alarms.append, 0.1, 300.0)      # a minute in a fifth of a second
         assert until(lambda: served(first) > 300), "both are at work"
         os.killpg(first.process.pid, signal.SIGKILL)
         first.process.wait()
@@ -125,13 +125,13 @@ def test_a_killed_service_is_down_for_as_long_as_it_was(place: tuple[Path, Path]
     assert heard["severity"] == "page" and heard["do"] == "pilothouse serve tiny/main" and not [a for a in alarms if a["rule"] in ("latency over the limit", "rows missing")]
     length, patient = float(sample["due_s"].max()), 1000 * patience     # type: ignore[arg-type]
     due, good = others["due_s"].to_numpy(), ((others["status"] == 200) & (others["latency_ms"] <= patient)).to_numpy()
-    gap = int(np.argmax(np.diff(due[good])))
-    down = (due[good][gap + 1] - due[good][gap]) / length
-    promise = Objectives(0.995, 25)
+    gaps = np.diff(due[good])
+    down = float(gaps[gaps > 0.1].sum()) / length       # nobody was answered for longer than chance leaves between two callers
+    promise = Objectives(0.999, 25)
     seen = signals(sample, promise, 3600 / length, in_time_ms=patient)
-    assert down > 1.2 * promise.failing(BURNS[0]), "another process needs more than a second to start"
+    assert down > 2 * promise.failing(BURNS[0]), "another process needs more than half a second to start"
     assert abs(seen.uptime.value - (1 - down)) < 0.005, f"{seen.uptime.value:.4f} was reported, {1 - down:.4f} is true"
-    assert seen.raised.filter(rule="error budget burning", window="1h").height == 1
+    assert seen.raised.filter(rule="error budget burning", window="1h").height >= 1
 
 
 def served(server: Running) -> float:

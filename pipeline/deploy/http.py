@@ -384,16 +384,17 @@ class Server:
         pending, queue, clock = self.pending, self.queue, time.perf_counter
         start = clock()
         until = start + SLICE_S
-        while pending:
-            request = pending.popleft()
-            computed = self.answer(request)
-            now = clock()
-            queue.leave(queue.epoch, now - start if computed else None)
-            if now > until and pending:
+        try:
+            while pending and start < until:
+                request = pending.popleft()
+                computed = self.answer(request)
+                now = clock()
+                queue.leave(queue.epoch, now - start if computed else None)
+                start = now
+        finally:                    # whatever happened to one: the others are answered
+            self.working = bool(pending)
+            if pending:
                 self.loop.call_soon(self.work)
-                return
-            start = now
-        self.working = False
 
     def answer(self, request: Request) -> bool:     # whether anything was computed for it
         connection, headers, path = request.connection, request.headers, request.path
