@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
 import socket
 import time
 import uuid
@@ -39,11 +40,13 @@ AHEAD = 16              # requests that one connection may ask before the first 
 SLOW = 64               # answers in threads at once
 LOOK_S = 0.25           # seconds between two looks at the clock
 SLICE_S = 0.005         # of answering before newcomers are heard
+SPIN_S = 0.0001         # of asking for the next request before this thread goes to sleep
+GATHER_S = 0.0005       # in which answers are gathered to leave together
 READY = ("/ready", "/v2/health/ready")
 
 # %% auto #0
-__all__ = ['SMALL', 'HEAD', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW', 'LOOK_S', 'SLICE_S', 'READY',
-           'head', 'path_of', 'Connection', 'Request', 'Server']
+__all__ = ['SMALL', 'HEAD', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW', 'LOOK_S', 'SLICE_S', 'SPIN_S',
+           'GATHER_S', 'READY', 'head', 'path_of', 'Connection', 'Request', 'Awake', 'Server']
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #ceab504c
 _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
@@ -222,7 +225,7 @@ class Connection(asyncio.Protocol):
                 self.transport.resume_reading()
         keep = keep and not (self.last and not self.asked)
         sent = head(status, headers, len(out), self.server.date) if keep else head(status, [*headers, ("connection", "close")], len(out), self.server.date)
-        self.transport.write(sent if method == "HEAD" else sent + out)
+        self.server.post(self.transport, sent if method == "HEAD" else sent + out)
         if not keep:
             self.finish()
 
@@ -238,6 +241,7 @@ class Connection(asyncio.Protocol):
         "Say that nothing more is said, and wait until that is read."
         self.closing, self.later = True, None
         self.awaited, self.since = "linger", self.server.now
+        self.server.deliver()
         if self.transport is not None and self.transport.can_write_eof():
             try:
                 self.transport.write_eof()
@@ -267,6 +271,21 @@ class Request:
         self.keep, self.failed, self.begun = keep, failed, begun
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #1f9c9ed3
+class Awake(selectors.DefaultSelector):
+    "Stays awake for a moment: putting a processor to sleep and waking it takes longer than most answers, and leaves its caches cold."
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        "What is ready, soon or within `timeout`."
+        ready = super().select(0)
+        if ready or timeout is not None and timeout <= 0:
+            return ready
+        until = time.perf_counter() + (SPIN_S if timeout is None else min(SPIN_S, timeout))
+        while time.perf_counter() < until:
+            if ready := super().select(0):
+                return ready
+        return super().select(timeout)
+
+
 class Server:
     "A service on sockets: one worker."
 
@@ -285,7 +304,8 @@ class Server:
         self.known = {path for _, path in service.routes} | self.slow
         self.connections: set[Connection] = set()
         self.pending = deque[Request]()
-        self.working = self.draining = self.ending = self.listens = False
+        self.working = self.gathers = self.draining = self.ending = self.listens = False
+        self.outbox: list[tuple[Any, bytes]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
         self.listening: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -384,6 +404,7 @@ class Server:
         pending, queue, clock = self.pending, self.queue, time.perf_counter
         start = clock()
         until = start + SLICE_S
+        gathered, self.gathers = start + GATHER_S, True
         try:
             while pending and start < until:
                 request = pending.popleft()
@@ -391,10 +412,27 @@ class Server:
                 now = clock()
                 queue.leave(queue.epoch, now - start if computed else None)
                 start = now
+                if now > gathered:
+                    self.deliver()
+                    gathered = now + GATHER_S
         finally:                    # whatever happened to one: the others are answered
+            self.gathers = False
+            self.deliver()
             self.working = bool(pending)
             if pending:
                 self.loop.call_soon(self.work)
+
+    def post(self, transport: Any, data: bytes) -> None:
+        "To a client; what a slice of the row answers within a moment leaves together, which wakes the other side once."
+        if self.gathers:
+            self.outbox.append((transport, data))
+        else:
+            transport.write(data)
+
+    def deliver(self) -> None:
+        outbox, self.outbox = self.outbox, []
+        for transport, data in outbox:
+            transport.write(data)
 
     def answer(self, request: Request) -> bool:     # whether anything was computed for it
         connection, headers, path = request.connection, request.headers, request.path

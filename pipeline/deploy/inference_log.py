@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'CHUNK', 'CHUNK_BYTES', 'FILE_BYTES', 'Record', 'ID',
+__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'EARLY_BYTES', 'CHUNK', 'FILE_BYTES', 'Record', 'ID',
            'MOST_OUTCOMES', 'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder',
            'spool_key', 'write_spool', 'note_outcomes', 'inference_tables', 'collect', 'read_inferences',
            'read_outcomes', 'newest_numbers', 'forget_inferences', 'forget_lines', 'count_inferences',
@@ -71,7 +71,8 @@ INTERVAL = 1.0                  # seconds between two writes: what a crash may l
 MOST_WAITING = 64_000_000       # bytes that wait in memory
 MOST_SPOOLED = 256_000_000      # bytes of sealed files from which they are taken at once
 TAKEN_EVERY = 300.0             # seconds after which they are taken anyway
-CHUNK, CHUNK_BYTES = 200, 256_000    # records that are packed without letting requests run
+EARLY_BYTES = 1_000_000         # that are written before the interval is over: many at once would keep requests waiting
+CHUNK = 1000                    # records that are taken without letting requests run
 FILE_BYTES = 8_000_000          # of one sealed file
 Record = tuple[float, str, int, str, int, float, bytes, bytes]   # at, request, version, role, status, ms, body, answer
 
@@ -87,12 +88,16 @@ class Recorder:
         interval: float = INTERVAL,                    # seconds
         collects: bool = True,                         # start a child process now and then
     ) -> None:
+        import msgspec
+
+        self._pack = msgspec.msgpack.Encoder().encode
         self.store, self.name, self.interval, self.collects = Path(store), check_name(name, "problem"), interval, collects
         self.layouts = dict(layouts or {})
         self.dropped = self.written = 0                # records
         self.failed = ""                               # why the last write failed
-        self._waiting: deque[Record] = deque()
+        self._waiting: deque[bytes] = deque()          # records, packed
         self._came = self._left = 0                    # bytes; each is counted by one thread alone
+        self._eager = True                             # write early where much has come
         self._unsent, self._unsent_records, self._unsent_size = b"", 0, 0
         self._key = spool_key(self.store)
         self._child: subprocess.Popen[bytes] | None = None
@@ -117,18 +122,19 @@ class Recorder:
         out: bytes,          # the answer
     ) -> None:
         "Note one answered request. Costs microseconds, never fails, never waits."
-        size = len(body) + len(out) + 100
+        record = self._pack((at, request_id, version, role, status, ms, body, out))
+        size = len(record)
         if self._came - self._left + size > MOST_WAITING:
             self.dropped += 1
             return
         self._came += size
-        self._waiting.append((at, request_id, version, role, status, ms, body, out))
+        self._waiting.append(record)
+        if self._eager and self._came - self._left > EARLY_BYTES:
+            self._eager = False
+            self._wake.set()
 
     def flush(self) -> None:
         "Write what waits; raises `EnvironmentFault` where the disk does not take it, and keeps it."
-        import msgspec
-
-        pack = msgspec.msgpack.Encoder().encode
         with self._writing:
             waiting = len(self._waiting)          # what comes meanwhile is for the next time
             while waiting or self._unsent:
@@ -136,28 +142,19 @@ class Recorder:
                     chunks: list[bytes] = []
                     self._unsent_records = self._unsent_size = 0
                     while waiting and self._unsent_size < FILE_BYTES:
-                        taken = self._chunk(waiting)
-                        chunks.append(pack(taken))
+                        taken = [self._waiting.popleft() for _ in range(min(waiting, CHUNK))]
+                        chunks.append(b"\xdd" + len(taken).to_bytes(4, "big") + b"".join(taken))      # an array in MessagePack
                         waiting -= len(taken)
                         self._unsent_records += len(taken)
+                        self._unsent_size += len(chunks[-1]) - 5
                         time.sleep(0)                 # requests that wait for the interpreter go first
                     layouts = {str(version): asdict(layout) for version, layout in self.layouts.items()}
-                    self._unsent = pack({"layouts": layouts, "records": chunks})
+                    self._unsent = self._pack({"layouts": layouts, "records": chunks})
                 write_spool(self.store, self.name, "rows", self._unsent, self._key)
                 self._spooled += len(self._unsent)
                 self.written += self._unsent_records
                 self._left += self._unsent_size
                 self._unsent = b""
-
-    def _chunk(self, waiting: int) -> list[Record]:
-        taken: list[Record] = []
-        size = 0
-        while waiting > len(taken) < CHUNK and size < CHUNK_BYTES:
-            record = self._waiting.popleft()
-            taken.append(record)
-            size += len(record[6]) + len(record[7]) + 100
-        self._unsent_size += size
-        return taken
 
     def close(self) -> None:
         "Write what is left and end the thread; for the end of a worker."
@@ -169,9 +166,10 @@ class Recorder:
     def _run(self) -> None:
         while not self._ended:
             self._wake.wait(self.interval)
+            self._wake.clear()
             try:
                 self.flush()
-                self.failed = ""
+                self.failed, self._eager = "", True       # after a failure the interval is waited for
                 if self.collects and (self._spooled > MOST_SPOOLED or time.monotonic() > self._due):
                     self._collect()
             except (EnvironmentFault, OSError) as error:     # tried again after the next interval

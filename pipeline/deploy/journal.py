@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -15,10 +14,8 @@ import msgspec
 
 from ..core.errors import InputError
 
-CHUNK = 200    # records that are written without letting requests run
-
 # %% auto #0
-__all__ = ['CHUNK', 'Entry', 'Journal']
+__all__ = ['Entry', 'Journal']
 
 # %% ../../nbs/lib/deploy/07_journal.ipynb #d77fe0cf
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -47,8 +44,8 @@ class Journal:
         if every_s <= 0:
             raise InputError(f"a journal cannot be written every {every_s:g} s; give more than 0")
         self.out, self.every_s, self.most, self.dropped = out, every_s, most, 0
-        self._lines = msgspec.json.Encoder().encode_lines
-        self._waiting: deque[Entry | Mapping[str, Any]] = deque()
+        self._line = msgspec.json.Encoder().encode
+        self._waiting: deque[bytes] = deque()
         self._done = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -57,22 +54,21 @@ class Journal:
     def __call__(self, record: Entry | Mapping[str, Any]) -> None:
         "Keep a record."
         if len(self._waiting) < self.most:
-            self._waiting.append(record)
+            self._waiting.append(self._line(record))
         else:
             self.dropped += 1
 
     def flush(self) -> None:
         "Write what waits."
         with self._writing:
-            waiting = len(self._waiting)
+            waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
             dropped, self.dropped = self.dropped, 0
-            while waiting > 0:
-                self.out.write(self._lines([self._waiting.popleft() for _ in range(min(waiting, CHUNK))]))
-                waiting -= CHUNK
-                time.sleep(0)      # requests that wait for the interpreter go first
             if dropped:
-                self.out.write(self._lines([{"dropped": dropped, "error": "nobody read these lines fast enough"}]))
-            self.out.flush()
+                waiting.append(self._line({"dropped": dropped, "error": "nobody read these lines fast enough"}))
+            if waiting:
+                waiting.append(b"")
+                self.out.write(b"\n".join(waiting))
+                self.out.flush()
 
     def close(self) -> None:
         "Write the rest and stop."

@@ -26,7 +26,7 @@ from ..core.settings import secret
 from ..core.store import locked
 from .board import Board
 from .handler import Service
-from .http import Server
+from .http import Awake, Server
 from .process import Orphan, end, listen, supervise
 from .shedding import Pool, Queue, Rates
 from .telemetry import telemetry
@@ -169,7 +169,8 @@ def answer(
         sys.setswitchinterval(SWITCH_S)
         await server.run(listening, serving.tls(), STOP_S)
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Awake())) as runner:
+        runner.run(run())
     end(*server.closers)
 
 
@@ -196,7 +197,7 @@ def load_server(
     closers: list[Callable[[], Any]] = [service.close, *([journal.close] if journal else [])]
     traces = telemetry(os.environ, live.predictor.name, live.version)
     closers += [traces.close] if traces else []
-    if serving.memory:
+    if serving.memory and serving.workers > 1:
         board = Board(Path(serving.memory), service.page)
         service.shared_page = board.merged
         starts.append(board.start)
@@ -261,7 +262,7 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
     def current() -> Plan | None:
         if not held:
             held.append(Plans(Registry(store, serving.database)))
-        plan = held[0].current(name)
+        plan = held[0].watched(name)
         return None if plan is None or plan.revision <= serving.after else plan
 
     def load(digest: str) -> Served:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import os
 import sys
 import threading
 import time
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['KEPT', 'RETRY_S', 'point', 'Plan', 'Plans', 'check_plan', 'Served', 'Routing', 'Traffic', 'Follower']
+__all__ = ['REREAD_S', 'SETTLED_NS', 'KEPT', 'RETRY_S', 'point', 'Plan', 'Plans', 'check_plan', 'Served', 'Routing', 'Traffic',
+           'Follower']
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #429a1bad
 def point(
@@ -54,6 +56,10 @@ class Plan:
     reason: str = ""
 
 
+REREAD_S = 5.0              # seconds after which a file is read again in any case
+SETTLED_NS = 100_000_000    # a file whose last change is younger may be changed again without a new time
+
+
 class Plans:
     "The plans of a registry's database; every change is one transaction and stays in the history."
 
@@ -63,6 +69,7 @@ class Plans:
     ) -> None:
         self.registry = registry
         self.table = _table()
+        self._held: tuple[str, Any, float, Plan | None] = ("", None, 0.0, None)      # name, the file's state, when it was read, what it said
         with registry.transaction("") as connection:   # one maker at a time, and a database that does not answer is told plainly
             self.table.metadata.create_all(connection, checkfirst=True)
         self._tell()
@@ -71,6 +78,16 @@ class Plans:
         "The plan that holds now; None where none was ever made."
         found = self.history(name, 1)
         return found[0] if found else None
+
+    def watched(self, name: str) -> Plan | None:
+        "The same for who asks many times a second: a database in a file is read where the file has changed, and every few seconds."
+        known, state, read, plan = self._held
+        seen, now = _state(self.registry.url), time.monotonic()
+        if seen is None or known != name or seen != state or now - read > REREAD_S:
+            plan = self.current(name)
+            settled = seen is not None and time.time_ns() - max(changed for changed, _ in seen) > SETTLED_NS      # else another write may leave the same time
+            self._held = (name, seen if settled else None, now, plan)
+        return plan
 
     def history(
         self,
@@ -109,6 +126,20 @@ class Plans:
     def _tell(self) -> None:
         self.registry.tell(self.table, "traffic.changed", lambda row: {
             "plan": row["number"], "name": row["name"], "revision": row["revision"], **json.loads(row["plan"]), "by": row["by"], "reason": row["reason"]}, "plan")
+
+
+def _state(url: str) -> tuple[tuple[int, int], ...] | None:
+    "When the files of a database were changed, and how long they are; None for one behind a server."
+    if not url.startswith("sqlite:///"):
+        return None
+    found = []
+    for file in (url.removeprefix("sqlite:///"), url.removeprefix("sqlite:///") + "-wal"):
+        try:
+            stat = os.stat(file)
+            found.append((stat.st_mtime_ns, stat.st_size))
+        except FileNotFoundError:
+            found.append((0, 0))
+    return tuple(found)
 
 
 def check_plan(
