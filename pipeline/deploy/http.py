@@ -215,7 +215,7 @@ class Connection(asyncio.Protocol):
 
     # -- to the client
 
-    def write(self, status: int, headers: Sequence[tuple[str, str]], out: bytes, method: str = "", keep: bool = True) -> None:
+    def write(self, status: int, headers: Sequence[tuple[str, str]], out: bytes, method: str = "", keep: bool = True, heard: bool = True) -> None:
         "One answer; without `keep` it is the last."
         if self.transport is None:
             return
@@ -227,17 +227,22 @@ class Connection(asyncio.Protocol):
         sent = head(status, headers, len(out), self.server.date) if keep else head(status, [*headers, ("connection", "close")], len(out), self.server.date)
         self.server.post(self.transport, sent if method == "HEAD" else sent + out)
         if not keep:
-            self.finish()
+            self.finish(heard)
 
     def refuse(self, refused: Refused) -> None:
         "What could not be read as a request."
-        if not self.closing:
-            method = self.parser.get_method().decode("latin-1") if self.awaited == "body" else ""
-            self.release()
-            status, headers, out = self.server.refusal(refused, method, path_of(self.url))
-            self.write(status, headers, out, keep=False)
+        if self.closing or self.last:
+            return
+        method = self.parser.get_method().decode("latin-1") if self.awaited == "body" else ""
+        self.release()
+        if self.asked:        # those before it are answered first
+            self.asked, self.last = self.asked + 1, True
+            self.server.put(Request(self, method, path_of(self.url), {}, b"", False, refused, 0))
+            return
+        status, headers, out = self.server.refusal(refused, method, path_of(self.url))
+        self.write(status, headers, out, method, keep=False, heard=False)
 
-    def finish(self) -> None:
+    def finish(self, heard: bool) -> None:     # False: the client is still sending
         "Say that nothing more is said, and wait until that is read."
         self.closing, self.later = True, None
         self.awaited, self.since = "linger", self.server.now
@@ -247,7 +252,7 @@ class Connection(asyncio.Protocol):
                 self.transport.write_eof()
             except OSError:                 # the client has gone without waiting
                 self.transport.abort()
-        elif self.transport is not None:
+        elif self.transport is not None and heard:
             self.transport.close()
 
     def look(self, now: float, read_s: float) -> None:
@@ -272,18 +277,24 @@ class Request:
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #1f9c9ed3
 class Awake(selectors.DefaultSelector):
-    "Stays awake for a moment: putting a processor to sleep and waking it takes longer than most answers, and leaves its caches cold."
+    """Asks for the next request a moment longer before the thread sleeps: putting a processor to sleep and waking it takes longer
+    than most answers, and leaves its caches cold. And says, behind whatever is ready, that the row is too, so that what has
+    just been heard is answered before anything else is asked of the system."""
+
+    row: int | None = None     # a registered descriptor that is never ready by itself
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         "What is ready, soon or within `timeout`."
         ready = super().select(0)
-        if ready or timeout is not None and timeout <= 0:
-            return ready
-        until = time.perf_counter() + (SPIN_S if timeout is None else min(SPIN_S, timeout))
-        while time.perf_counter() < until:
-            if ready := super().select(0):
-                return ready
-        return super().select(timeout)
+        if not ready and (timeout is None or timeout > 0):
+            until = time.perf_counter() + (SPIN_S if timeout is None else min(SPIN_S, timeout))
+            while not ready and time.perf_counter() < until:
+                ready = super().select(0)
+            if not ready:
+                ready = super().select(timeout)
+        if ready and self.row is not None:
+            ready.append((self.get_key(self.row), selectors.EVENT_READ))
+        return ready
 
 
 class Server:
@@ -304,7 +315,7 @@ class Server:
         self.known = {path for _, path in service.routes} | self.slow
         self.connections: set[Connection] = set()
         self.pending = deque[Request]()
-        self.working = self.gathers = self.draining = self.ending = self.listens = False
+        self.working = self.gathers = self.called = self.draining = self.ending = self.listens = False
         self.outbox: list[tuple[Any, bytes]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
@@ -315,10 +326,15 @@ class Server:
         listening: socket.socket,                # bound, not blocking; it may be shared with other workers
         context: ssl.SSLContext | None = None,   # speak TLS
         stop_s: float = 10.0,                    # for requests in flight to be answered once told to end
+        selector: Awake | None = None,           # of the running loop
     ) -> None:
         "Answer until `end` is called; every request that has begun to arrive by then is answered."
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         self.listening = [(listening, context)]
+        if selector is not None:
+            never, self._other = socket.socketpair()
+            self.loop.add_reader(never, self.work)
+            selector.row, self.called = never.fileno(), True
         self.look()
         self.listen()
         await self.ended.wait()
@@ -396,11 +412,14 @@ class Server:
             request.failed = self.queue.crowd()
         self.queue.enter()
         self.pending.append(request)
-        if not self.working:
+        if not (self.working or self.called):
             self.working = True
             self.loop.call_soon(self.work)
 
     def work(self) -> None:
+        if not self.pending:
+            self.working = False
+            return
         pending, queue, clock = self.pending, self.queue, time.perf_counter
         start = clock()
         until = start + SLICE_S
@@ -452,7 +471,7 @@ class Server:
         if self.draining and path in READY:
             self.send(request, *self.refusal(Refused(503, "draining", "this worker answers what it has and ends; ask another"), request.method, path))
             return False
-        self.send(request, *self.service.handle(request.method, path, headers, request.body))
+        self.send(request, *self.service.handle("GET" if request.method == "HEAD" else request.method, path, headers, request.body))
         return True
 
     def aside(self, request: Request) -> None:
@@ -494,10 +513,10 @@ class Server:
 
     def look(self) -> None:
         "Now and then: what time it is, who takes too long, and whether the parent lives."
+        self.loop.call_later(LOOK_S, self.look)
         self.now, self.date = self.loop.time(), f"date: {formatdate(usegmt=True)}\r\n"
         if self.orphan:
             self.orphan.look(self.now)
         read_s = self.service.limits.read_s
         for connection in list(self.connections):
             connection.look(self.now, read_s)
-        self.loop.call_later(LOOK_S, self.look)

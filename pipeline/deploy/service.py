@@ -167,9 +167,10 @@ def answer(
         gc.freeze()                             # what was loaded stays; looking through all of it again and again takes tens of milliseconds
         gc.set_threshold(20_000, 20, 50)
         sys.setswitchinterval(SWITCH_S)
-        await server.run(listening, serving.tls(), STOP_S)
+        await server.run(listening, serving.tls(), STOP_S, selector)
 
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Awake())) as runner:
+    selector = Awake()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
         runner.run(run())
     end(*server.closers)
 
