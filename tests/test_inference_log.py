@@ -235,7 +235,7 @@ def test_a_full_disk_costs_no_request_and_no_line_until_memory_ends(recorder: Re
 
     with monkeypatch.context() as patch:
         patch.setattr(log, "write_spool", full)
-        patch.setattr(log, "MOST_WAITING", 100 * (len(body(10)) + len(answer(0.1)) + 120))
+        patch.setattr(log, "MOST_WAITING", 100 * (len(body(10)) + len(answer(0.1)) + 70))
         for start in range(0, 200, 50):
             note(recorder, start, start + 50)
             with pytest.raises(EnvironmentFault, match="No space"):
