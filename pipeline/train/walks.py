@@ -150,7 +150,7 @@ def walk_rows(
 ) -> None:
     "Add every tree's answer, row after row."
     one, four, six, word, low, top = np.uint64(1), np.uint64(4), np.uint64(6), np.uint64(16), np.uint64(0xFFFF), np.uint64(48)
-    inside, many, done = np.uint64(63), np.uint64(trees), np.uint64(trees)
+    inside, done = np.uint64(63), np.uint64(trees)
     features, scores = columns.shape[0], sums.shape[0]
     code, line = np.empty(2 * features, np.uint64), np.zeros(2 * features, np.uint64)
     at, which, found = np.zeros(LANES, np.uint64), np.zeros(LANES, np.uint64), np.empty(trees, np.uint16)
@@ -165,37 +165,28 @@ def walk_rows(
         coming = np.uint64(0)
         for j in range(LANES):
             which[j] = done
-            if coming < many:
+            if coming < done:
                 which[j], at[j] = coming, starts[coming, 0]
                 coming += one
-        full = trees >= LANES
-        while full:
+        going = min(trees, LANES)
+        while going > 0:
             for j in range(LANES):
+                if which[j] == done:
+                    continue
                 step = steps[at[j]]
                 asked, limit = step >> top, step & low
                 turn = ((bits[line[asked] + (limit >> six)] >> (limit & inside)) & one) | np.uint64(code[asked] <= limit)
                 way = np.int64(np.int16((step >> (word + (turn << four))) & low))
                 if way >= 0:
                     at[j] += np.uint64(way)
+                    continue
+                found[which[j]] = np.uint16(~way)
+                which[j] = coming              # `done` when there is none left
+                if coming == done:
+                    going -= 1
                 else:
-                    found[which[j]] = np.uint16(~way)
-                    which[j] = coming
-                    if coming == many:
-                        full = False
-                        break
                     at[j] = starts[coming, 0]
                     coming += one
-        for j in range(LANES):       # the last ones, each alone
-            while which[j] != done:
-                step = steps[at[j]]
-                asked, limit = step >> top, step & low
-                turn = ((bits[line[asked] + (limit >> six)] >> (limit & inside)) & one) | np.uint64(code[asked] <= limit)
-                way = np.int64(np.int16((step >> (word + (turn << four))) & low))
-                if way >= 0:
-                    at[j] += np.uint64(way)
-                else:
-                    found[which[j]] = np.uint16(~way)
-                    which[j] = done
         for t in range(trees):
             sums[t % scores, i] += leaves[starts[t, 1] + np.uint64(found[t])]
 
