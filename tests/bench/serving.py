@@ -603,7 +603,7 @@ def main() -> None:
         "kill": lambda: kill(place, given.rate),
         "kill_two_workers": lambda: kill(place, given.rate, workers=2),
         "fuzz": lambda: fuzz(place),
-        "soak": lambda: kill(place, given.rate, given.soak, [given.soak * share for share in (0.2, 0.5, 0.8)]),
+        "soak": lambda: kill(place, given.rate, given.soak, [given.soak * share for share in (0.2, 0.5, 0.8)], workers=2),
     }
     failed = []
     for part in given.parts:
