@@ -314,7 +314,7 @@ class Kept:
 
     def __init__(self, **kept: Any) -> None:
         self.kept = kept
-        self.settings, self.seed, self.problem = SimpleNamespace(threads=1), 7, problem()
+        self.settings, self.seed, self.problem = SimpleNamespace(threads=1, engine="local"), 7, problem()
 
     def has(self, name: str) -> bool:
         return name in self.kept
