@@ -315,7 +315,7 @@ class Server:
         self.known = {path for _, path in service.routes} | self.slow
         self.connections: set[Connection] = set()
         self.pending = deque[Request]()
-        self.working = self.gathers = self.called = self.draining = self.ending = self.listens = False
+        self.working = self.gathers = self.draining = self.ending = self.listens = False
         self.outbox: list[tuple[Any, bytes]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
@@ -331,10 +331,10 @@ class Server:
         "Answer until `end` is called; every request that has begun to arrive by then is answered."
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         self.listening = [(listening, context)]
+        never, other = socket.socketpair()
         if selector is not None:
-            never, self._other = socket.socketpair()
             self.loop.add_reader(never, self.work)
-            selector.row, self.called = never.fileno(), True
+            selector.row = never.fileno()
         self.look()
         self.listen()
         await self.ended.wait()
@@ -347,6 +347,11 @@ class Server:
                 connection.transport.close()       # what is written is sent first
         while self.loop.time() < deadline and self.connections:
             await asyncio.sleep(0.01)
+        if selector is not None:
+            selector.row = None
+            self.loop.remove_reader(never)
+        never.close()
+        other.close()
 
     def drain(self) -> None:
         "Answer what comes, and say that it ends."
@@ -412,7 +417,7 @@ class Server:
             request.failed = self.queue.crowd()
         self.queue.enter()
         self.pending.append(request)
-        if not (self.working or self.called):
+        if not self.working:          # also for those that no socket brings: what waited for an answer from a thread
             self.working = True
             self.loop.call_soon(self.work)
 
