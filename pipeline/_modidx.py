@@ -2915,8 +2915,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'pipeline/deploy/shedding.py'),
                                           'pipeline.deploy.shedding.Queue.hold': ( 'lib/deploy/shedding.html#queue.hold',
                                                                                    'pipeline/deploy/shedding.py'),
-                                          'pipeline.deploy.shedding.Queue.idle': ( 'lib/deploy/shedding.html#queue.idle',
-                                                                                   'pipeline/deploy/shedding.py'),
                                           'pipeline.deploy.shedding.Queue.leave': ( 'lib/deploy/shedding.html#queue.leave',
                                                                                     'pipeline/deploy/shedding.py'),
                                           'pipeline.deploy.shedding.Queue.release': ( 'lib/deploy/shedding.html#queue.release',

@@ -434,7 +434,7 @@ class Server:
                 request = pending.popleft()
                 computed = self.answer(request)
                 now = clock()
-                queue.leave(queue.epoch, now - start if computed else None)
+                queue.leave(now - start if computed else None)
                 start = now
                 if now > gathered:
                     self.deliver()

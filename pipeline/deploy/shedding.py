@@ -186,7 +186,6 @@ class Queue:
     waiting: int = 0
     held: int = 0                       # bytes of bodies
     mean: float = 0.0                   # seconds a request, lately
-    epoch: int = 0                      # grows whenever nothing is left to do
     refused: int = field(default=0)
 
     def crowd(self) -> Refused | None:
@@ -197,22 +196,16 @@ class Queue:
         self.refused += 1
         return too_many(f"{self.waiting} requests wait already, some {expected:.1f} s; ask again later, or start more workers", expected)
 
-    def enter(self) -> int:     # to be given back to `leave`
+    def enter(self) -> None:
         "Come in."
         self.waiting += 1
-        return self.epoch
-
-    def idle(self) -> None:
-        "The worker has nothing to do: whoever is here waits for his own body."
-        self.epoch, self.waiting = self.epoch + 1, 0
 
     def leave(
         self,
-        epoch: int,                     # of `enter`
         seconds: float | None = None,   # that the answer took; None: it was not computed
     ) -> None:
         "Answered."
-        self.waiting -= epoch == self.epoch
+        self.waiting -= 1
         if seconds is not None:     # one request of ten thousand rows must not send everybody away
             self.mean += 0.05 * (min(seconds, max(0.005, 4 * self.mean)) - self.mean)
 
