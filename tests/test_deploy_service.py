@@ -365,6 +365,30 @@ def test_damaged_tables_are_never_a_fault_of_ours(service: Service) -> None:
         assert service.handle("POST", "/predict", {"content-type": ARROW, "prefer": "handling=lenient"}, bytes(body))[0] in (200, 400, 413, 422)
 
 
+def in_a_table(service: Service, rows: pl.DataFrame, prefer: str) -> tuple[pl.DataFrame, dict[str, str]]:
+    "The answer to an Arrow body, and its headers."
+    from pipeline.deploy.answers import ARROW, write_arrow
+
+    status, headers, out = service.handle("POST", "/predict", {"content-type": ARROW, "prefer": prefer}, write_arrow(rows.to_dict(as_series=False), {}))
+    assert status == 200, out
+    return pl.read_ipc_stream(out), dict(headers)
+
+
+def tensors_of(made: Predictor, rows: list[dict[str, Any]], **more: Any) -> bytes:
+    inputs = [{"name": n, "shape": [len(rows)], "datatype": "BYTES", "data": [row[n] for row in rows]} for n in made.schema.names]
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+def in_tensors(service: Service, rows: pl.DataFrame, prefer: str) -> tuple[pl.DataFrame, dict[str, str]]:
+    "The answer to tensors, and its headers."
+    made = service.predictor
+    status, headers, out = service.handle("POST", f"/v2/models/{made.name}/infer", {"prefer": prefer}, tensors_of(made, rows.to_dicts()))
+    outputs = json.loads(out)["outputs"]
+    kinds = {"BYTES": pl.String, "FP64": pl.Float64, "BOOL": pl.Boolean}
+    assert status == 200 and all(tensor["shape"] == [rows.height] for tensor in outputs), out
+    return pl.DataFrame([pl.Series(t["name"], t["data"], kinds[t["datatype"]]) for t in outputs]), dict(headers)
+
+
 @pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
 def test_contributions_add_up_to_the_score(task: str) -> None:
     made = predictor(task)
@@ -381,6 +405,12 @@ def test_contributions_add_up_to_the_score(task: str) -> None:
             assert told["of"] == found["prediction"]
     assert ask(service, json.dumps({"rows": [GOOD] * 101}), prefer="explain")[0] == 413
     assert "explanations" not in ask(service, json.dumps({"rows": [GOOD]}))[1]
+    wanted = [{"explain_of": e["of"], "explain_score": e["score"], "explain_base": e["base"], **{f"added_{k}": v for k, v in e["contributions"].items()}} for e in answer["explanations"]]
+    rows = pl.DataFrame([GOOD, {**GOOD, "hour": 22.0}])
+    for columns, headers in (in_a_table(service, rows, "explain"), in_tensors(service, rows, "explain")):     # the same numbers in every form
+        assert headers["preference-applied"] == "explain" and columns.drop(made.outputs).to_dicts() == wanted
+        assert columns.select(made.outputs).equals(made.predict(rows))
+    assert in_a_table(service, rows, "")[0].columns == made.outputs and service.handle("POST", "/v2/models/tiny/infer", {"prefer": "explain"}, tensors_of(made, [GOOD] * 101))[0] == 413
 
 
 def test_the_documentation_page_needs_nothing_from_outside(service: Service) -> None:
@@ -542,12 +572,16 @@ def test_a_client_of_the_inference_protocol_is_understood(service: Service) -> N
                 values = np.array([row[name] for row in rows], dtype=numpy[kind])
                 inputs.append(httpclient.InferInput(name, list(values.shape), kind))
                 inputs[-1].set_data_from_numpy(values, binary_data=binary)
-            answer = client.infer("tiny", inputs, request_id="r-9")
+            outputs = [httpclient.InferRequestedOutput(name, binary_data=binary) for name in ("prediction", "p_true", "added_hour")]
+            answer = client.infer("tiny", inputs, request_id="r-9", outputs=outputs, headers={"prefer": "explain"})
+            assert answer.as_numpy("added_hour").shape == (2,)
             expected = service.predictor.predict_rows(rows).frame
             assert expected is not None and answer.as_numpy("p_true").tolist() == expected["p_true"].to_list()
             assert [str(v) for v in answer.as_numpy("prediction")] == expected["prediction"].to_list() and answer.get_response()["id"] == "r-9"
         with pytest.raises(Exception, match="rows refused|not known|hour"):
             client.infer("tiny", inputs[1:])
+        with pytest.raises(Exception, match="added_hour.*Prefer: explain"):
+            client.infer("tiny", inputs, outputs=outputs)
     finally:
         server.shutdown()
         server.server_close()
@@ -570,7 +604,7 @@ def test_ten_thousand_odd_bodies_meet_no_fault_of_ours(service: Service) -> None
     statuses: dict[int, int] = {}
     for number in range(10_000):
         path, kind = "/predict", number % 5
-        headers = {"prefer": chance.choice(["", "handling=lenient", "explain", "handling=lenient, explain"])} if number % 7 == 0 else {}
+        headers = {"prefer": chance.choice(["", "handling=lenient", "explain, sets", "handling=lenient, explain, targets"])} if number % 7 == 0 else {}
         if kind == 0:
             body = json.dumps(_odd_json(chance)).encode()
         elif kind == 1:

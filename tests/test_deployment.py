@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from serving_kit import until
 
 import deploy_world as world
 from pipeline.core import audit
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, IntegrityError
 from pipeline.data.contract import target_values
+from pipeline.deploy import deployment
 from pipeline.deploy.deployment import ask, deploy, go_back, history, plain_row, read_live, standing, stop_all, write_serving
 from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, Contents, release
@@ -32,7 +34,8 @@ class Place:
         frame, contract = world.rows("binary", 300), world.contract("binary")
         model = train_model("linear", frame, target_values(frame, contract), contract, Fitting({})).save(folder / "model")
         self.schema, self.store, self.folder = make_schema(contract, frame), folder / "store", folder / "live"
-        self.packages = [release(self.store, folder / f"work{n}", "tiny", model, Contents(contract, self.schema.to_dict(), {"threshold": 0.5}, [], {}, f"# {n}\n", {})) for n in range(2)]
+        self.contents = lambda text: Contents(contract, self.schema.to_dict(), {"threshold": 0.5}, [], {}, f"# {text}\n", {})
+        self.packages = [release(self.store, folder / f"work{n}", "tiny", model, self.contents(n)) for n in range(2)]
         self.registry = Registry(self.store)
         for package in self.packages:
             self.registry.register(package, "go", by="ci")
@@ -54,6 +57,9 @@ class Place:
 
     def version(self) -> int:
         return int(self.ask("shop", body={"rows": [plain_row(self.schema)]})[1]["version"])
+
+    def states(self) -> dict[int, str]:
+        return {entry.version: entry.state for entry in self.registry.entries("tiny")}
 
     @property
     def plan(self) -> Plan:
@@ -78,6 +84,7 @@ def test_what_is_deployed_with_a_store_is_logged_watched_and_follows_its_plans(p
     assert first.changed and (place.plan.revision, place.plan.live, place.plan.reason, place.plan.by) == (1, digests[0], "deployed to live", "ann")
     assert place.ask("", body={"rows": [plain_row(place.schema)]})[0] == 401, "the file of tokens guards it"
     assert place.version() == 1 and not place.deploy(0).changed and place.plan.revision == 1, "twice is once: no plan is made again"
+    assert place.states() == {1: "production", 2: "candidate"} and standing(place.folder).registered == "production", "one truth about what is live"
 
     # the log and the operators' page
     def logged() -> list[str]:
@@ -100,13 +107,14 @@ def test_what_is_deployed_with_a_store_is_logged_watched_and_follows_its_plans(p
     before = read_live(place.folder)
     with pytest.raises(InputError, match="version 2 of tiny was asked while a trial goes on beside another one.*pilothouse rollout promote tiny"):
         place.deploy(1)
-    assert read_live(place.folder) == before and place.plan.revision == 2
+    assert read_live(place.folder) == before and place.plan.revision == 2 and place.states() == {1: "production", 2: "candidate"}
 
     # what the traffic's plan calls live may be released anew, and the trial beside it goes on
     plans.change("tiny", 2, "the other way round", "bob", live=digests[1], canary=digests[0])
     second = place.deploy(1, rate=50.0)
     assert second.changed and second.version == 2 and (place.plan.revision, place.plan.live, place.plan.canary, place.plan.share) == (4, digests[1], digests[0], 100.0)
     assert until(lambda: place.ask("shop", body={"rows": [row]})[1]["version"] == 1), "the new process follows the plan that came with it"
+    assert place.states() == {1: "retired", 2: "production"}
     plans.change("tiny", 4, "the trial went well", "bob", canary=None, share=0.0)
     assert until(lambda: place.version() == 2) and place.version() == 2
     assert {file.name for file in place.folder.glob("serving-*.json")} == {read_live(place.folder)["serving"]}, "what is no longer used is gone"
@@ -122,9 +130,59 @@ def test_going_back_takes_the_traffic_along(place: Place) -> None:
     assert back.version == 1 and until(lambda: place.version() == 1) and place.plan.live == place.registry.entry("tiny", 1).digest
     assert read_live(place.folder)["serving"] == live["serving"], "the same tokens, the same store"
     assert place.ask("", body={"rows": [plain_row(place.schema)]})[0] == 401
+    assert place.states() == {1: "production", 2: "retired"} and place.registry.entry("tiny", 2).reason == "rollback: brought back at live"
     assert [(e["event"], e["version"], e["by"]) for e in history(place.folder)] == [("live", 1, "ann"), ("live", 2, "ann"), ("live", 1, "bob")]
     changed = [e["details"] for e in audit.entries(place.store) if e["event"] == "traffic.changed"]
     assert [(e["reason"], e["by"]) for e in changed][-4:] == [("deployed to live", "ann"), ("the trial went well", "bob"), ("by hand", "bob"), ("brought back at live", "bob")]
+
+
+def test_what_the_registry_refuses_never_starts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_start", lambda *words: pytest.fail("it was started"))
+    before = place.states(), place.plan, read_live(place.folder)
+    Registry(place.store).register(release(place.store, place.folder.parent / "work9", "tiny", place.folder.parent / "model", place.contents("another")), "no-go", by="ci")
+    third = place.store / "models" / place.registry.entry("tiny", 3).digest
+    with pytest.raises(InputError, match="tiny v3 comes from a run with the verdict no-go"):
+        deploy(place.folder, third, place.key, 0, place.how, program=place.program)
+    place.registry.move("tiny", 3, "retired", "it failed")
+    older = place.registry.entry("tiny", 1)
+    with place.registry.transaction("tiny") as connection:        # as if version 2 had taken its place by a rollout
+        place.registry._change(connection, older, "retired", "bob", "v2 took its place")
+    with pytest.raises(IntegrityError, match="tiny v1 is older than v2, which was in production"):
+        place.deploy(0)
+    with place.registry.transaction("tiny") as connection:
+        place.registry.put_live(connection, "tiny", older.digest, "as it was", "bob", back=True)
+    assert ({**place.states(), 3: ""}, place.plan, read_live(place.folder)) == ({**before[0], 3: ""}, *before[1:])
+
+
+def test_a_killed_service_is_called_gone_and_taken_over(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = read_live(place.folder)
+    if live is None:
+        pytest.skip("nothing is live: the first test says why")
+    # a clock that somebody sets does not make a service look dead
+    began = psutil._pslinux.boot_time()
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil._pslinux, "boot_time", lambda: began + 86_400)
+        assert standing(place.folder).service == "ready"
+
+    family = psutil.Process(live["pid"]).children(recursive=True)
+    assert family
+    psutil.Process(live["pid"]).kill()
+    assert until(lambda: standing(place.folder).service == "gone")
+    assert not psutil.wait_procs(family, timeout=30)[1], "the workers end when their parent is gone"
+    now = standing(place.folder)
+    assert (now.service, now.answers, now.registered) == ("gone", 0, "production") and now.door, "the door waits for the next release"
+    again = place.deploy(0)
+    assert again.changed and again.version == 1 and again.door == now.door and place.version() == 1 and place.states()[1] == "production"
+
+    # the door too, and nothing of the place is left over afterwards
+    door = json.loads((place.folder / "door.json").read_text())
+    psutil.Process(door["pid"]).kill()
+    assert until(lambda: standing(place.folder).door == 0)
+    assert not place.deploy(0).changed and standing(place.folder).door and place.version() == 1
+    family = [psutil.Process(told["pid"]) for told in (read_live(place.folder), json.loads((place.folder / "door.json").read_text()))]
+    family += family[0].children(recursive=True)
+    assert stop_all(place.folder) and not psutil.wait_procs(family, timeout=30)[1]
+    assert (standing(place.folder).service, standing(place.folder).door) == ("gone", 0)
 
 
 def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:
@@ -145,7 +203,6 @@ def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:
 def test_the_verb_hands_over_what_the_problem_file_says(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline.cli.main import main
     from pipeline.core.store import digest
-    from pipeline.deploy import deployment
 
     (tmp_path / "settings.ini").write_text("")
     (tmp_path / "params").mkdir()
@@ -157,29 +214,17 @@ def test_the_verb_hands_over_what_the_problem_file_says(place: Place, tmp_path: 
     (phase.parent / "manifest.json").write_text("{}")
     seen: list[Any] = []
 
-    def stand_in(to: Path, folder: Path, key: Any, port: int | None, how: dict[str, Any], files: Path | None, by: str) -> deployment.Deployed:
-        seen.append((to, port, how))
-        return deployment.Deployed("tiny", 2, "0" * 16, 1, 2, 3, 4.0, "now", True)
+    def stand_in(to: Path, folder: Path, key: Any, port: int | None, how: dict[str, Any], files: Path | None, by: str, downgrade: str) -> deployment.Deployed:
+        seen.append((to, port, how, downgrade))
+        return deployment.Deployed("tiny", 2, "0" * 16, 1, 2, 3, "4", "now", True)
 
     monkeypatch.setattr(deployment, "deploy", stand_in)
     monkeypatch.chdir(tmp_path)
     assert main(["deploy", "up", "tiny/main", "--to", "live", "--tokens", "t", "--workers", "2", "--rate", "5"]) == 0, capsys.readouterr()
     assert seen.pop() == (Path("live"), None, {"workers": 2, "rate": 5.0, "tokens": str(tmp_path / "t"), "store": str(tmp_path / "outputs/store"), "database": "", "log_inputs": "none",
-                                               "subject": "tailnum", "keyed": True, "extensions": "pipeline.rollout.desk:extensions"})
-    assert main(["deploy", "up", "tiny/main", "--to", "live", "--alone", "--port", "0"]) == 0 and seen.pop() == (Path("live"), 0, {"workers": 1, "rate": 0.0})
+                                               "subject": "tailnum", "keyed": True, "extensions": "pipeline.rollout.desk:extensions"}, "")
+    assert main(["deploy", "up", "tiny/main", "--to", "live", "--alone", "--port", "0", "--downgrade", "why"]) == 0 and seen.pop() == (Path("live"), 0, {"workers": 1, "rate": 0.0}, "why")
     assert [e["details"]["to"] for e in audit.entries(tmp_path / "outputs/store") if e["event"] == "package.deployed"] == ["live", "live"]
-
-    # what was judged no-go stays away from callers
-    shutil.rmtree(tmp_path / "outputs/store")
-    shutil.copytree(place.store, tmp_path / "outputs/store", ignore=shutil.ignore_patterns("pilothouse.db*"))
-    registry = Registry(tmp_path / "outputs/store")
-    registry.register(place.packages[0], "go", by="ci")
-    registry.register(place.packages[1], "no-go", by="ci")
-    registry.close()
-    capsys.readouterr()
-    assert main(["deploy", "up", "tiny/main", "--to", "live"]) == 2 and not seen
-    assert "tiny v2 comes from a run with the verdict no-go" in capsys.readouterr().err
-    assert main(["deploy", "up", "tiny/main", "--to", "live", "--alone"]) == 0
 
     # a place that was never used
     assert [main(["deploy", verb, "--to", "elsewhere"]) for verb in ("stop", "back", "status")] == [2, 2, 2] and not (tmp_path / "elsewhere").exists()

@@ -105,6 +105,22 @@ def test_a_claim_that_does_not_come_out_again_is_named(copy: Path) -> None:
         verify_run(run, load_settings(copy))
 
 
+def test_pages_drawn_again_stand_and_launder_nothing(copy: Path) -> None:
+    run = copy / "outputs/tiny/main"
+    edit("</main>", "<p>99 % accurate</p></main>")(run / "01_p1/report.html")
+    found = call(copy, "verify", "tiny/main")
+    assert found.returncode == 3 and "01_p1/report.html is not what the run wrote (its sha256 differs); draw it again with `pilothouse report`" in found.stderr
+    edit("4.25", "9.25")(run / "02_p2/claims.json")
+    assert call(copy, "report", "tiny/main").returncode == 0 and "99 %" not in (run / "01_p1/report.html").read_text()
+    assert "02_p2/claims.json is not what the run wrote" in call(copy, "verify", "tiny/main").stderr
+    edit("9.25", "4.25")(run / "02_p2/claims.json")
+    assert "02_p2/report.html is not what the run wrote" in call(copy, "verify", "tiny/main").stderr      # it still shows 9.25
+    assert call(copy, "report", "tiny/main").returncode == 0 and call(copy, "verify", "tiny/main").returncode == 0
+    edit('"verdict": "go"', '"verdict": "no-go"')(run / "manifest.json")
+    assert call(copy, "report", "tiny/main").returncode == 0
+    assert "manifest.json is not the one that the audit trail recorded" in call(copy, "verify", "tiny/main").stderr
+
+
 def test_reproduce_compares_all_but_times(copy: Path) -> None:
     found = call(copy, "reproduce", "tiny/main")
     assert found.returncode == 0, found.stderr

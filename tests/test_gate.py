@@ -12,19 +12,21 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluate_phase import Place, recompute, verdicts
+from test_evaluate_phase import Place, make_table, recompute, verdicts
 
 from pipeline.core import audit
+from pipeline.core.bounds import share_interval
 from pipeline.core.errors import Inconclusive
 from pipeline.core.run import Estimate, commit_phase, judge, overall, read_checks, read_claims
 from pipeline.core.store import read_frame
 from pipeline.evaluate.calibration import check_calibration
-from pipeline.evaluate.conformal import LEVEL, check_promise, coverage_by, cut_for, cuts_by, sets_of, share_with_ends, strangeness
+from pipeline.evaluate.conformal import LEVEL, check_promise, cut_for, cuts_by, intervals_of, learn_promise, row_cuts, sets_of, strangeness
 from pipeline.evaluate.gate import answer_times, check_operations, stable_count, tell_answer
 from pipeline.evaluate.holdout import level_for, look_of, looks_at, open_holdout, reason_for
 from pipeline.evaluate.measures import measure
 from pipeline.evaluate.rivals import check_rivals, gain_between, old_and_new
 from pipeline.evaluate.threshold import choose_threshold
+from pipeline.train.reweighing import learn_grouping
 
 
 @pytest.fixture
@@ -37,8 +39,7 @@ def only(place: Place, *steps: Callable[..., Any], run: str = "main") -> Path:
     opened = place.open("05_evaluate", run)
     choose_threshold(opened)
     holdout = open_holdout(opened)
-    for step in steps:
-        step(opened, holdout)._repr_html_()
+    place.shown = [step(opened, holdout)._repr_html_() for step in steps]
     opened.conclude("done")
     opened.finish()
     return commit_phase(opened.folder, "05_evaluate")
@@ -214,17 +215,56 @@ def test_cuts_equal_the_definition_and_a_group_gets_its_own() -> None:
     group = np.array(["a"] * 900 + ["b"] * 60 + ["c"] * 39)
     own = cuts_by(strange, group)
     assert set(own) == {"a", "b"} and own["a"] == cut_for(strange[:900])
-    found = coverage_by((strange, group), (strange, group), None, {"draws": 100})
-    assert set(found["cohort"]) == {"a", "b"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000))
+def test_every_group_of_every_cohort_column_keeps_the_promise(seed: int) -> None:
+    "Two columns cross: a row belongs to a group of each, and each group is held to the same word, tables and single rows alike."
+    rng = np.random.default_rng(seed)
+    frame = pl.DataFrame({"site": rng.choice(["a", "b", "c"], 12_000, p=[0.6, 0.35, 0.05]), "age": rng.integers(20, 80, 12_000)})
+    strange = rng.exponential(frame.select(pl.when(pl.col("site") == "c").then(4.0).otherwise(1.0) + (pl.col("age") > 65)).to_series().to_numpy())
+    groupings = [learn_grouping(frame["site"]), learn_grouping(frame["age"])]
+    promise = json.loads(json.dumps(learn_promise(strange[:6000], frame[:6000], groupings), allow_nan=False))     # as a package holds it
+    later, told = frame[6000:], strange[6000:]
+    cuts = row_cuts(promise, later)
+    for group in [grouping.of(later[grouping.by]).to_numpy() for grouping in groupings]:
+        for name in np.unique(group):
+            held, n = (told <= cuts)[group == name].mean(), (group == name).sum()
+            assert held > LEVEL - 4 * math.sqrt(2 * LEVEL * (1 - LEVEL) / n), (name, held, n)      # about as many rows to learn from
+    assert (told[(later["site"] == "c").to_numpy()] <= promise["cut"]).mean() < LEVEL - 0.15
+    assert [row_cuts(promise, later[i:i + 1])[0] for i in range(5)] == cuts[:5].tolist()
+
+
+def test_small_groups_and_those_that_a_request_cannot_name_share_the_cut_of_all_and_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_wards(*asked: Any, **how: Any) -> tuple[pl.DataFrame, dict[str, Any]]:
+        frame, contract = make_table(*asked, **how)
+        town = pl.when(pl.col("__row") % 60 == 0).then(pl.lit("Céret")).otherwise(pl.col("town").replace({"Céret": "Bonn"}))
+        return frame.with_columns(town=town, ward=pl.when(pl.col("__row") % 3 == 0).then(pl.lit("east")).otherwise(pl.lit("west"))), contract
+
+    monkeypatch.setattr("test_evaluate_phase.make_table", with_wards)
+    place.prepare("regression", family="trees", n=2400, seeds=0, default=False, evaluate="cohorts: [town, ward]")
+    folder = only(place, check_promise)
+    promise, found = json.loads((folder / "promise.json").read_text()), read_frame(folder / "conformal.parquet")
+    assert [one["grouping"]["by"] for one in promise["groups"]] == ["town"] and set(promise["groups"][0]["cuts"]) == {"Aachen", "Bonn"}
+    assert found.filter(cohort="Céret")["own_cut"].to_list() == [None] and found.filter(by="ward")["own_cut"].null_count() == 2
+    said = place.shown[-1]
+    assert "town Céret (" in said and "ward: no input of the model" in said
+    stored = read_frame(folder / "predictions.parquet")
+    lines = intervals_of(stored.select("prediction", "low", "high").to_numpy(), row_cuts(promise, stored))
+    inside = (lines[:, 0] <= stored["y"].to_numpy()) & (stored["y"].to_numpy() <= lines[:, 1])
+    claim = next(c for c in read_claims(folder) if c.name == "promise_kept")
+    assert claim.value == inside.mean() and recompute(folder) >= 1
+    for row in found.to_dicts():
+        assert row["covered"] == inside[(stored[row["by"]] == row["cohort"]).to_numpy()].mean()
 
 
 def test_intervals_of_coverage_allow_for_rows_that_come_together() -> None:
     rng = np.random.default_rng(4)
     day = np.repeat(np.arange(30), 50)
     hits = rng.random(1500) < np.clip(0.9 + rng.normal(0, 0.15, 30)[day], 0, 1)
-    alone, together = share_with_ends(hits, None), share_with_ends(hits, day)
-    assert alone.value == together.value
-    assert together.high - together.low > 1.5 * (alone.high - alone.low)      # type: ignore[operator]
+    alone, together = share_interval(hits), share_interval(hits, day)
+    assert together[1] - together[0] > 1.5 * (alone[1] - alone[0])
 
 
 def test_an_acceptance_line_that_was_skipped_is_no_go(place: Place) -> None:

@@ -230,11 +230,11 @@ def test_many_writers_and_collectors_at_once(recorder: Recorder, tmp_path: Path)
 
 
 def test_a_full_disk_costs_no_request_and_no_line_until_memory_ends(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Path:
+    def full(*_: Any, **__: Any) -> None:
         raise EnvironmentFault("writing x.rows: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(log, "write_spool", full)
+        patch.setattr(log.Spool, "add", full)
         patch.setattr(log, "MOST_WAITING", 100 * (len(body(10)) + len(answer(0.1)) + 70))
         for start in range(0, 200, 50):
             note(recorder, start, start + 50)
@@ -246,16 +246,65 @@ def test_a_full_disk_costs_no_request_and_no_line_until_memory_ends(recorder: Re
     assert seen.height == recorder.written == 200 - recorder.dropped and seen["request_id"].to_list() == [f"r{i}" for i in range(seen.height)]
 
 
+CRAMPED = """
+import resource, sys
+from pathlib import Path
+from pipeline.core.errors import EnvironmentFault
+from pipeline.deploy.inference_log import FRAME_BYTES, Layout, Recorder, read_inferences
+store = Path(sys.argv[1])
+recorder = Recorder(store, "tiny", {1: Layout()}, interval=600, collects=False)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for most in (10, FRAME_BYTES, 2 * FRAME_BYTES - 100, 2 * FRAME_BYTES + 9000, hard):     # nothing, in a frame, at its end, in the last one
+    for _ in range(1000):
+        recorder.add(1.7e9, f"r{recorder._came}", 1, "live", 500, 0.5, b"x" * 60, b"")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        recorder.flush()
+    except EnvironmentFault as error:
+        print(error)
+assert recorder.written == 5000 == read_inferences(store, "tiny")["request_id"].n_unique()
+"""
+
+
+def test_a_file_that_the_disk_did_not_take_whole_is_gone_on_with(tmp_path: Path) -> None:
+    "The system refuses writes beyond a size, as a full disk does, in the midst of a frame and between two."
+    done = subprocess.run([sys.executable, "-c", CRAMPED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("too large") >= 3 and "Traceback" not in done.stderr
+
+
+def test_no_frame_can_be_taken_out_moved_or_doubled(recorder: Recorder, tmp_path: Path) -> None:
+    for start in range(0, 1200, 400):
+        note(recorder, start, start + 400)
+    recorder.flush()
+    spooled = next((tmp_path / "inferences/tiny").glob("*.rows"))
+    whole, frames, at = spooled.read_bytes(), [], 0
+    while at < len(whole):
+        end = at + 4 + int.from_bytes(whole[at:at + 4], "big")
+        frames.append(whole[at:end])
+        at = end
+    assert len(frames) >= 4
+    first, second, *rest = frames
+    for other in ([second, *rest], [first, first, *rest], [second, first, *rest], frames[:-1], [first, frames[-1]], [*frames, frames[-1]], []):
+        spooled.write_bytes(b"".join(other))
+        with pytest.raises(IntegrityError, match="does not open"):
+            collect(tmp_path, "tiny")
+    spooled.rename(spooled.with_name("1" + spooled.name[1:]))      # under another name, thus at another place among the others
+    spooled.with_name("1" + spooled.name[1:]).write_bytes(whole)
+    with pytest.raises(IntegrityError, match="does not open"):
+        collect(tmp_path, "tiny")
+
+
 def test_the_thread_goes_on_after_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    broken, real = threading.Event(), log.write_spool
+    broken, real = threading.Event(), log.Spool.add
     broken.set()
 
-    def sometimes(*given: Any) -> Path:
+    def sometimes(*given: Any, **more: Any) -> None:
         if broken.is_set():
             raise EnvironmentFault("writing x.rows: No space left on device")
-        return real(*given)
+        real(*given, **more)
 
-    monkeypatch.setattr(log, "write_spool", sometimes)
+    monkeypatch.setattr(log.Spool, "add", sometimes)
     recorder = Recorder(tmp_path, "tiny", {1: LAYOUT}, interval=0.02, collects=False)
     note(recorder, 0, 3)
     _until(lambda: bool(recorder.failed))

@@ -45,7 +45,8 @@ class Paper:
                 "plan": {"live": 2, "canary": 3, "share": 25.0, "slice": "origin = JFK", "revision": 12, "by": "controller"},
                 "traffic": [{"role": r, "version": v, "requests": n, "per_s": n / 900, "errors": e, "error_share": e / n, "p50_ms": .31, "p99_ms": 2.4}
                             for r, v, n, e in (("live", 2, 41_310, 3), ("canary", 3, 13_702, 1))],
-                "minutes": [{"at": a, "live": 46 + i % 5, "canary": 15 + i % 3} for i, a in enumerate(at)],
+                "minutes": [{"at": a, "live_rate": 46 + i % 5, "canary_rate": 15 + i % 3, "live_ms": 2.1, "canary_ms": None if i < 9 else 2.4, "live_failed": 0.0,
+                             "canary_failed": None if i < 9 else .02} for i, a in enumerate(at)],
                 "tests": [{"name": "not worse", "now": -.0041, "low": -.0083, "high": .0007, "boundary": .005, "evidence": 3.1, "needed": 100.0, "state": "quiet"},
                           {"name": "good enough for the next share", "now": -.0041, "low": -.0083, "high": .0007, "boundary": .01, "evidence": 88.0, "needed": 100.0, "state": "quiet"},
                           {"name": "errors", "now": 7e-5, "low": None, "high": None, "boundary": 7e-5, "evidence": 1.0, "needed": 100.0, "state": "quiet"}],
@@ -204,6 +205,8 @@ def test_everyone_can_read_it(browser: Any, office: dict[str, Any], width: int, 
         assert page.locator("[aria-current=step]").text_content() == "25 %" and page.locator("#tests tr").count() == 3
         assert page.locator("#traffic tr").nth(1).text_content() == "canaryversion 313,70215.210.01 %0.312.4"
         assert page.get_by_role("img", name="evidence 88 of 100 needed").count() == 1 and page.get_by_role("img", name="Answers a second").count() == 1
+        told = [page.locator(f"#{name} svg").get_attribute("aria-label") for name in ("slow", "failed")]
+        assert told == ["Milliseconds, 99th percentile: live 2.1, canary 2.4 now; at most 2.4 in the time shown", "Errors: live 0 %, canary 2 % now; at most 2 % in the time shown"]
         assert {url.split("/operate")[0] for url in opened.requests} == {office["url"].removesuffix("/operate")} and opened.faults == []
 
 

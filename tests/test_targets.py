@@ -95,7 +95,7 @@ def served_on_request(run: Any, model: Several) -> None:
 
     packed = pack(run)
     predictor = packed.predictor
-    assert "targets/targets.json" in packed.manifest["files"] and predictor.further is not None and predictor.further.level == 0.9
+    assert "targets/targets.json" in packed.manifest["files"] and predictor.further is not None and predictor.further.promise["level"] == 0.9
     service, frame = Service(predictor, log=None), run.load("data/train").select(predictor.schema.names).head(40)
     body = json.dumps({"rows": frame.to_dicts()}).encode()
 
@@ -118,6 +118,15 @@ def served_on_request(run: Any, model: Several) -> None:
     for row, left in zip(told["predictions"], told["sets"]["classes"]):
         sure = max(row["p"], key=row["p"].get)
         assert left[0] == sure and set(left) == {c for c, p in row["p"].items() if 1 - p <= promise["cut"]} | {sure}
+    # a table, tensors and a batch say the same, as columns
+    wanted = [{"prediction": row["prediction"], **{f"p_{c}": p for c, p in row["p"].items()}, **{f"set_{c}": c in left for c in row["p"]},
+               **{f"target_{name}{kind}": value for name, one in further.items() for kind, value in {"": one["prediction"], **{f"_p_{c}": p for c, p in one.get("p", {}).items()}}.items()}}
+              for row, left, further in zip(told["predictions"], told["sets"]["classes"], told["targets"])]
+    for columns, headers in (in_a_table(service, frame, "sets, targets"), in_tensors(service, frame, "targets, sets")):
+        assert columns.to_dicts() == wanted and headers["preference-applied"] == "sets, targets"
+    frame.write_parquet("in.parquet")
+    assert predict_file("outputs/clinic/main", "in.parquet", "out.parquet", beside=["targets", "sets"]) == 40 == predict_file("outputs/clinic/main", "in.parquet", "parts.parquet", at_once=9, beside=["sets", "targets"])
+    assert pl.read_parquet("out.parquet").to_dicts() == wanted == pl.read_parquet("parts.parquet").to_dicts()
     leaner = Service(replace(predictor, further=None), log=None).handle("POST", "/predict", {"prefer": "targets, sets"}, body)
     assert leaner[0] == 200 and "targets" not in json.loads(leaner[2]) and "preference-applied" not in dict(leaner[1])
 

@@ -93,7 +93,10 @@ def test_equal_rows_give_an_equal_search() -> None:
     assert one.table().equals(two.table())
     joined = one.named("ensemble")
     assert joined is not None and joined.value is not None
-    assert all(joined.value >= t.value for t in one.trials if t.value is not None and t.family != "ensemble")
+    in_sample = blend([one.named(m["name"]).answer for m in joined.config["members"]], [m["weight"] for m in joined.config["members"]])  # type: ignore[union-attr]
+    told = Goal("roc_auc").measure(rows.target[rows.valid], in_sample)
+    assert told is not None and all(told >= t.value for t in one.trials if t.value is not None and t.family != "ensemble")
+    assert joined.value < told, "on few rows it is measured by weights that other folds asked for"
 
 
 def test_a_last_fit_that_cannot_be_paid_keeps_the_last_folds_model() -> None:

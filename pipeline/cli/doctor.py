@@ -41,22 +41,26 @@ def check_python() -> Finding:
 
 
 def check_lock(root: Path) -> Finding:
-    "Installed versions against `requirements.lock`."
+    "Installed versions against those lines of `requirements.lock` that are meant for this system and Python."
+    from packaging.requirements import Requirement
+
     lock = root / "requirements.lock"
     if not lock.exists():
         return Finding("locked versions", True, "no requirements.lock here; nothing to compare")
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), re.M)
+    pins = [Requirement(line) for line in re.findall(r"^([A-Za-z0-9._-]+==[^\\\n]+)", lock.read_text(encoding="utf-8"), re.M)]
+    here = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]      # the others are of another system or Python
     wrong = []
-    for name, pinned in pins:
+    for pin in here:
+        pinned = str(pin.specifier).removeprefix("==")
         try:
-            installed = importlib.metadata.version(name)
+            installed = importlib.metadata.version(pin.name)
         except importlib.metadata.PackageNotFoundError:
             installed = "missing"
         if installed.partition("+")[0] != pinned.partition("+")[0]:
-            wrong.append(f"{name} {installed} (locked {pinned})")
+            wrong.append(f"{pin.name} {installed} (locked {pinned})")
     if not wrong:
-        return Finding("locked versions", True, f"all {len(pins)} as locked")
-    return Finding("locked versions", False, f"{len(wrong)} of {len(pins)} differ: {', '.join(wrong[:3])}", "make setup")
+        return Finding("locked versions", True, f"all {len(here)} as locked")
+    return Finding("locked versions", False, f"{len(wrong)} of {len(here)} differ: {', '.join(wrong[:3])}", "make setup")
 
 
 def check_outputs(settings: Settings) -> Finding:

@@ -276,12 +276,16 @@ def report(name: RunName = "", as_json: Json = False, debug: Debug = False) -> i
     from pipeline.cli.pages import draw
     from pipeline.core.run import phase_folders
     from pipeline.core.settings import load_settings
+    from pipeline.engine.lock import holding
+    from pipeline.engine.verify import note_drawn
 
     settings = load_settings()
     run = run_named(name, settings)
-    for folder in phase_folders(run):
-        if (folder / "notebook.ipynb").exists():
-            draw({"phase": str(folder)})
+    with holding(run):
+        for folder in phase_folders(run):
+            if (folder / "notebook.ipynb").exists():
+                draw({"phase": str(folder)})
+        note_drawn(run, settings.store)
     draw({"run": str(run)})
     draw({"portal": str(settings.outputs)})
     page = run / "index.html"
@@ -367,6 +371,7 @@ def models(
     "The packages of the registry and their states; one of them moved, the one before brought back, or all compared."
     from pipeline.core.settings import load_settings
     from pipeline.deploy.registry import Registry
+    from pipeline.deploy.versions import Plans
 
     if compare:
         return _compare_models(problem, as_json)
@@ -379,9 +384,8 @@ def models(
     settings = load_settings()
     registry = Registry(settings.store, settings.database)
     try:
-        if back:
-            from pipeline.rollout.desk import production_back    # the traffic follows the registry
-        moved = production_back(registry, problem, reason) if back else registry.move(problem, move, to, reason, downgrade=downgrade) if move else None
+        plans = Plans(registry)      # the traffic follows the registry
+        moved = plans.roll_back(problem, reason) if back else plans.move(problem, move, to, reason, downgrade=downgrade) if move else None
         rows = [vars(e) for e in (registry.moves(problem or None) if history else registry.entries(problem or None))]
     finally:
         registry.close()
@@ -633,6 +637,7 @@ def predict(
     out: Annotated[str, typer.Option("--out", help="Where the answers go: .csv, .xlsx or .parquet.")] = "",
     engine: Annotated[str, typer.Option("--engine", help="local, or ray: on the nodes of a Ray cluster.")] = "local",
     address: Annotated[str, typer.Option("--address", help="The cluster, host:port or auto; without one, Ray starts on this machine.")] = "",
+    beside: Annotated[str, typer.Option("--with", help="Columns beside each answer, as online: sets (what cannot be ruled out), targets (further questions), explain; with commas.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -644,7 +649,7 @@ def predict(
     run = run_named(name, load_settings())
     from pipeline.deploy.batch import predict_file
 
-    rows = predict_file(run, data, out, engine, address)
+    rows = predict_file(run, data, out, engine, address, beside=[wish.strip() for wish in beside.split(",") if wish.strip()])
     say({"rows": rows, "out": out}, f"{rows} answers in {out}", as_json)
     return 0
 
@@ -883,7 +888,7 @@ def deploy_up(
     from pipeline.deploy.deployment import deploy
     from pipeline.deploy.package import package_of
     from pipeline.deploy.provision import files_of
-    from pipeline.deploy.registry import Registry, who
+    from pipeline.deploy.registry import who
 
     settings = load_settings()
     run = run_named(name, settings)
@@ -893,22 +898,15 @@ def deploy_up(
         problem = load_problem(problem_file(run.parent.name, settings))
         how |= {"store": str(settings.store), "database": settings.database, "log_inputs": problem.deploy.log_inputs, "subject": problem.comply.subject,
                 "keyed": problem.comply.encrypt, "extensions": "pipeline.rollout.desk:extensions"}
-    manifest = admit(settings.store, settings.database, folder, downgrade, load=False)
-    registry = Registry(settings.store, settings.database)
-    known = next((e for e in registry.entries(manifest["name"]) if e.version == manifest["version"]), None)
-    registry.close()
-    if known is not None and known.verdict == "no-go" and not alone:
-        raise InputError(f"{manifest['name']} v{manifest['version']} comes from a run with the verdict no-go and is not put before callers; "
-                         "mend what failed and run again, or try it without the store (--alone)")
     try:
-        done = deploy(to, folder, key, port, how, files_of(run), by=who())
+        admit(settings.store, settings.database, folder, downgrade, load=False)
+        done = deploy(to, folder, key, port, how, files_of(run), by=who(), downgrade=downgrade)
     except PilothouseError as error:
         audit.append(settings.store, "deployment.refused", {"run": f"{run.parent.name}/{run.name}", "to": to.name, "by": who(), "why": str(error)})
         raise
     if done.changed:
         audit.append(settings.store, "package.deployed", {"name": done.name, "version": done.version, "release": done.release, "to": to.name, "by": who()})
-    called = f"; the registry calls it {known.state}: pilothouse models {done.name} --move {done.version} --to staging --reason …" if known is not None and known.state != "production" and not alone else ""
-    return _tell_deployed(done, as_json, called)
+    return _tell_deployed(done, as_json)
 
 
 @deployments.command("back", epilog="Example: pilothouse deploy back --to live/flights")
@@ -934,6 +932,7 @@ def deploy_status(to: Place, as_json: Json = False, debug: Debug = False) -> int
     door += "" if now.service == "ready" and now.door else f"; deploy its run again, or look into {to}/log"
 
     other = f" and answers with v{now.answers}, as the traffic's plan says" if now.answers not in (0, now.version) else ""
+    other += f" (in the registry v{now.version} is {now.registered})" if now.registered not in ("", "production") else ""
 
     def show() -> None:
         print(f"{now.name} v{now.version} (release {now.release}), live since {now.since}: the service is {now.service}{other}, {door}")
@@ -1017,7 +1016,7 @@ def deploy_ping(
     return 0 if status == 200 else 4
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #e3026c68
-def _tell_deployed(done: Any, as_json: bool, more: str = "") -> int:
+def _tell_deployed(done: Any, as_json: bool) -> int:
     state = "is live" if done.changed else "was live already"
-    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release}); /docs says how to ask{more}", as_json)
+    say(vars(done), f"{done.name} v{done.version} {state} at http://127.0.0.1:{done.door} (release {done.release}); /docs says how to ask", as_json)
     return 0

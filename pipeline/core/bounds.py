@@ -13,8 +13,8 @@ import numpy as np
 from .errors import InputError
 
 # %% auto #0
-__all__ = ['wilson', 'student', 'share_bounds', 'studentized', 'studentized_rest', 'expanded', 'acceleration', 'accelerated',
-           'inverted']
+__all__ = ['wilson', 'student', 'share_bounds', 'share_interval', 'studentized', 'studentized_rest', 'expanded', 'acceleration',
+           'accelerated', 'inverted']
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #7ff89e75
 def wilson(
@@ -58,6 +58,23 @@ def share_bounds(
     worth = share * (1 - share) / error**2 if error > 0 and 0 < share < 1 else float(units)
     worth = min(worth, float(rows))
     return wilson(share * worth, worth, student(units - 1, level))
+
+
+def share_interval(
+    hits: np.ndarray,                   # (n,) bool
+    block: np.ndarray | None = None,    # (n,) rows that come together; None: each stands alone
+    level: float = 0.95,
+) -> tuple[float, float]:
+    "Low and high of a share; rows of a block are not taken for independent ones, and one block says nothing."
+    n = len(hits)
+    if block is None or not n:
+        return wilson(float(np.sum(hits)), n, NormalDist().inv_cdf((1 + level) / 2))
+    of = np.unique(block, return_inverse=True)[1]
+    rows, share = np.bincount(of), float(np.mean(hits))
+    if len(rows) < 2:
+        return 0.0, 1.0
+    off = np.bincount(of, hits) - share * rows
+    return share_bounds(share, math.sqrt(len(rows) / (len(rows) - 1) * float(off @ off)) / n, len(rows), n, level)
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #0c45b603
 def studentized(

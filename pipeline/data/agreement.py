@@ -142,6 +142,9 @@ def agreement_text(
     ]
     out = {row["name"]: _left_out(row, rows, problem.data.columns.get(row["name"])) for row in contract.left_out}
     said = {rule.name: _proposed(rule, rows[rule.name]) for rule in contract.columns} | out
+    for name, column in problem.data.columns.items():      # two files that contradict each other are refused
+        if column.role != said[name][0].get("role", "feature"):
+            said[name][0]["role"] = column.role
     for short in (False, True):
         lines = [_written(name, {"type": told["type"]} if short and set(told) & {"type"} and name not in out else told, seen, short) for name, (told, seen) in said.items()]
         text = "\n".join([*head, *lines]) + "\n"

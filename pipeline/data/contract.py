@@ -338,7 +338,7 @@ def _dtype(values: pl.Series) -> str:
 
 
 def _reasons(left_out: Sequence[dict[str, str]]) -> str:
-    return "; ".join(f"{row['name']}: {row['role']}" for row in left_out[:5])
+    return "; ".join(f"{row['name']}: {row['why'] if row['role'] == 'unusable' else row['role']}" for row in left_out[:5])
 
 # %% ../../nbs/lib/data/05_contract.ipynb #5da097b0
 def enforce(

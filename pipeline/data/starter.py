@@ -28,8 +28,8 @@ from .targets import OPPOSITES, check_target, class_names
 from .types import Kind, guess_type, typed
 
 # %% auto #0
-__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'NOT_ORDERING', 'guess_task', 'Guess', 'guess', 'problem_text', 'source_of',
-           'start_problem']
+__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'PROTECTED', 'NOT_ORDERING', 'guess_task', 'Guess', 'guess', 'problem_text',
+           'source_of', 'start_problem']
 
 # %% ../../nbs/lib/data/13_starter.ipynb #33e93786
 FEW_NUMBERS = 10    # whole numbers with at most so many different values are taken for classes
@@ -62,6 +62,7 @@ def guess_task(
 
 # %% ../../nbs/lib/data/13_starter.ipynb #cc4f0b61
 SUBJECTS = ("customer", "client", "user", "patient", "person", "member", "account", "subject", "employee", "student", "kunde", "household")
+PROTECTED = ("sex", "gender", "race", "ethnic", "nation", "religi", "disab", "marital", "orient", "geschlecht")     # grounds on which nobody may be treated worse
 NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline")
 
 
@@ -78,6 +79,7 @@ class Guess:
     group: str | None            # a column that repeats like a customer number; a suggestion only
     kinds: dict[str, tuple[Kind, str]]
     unusable: dict[str, str]
+    year: str = ""               # holds years, and the target does not move along it; a suggestion only
 
 
 def guess(
@@ -93,12 +95,14 @@ def guess(
     time, time_why = _guess_time(frame, kinds)
     if time is None:
         time, time_why = _guess_order(frame, kinds, _answers(table[target], task)) or (time, time_why)
+    year = next((name for name, (kind, _) in kinds.items() if time is None and kind == "number" and _holds_years(frame[name])), "")
+    time_why += f"; '{year}' holds years along which the target hardly moves: uncomment if rows are to be learned from in its order" if year else ""
     ids = {name: why for name in kinds if name != time and (why := looks_like_id(frame[name], kinds[name][0]))}
     people = {row["column"]: f"its {row['found_by']} look{'s' if row['found_by'] == 'name' else ''} like {'an' if row['kind'][0] in 'ae' else 'a'} {row['kind']}"
               for row in find_personal(others, list(kinds)).filter("sure").reverse().iter_rows(named=True)}
     people = {name: people[name] for name in kinds if name in people}
     group = next((name for name in kinds if name not in ids and name != time and _repeats_like_id(frame[name])), None)
-    return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable)
+    return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable, year)
 
 # %% ../../nbs/lib/data/13_starter.ipynb #a82992b2
 def _guess_time(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]]) -> tuple[str | None, str]:
@@ -120,13 +124,19 @@ def _guess_order(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]], answer
         values = frame[name]
         if kind != "number" or values.null_count() or not (values % 1 == 0).all():
             continue
-        years = "year" in name.lower().replace("-", "_").split("_") and values.min() >= 1900 and values.max() <= 2100 and values.n_unique() >= 5  # type: ignore[operator]
+        years = _holds_years(values)
         running = values.n_unique() == len(values) and values.is_sorted() and values[-1] - values[0] == len(values) - 1
         if years or running:
             effect, _, dependent = time_dependence(answers, values)
             if dependent and effect > 0.1:
                 return name, f"{'a year' if years else 'a running number'} along which the target moves (effect {effect:.2f})"
     return None
+
+
+def _holds_years(values: pl.Series) -> bool:
+    known = values.drop_nulls()
+    named = "year" in values.name.lower().replace("-", "_").split("_")
+    return bool(named and known.n_unique() >= 5 and (known % 1 == 0).all() and known.is_between(1900, 2100).all())
 
 
 def _repeats_like_id(values: pl.Series) -> bool:
@@ -163,7 +173,7 @@ def problem_text(
     if found.time:
         lines.append(f"  time: {_q(found.time)}   # guessed: {_c(found.time_why)}; rows are learned from in its order")
     else:
-        lines.append(f"  # time: COLUMN   # none guessed: {found.time_why}")
+        lines.append(f"  # time: {_q(found.year) if found.year else 'COLUMN'}   # none guessed: {found.time_why}")
     if found.group:
         lines.append(f"  # group: {_q(found.group)}   # its values return; uncomment if rows of one must not stand on both sides of a split")
     lines += _column_lines(found, checked.notes)
@@ -186,7 +196,8 @@ def _c(text: str) -> str:
 
 
 def _n(number: float) -> str:
-    return f"{number:.6g}" if math.isfinite(number) else "0"
+    "Three digits: a guess is not more exact than that."
+    return f"{float(f'{number:.3g}'):.15g}" if math.isfinite(number) else "0"
 
 
 def _kpi(checked: Any, found: Guess) -> str:
@@ -209,7 +220,8 @@ def _column_lines(found: Guess, notes: tuple[str, ...]) -> list[str]:
     lines = [f"  # note: {_c(note)}" for note in notes[:5]]
     by_kind: dict[str, list[str]] = {}
     for name, (kind, _) in found.kinds.items():
-        by_kind.setdefault(kind, []).append(name)
+        if name not in found.ids:
+            by_kind.setdefault(kind, []).append(name)
     lines += [f"  # {kind}: {_c(', '.join(names[:20]))}{f' and {len(names) - 20:,} more' if len(names) > 20 else ''}" for kind, names in by_kind.items()]
     declared = [f"    {_q(name)}: {{role: id, why: {_q(why)}}}" for name, why in list(found.ids.items())[:200]]
     declared += [f"    {_q(name)}: {{role: drop, why: {_q(why)}}}" for name, why in list(found.unusable.items())[:200]]
@@ -228,7 +240,8 @@ def _train_lines(table: pl.DataFrame, found: Guess) -> list[str]:
 
 def _evaluate_lines(table: pl.DataFrame, checked: Any, found: Guess) -> list[str]:
     cohorts = [name for name, (kind, _) in found.kinds.items() if kind in ("category", "bool") and name not in found.ids and name not in found.people
-               and 2 <= table[name].drop_nulls().n_unique() <= 12][:3]
+               and 2 <= table[name].drop_nulls().n_unique() <= 12]
+    cohorts = sorted(cohorts, key=lambda name: not any(word in name.lower() for word in PROTECTED))[:3]      # the sort is stable
     classes = max(len(checked.classes), 1)
     metrics, limit, why = {
         "binary": ("[roc_auc, log_loss, brier, ece, precision_at_recall, value_per_1000]", "{metric: roc_auc, at_least: 0.5, on: holdout, bound: low}", "better than guessing"),

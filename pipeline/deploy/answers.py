@@ -88,13 +88,14 @@ class Answerer:
         columns: Mapping[str, Sequence[Any]],   # plain JSON values by column, all of one length
         most: int,
         lenient: bool = False,
+        thorough: bool = False,  # the rows are needed afterwards
     ) -> Found:
         "Answer columns that were sent as such."
         given = {name: values for name, values in columns.items() if name not in self.beside}
         schema, rows = self.predictor.schema, max(map(len, columns.values()), default=0)
         counted(rows, most)
         if given.keys() == set(schema.names):
-            matrix = None if self._quick is None or not given else self._quick.columns(given)
+            matrix = None if self._quick is None or not given or thorough else self._quick.columns(given)
             if matrix is not None:
                 return Found(*self.predictor.estimate(matrix))
             return self.thorough(check_columns(given, schema, lenient))
@@ -108,25 +109,6 @@ class Answerer:
             value = "" if first.value is None else f" {first.value!r}"
             raise Refused(422, "rows refused", f"row {first.row}, {first.field or 'the row'}:{value} {first.problem}{more}", checked.refused)
         return Found(*self.predictor.estimate_checked(checked), checked.warned, checked)
-
-    def explain(
-        self,
-        found: Found,    # the thorough way
-    ) -> list[dict[str, Any]] | None:     # {"of", "score", "base", "contributions"}; None: this family cannot say
-        "What each column added to each row's score: log-odds of the last of two classes or of the chosen one, or the number."
-        model = self.predictor.model
-        assert found.checked is not None
-        frame = found.checked.frame
-        parts = model.contributions(frame)
-        if parts is None:
-            return None
-        told = []
-        for row, part in enumerate(parts):
-            place = 0 if part.ndim == 1 or found.chosen is None else found.chosen[row]
-            one = (part if part.ndim == 1 else part[place]).tolist()
-            of = model.contract["target"] if not self.classes else self.classes[1 if part.ndim == 1 else place]
-            told.append({"of": of, "score": sum(one), "base": one[-1], "contributions": dict(zip(model.features, one))})
-        return told
 
     def _checked(self, body: bytes, most: int, lenient: bool) -> Checked:
         "Each value by name and type; slower still, with every fault named, where a body does not even have the form."
@@ -281,8 +263,8 @@ _BINARY = {"FP64": "<f8", "FP32": "<f4", "INT64": "<i8", "INT32": "<i4", "INT16"
 def read_tensors(
     body: bytes,
     split: str = "",      # bytes of JSON before binary tensors (Inference-Header-Content-Length); empty: all
-) -> tuple[dict[str, list[Any]], str | None]:    # plain values by column, the caller's id
-    "The inputs of an inference request; raises `Refused`."
+) -> tuple[dict[str, list[Any]], str | None, list[str]]:    # plain values by column, the caller's id, names of outputs that he wants
+    "The inputs of an inference request, its id, and the outputs that it names; raises `Refused`."
     if split and not (split.isdigit() and int(split) <= len(body)):
         raise Refused(400, "not a request", f"inference-header-content-length is {split[:20]!r}, the body has {len(body):,} bytes")
     size = int(split) if split else len(body)
@@ -300,8 +282,10 @@ def read_tensors(
     lengths = {len(data) for data in columns.values()}
     if len(lengths) > 1:
         raise Refused(422, "not a request", f"tensors of {', '.join(map(str, sorted(lengths)))} values cannot be one table", [Finding(0, "inputs", "have different lengths")])
-    asked = value.get("id")
-    return columns, asked if isinstance(asked, str) else None
+    asked, wanted = value.get("id"), value.get("outputs", [])
+    if not isinstance(wanted, list) or not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in wanted):
+        raise Refused(422, "not a request", "outputs, where they are named, are a list of {name}", [Finding(0, "outputs", "is not a list of tensors")])
+    return columns, asked if isinstance(asked, str) else None, [t["name"] for t in wanted]
 
 # %% ../../nbs/lib/deploy/08_answers.ipynb #52c9f4c7
 def _values(tensor: Mapping[str, Any], tail: bytes) -> tuple[list[Any], bytes]:

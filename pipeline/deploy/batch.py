@@ -19,6 +19,8 @@ from ..core.errors import InputError, suggest
 from ..core.store import digest_file, disk_errors, locked, read_frame, to_json, write_frame, write_whole
 from ..data.export import EXPORTS, SHEET_ROWS, write_export
 from .cluster import Part, answer_on_cluster, answer_rows
+from .frames import check_frame
+from .further import WISHES, can_say, explain
 from .reading import cut, read_pieces
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ def predict_file(
     address: str = "",                                 # of a Ray cluster; empty: this machine
     tell: Callable[[int], None] | None = None,         # hears how many rows are done
     at_once: int = AT_ONCE,                            # rows of a part
+    beside: Sequence[str] = (),                        # columns beside the answers, as online: of WISHES
 ) -> int:                                              # rows
     "Answer every row of a file with a run's verified package; what a stopped batch had done is not done again."
     from pipeline.deploy.package import load_package, package_of
@@ -111,20 +114,21 @@ def predict_file(
         raise InputError(f"{out} would overwrite the data; choose another file after --out")
     folder, key = package_of(run_folder)
     predictor = load_package(folder, key)
+    beside = _served(predictor, beside)
     parts = stream_rows(data, predictor.schema.names, at_once)
     first = next(parts)
     second = next(parts, None)
     if second is None and engine == "local":
-        write_rows(predictor.predict(first.rows), out)
+        write_rows(answer_rows(predictor, first.rows, 0, beside), out)
         return first.rows.height
     parts = chain([first] if second is None else [first, second], parts)
     work = out.parent / f".{out.name}.parts"
     with disk_errors(f"writing {out.name}"):
         work.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock"):
-        _begin(work, {"data": digest_file(data), "package": predictor.digest, "rows": at_once})
+        _begin(work, {"data": digest_file(data), "package": predictor.digest, "rows": at_once, "beside": beside})
         rows = 0
-        for number, answers in _answered(parts, predictor, folder, key.public_bytes_raw(), work, engine, address):
+        for number, answers in _answered(parts, predictor, folder, key.public_bytes_raw(), work, engine, address, beside):
             if answers is not None:
                 write_frame(_kept(work, number), answers)
             rows += at_once
@@ -140,6 +144,19 @@ def predict_file(
     return rows
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #a696b94b
+def _served(predictor: Predictor, beside: Sequence[str]) -> list[str]:
+    "The wishes in their order; raises `InputError` for one that this package cannot serve."
+    if not beside:
+        return []
+    known = check_frame(pl.DataFrame(schema=dict.fromkeys(predictor.schema.names, pl.String)), predictor.schema)
+    able = [wish for wish in WISHES if can_say(predictor, wish) and (wish != "explain" or explain(predictor, [], known) is not None)]
+    for wish in beside:
+        if wish not in able:
+            told = suggest(wish, WISHES) if wish not in WISHES else f"; it can tell {' and '.join(able) or 'nothing'} beside its answers"
+            raise InputError(f"--with {wish!r}: the package of {predictor.name} cannot tell this{told}")
+    return [wish for wish in able if wish in beside]
+
+
 def _begin(work: Path, asked: dict[str, Any]) -> None:
     "Parts of another file, package or length are no use."
     file = work / ASKED
@@ -154,7 +171,9 @@ def _kept(work: Path, number: int) -> Path:
     return work / f"{number:08}.parquet"
 
 
-def _answered(parts: Iterable[Part], predictor: Predictor, folder: Path, key: bytes, work: Path, engine: str, address: str) -> Iterator[tuple[int, pl.DataFrame | None]]:
+def _answered(
+    parts: Iterable[Part], predictor: Predictor, folder: Path, key: bytes, work: Path, engine: str, address: str, beside: Sequence[str],
+) -> Iterator[tuple[int, pl.DataFrame | None]]:
     "Each part's number with its answers, or with nothing where they are kept already."
     done: list[int] = []
 
@@ -166,10 +185,10 @@ def _answered(parts: Iterable[Part], predictor: Predictor, folder: Path, key: by
                 yield part
 
     if engine == "ray":
-        yield from answer_on_cluster(folder, key, todo(), address)
+        yield from answer_on_cluster(folder, key, todo(), address, beside)
     else:
         for part in todo():
-            yield part.number, answer_rows(predictor, part.rows, part.start)
+            yield part.number, answer_rows(predictor, part.rows, part.start, beside)
     yield from ((number, None) for number in done)
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #631b0029

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ import polars as pl
 
 from ..core.cluster import ATTEMPTS, connect, fetch, is_connected, places
 from ..core.errors import EnvironmentFault, InputError
+from .frames import check_frame
+from .further import say_columns
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -36,11 +38,17 @@ class Part:
 def answer_rows(
     predictor: Predictor,
     rows: pl.DataFrame,
-    start: int = 0,           # rows before them
-) -> pl.DataFrame:            # a row for each row
+    start: int = 0,                 # rows before them
+    beside: Sequence[str] = (),     # what is told beside the answers: of `further.WISHES`, that the package can serve
+) -> pl.DataFrame:                  # a row for each row
     "Answers; raises `InputError` that says from where it counts."
     try:
-        return predictor.predict(rows)
+        if not beside:
+            return predictor.predict(rows)
+        known = check_frame(rows, predictor.schema)
+        scores, chosen = predictor.estimate(predictor.model.encode(known), known)
+        columns = [column for wish in beside for column in say_columns(predictor, wish, scores, chosen, known)]
+        return predictor.frame_of(scores, chosen).hstack(columns)
     except InputError as error:
         if not start:
             raise
@@ -55,6 +63,7 @@ def answer_part(
     public_key: bytes,            # Ed25519, that must have signed it
     part: bytes,                  # rows, Arrow
     start: int = 0,               # rows before them
+    beside: Sequence[str] = (),   # what is told beside the answers
 ) -> bytes:                       # answers, Arrow
     "Verify, load and answer; raises what `load_package` and `Predictor.predict` raise."
     from pipeline.deploy.package import SIGNATURE
@@ -62,7 +71,7 @@ def answer_part(
     if package[SIGNATURE] not in _LOADED:
         _LOADED.clear()
         _LOADED[package[SIGNATURE]] = _unpacked(package, public_key)
-    return frame_bytes(answer_rows(_LOADED[package[SIGNATURE]], pl.read_ipc(io.BytesIO(part)), start))
+    return frame_bytes(answer_rows(_LOADED[package[SIGNATURE]], pl.read_ipc(io.BytesIO(part)), start, beside))
 
 
 def package_bytes(
@@ -105,6 +114,7 @@ def answer_on_cluster(
     public_key: bytes,                                # Ed25519, that must have signed it
     parts: Iterable[Part],
     address: str = "",                                # of a running cluster, host:port or auto; empty: this machine's cores
+    beside: Sequence[str] = (),                       # what is told beside the answers
 ) -> Iterator[tuple[int, pl.DataFrame]]:              # number and answers, in any order
     "Answer every part on a Ray cluster; raises `EnvironmentFault` where there is none, and what a worker raised."
     started = not is_connected()
@@ -115,7 +125,7 @@ def answer_on_cluster(
         ahead = AHEAD * places(ray)[0]
         waiting: dict[Any, int] = {}
         for part in parts:
-            waiting[ask.remote(package, public_key, frame_bytes(part.rows), part.start)] = part.number
+            waiting[ask.remote(package, public_key, frame_bytes(part.rows), part.start, list(beside))] = part.number
             while len(waiting) >= ahead:
                 yield _finished(ray, waiting)
         while waiting:

@@ -16,7 +16,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,7 @@ class Deployed:
     port: int           # of the release itself
     door: int           # where callers ask
     pid: int
-    born: float         # of the process, so that another one with its number is not taken for it
+    born: str           # of the process, so that another one with its number is not taken for it
     since: str          # UTC
     changed: bool       # False: it was live already
 
@@ -338,12 +339,13 @@ def deploy(
     within_s: float = 300.0,        # until a new release must be ready: the first start compiles
     by: str = "",
     program: Path | None = None,    # the folder `pipeline` of the program; the one that runs here by default
+    downgrade: str = "",            # why a package older than one that was in production may answer
 ) -> Deployed:
     "Assemble, start beside, smoke-test, switch, stop the old one; raises before callers meet anything that failed."
     if place.exists() and not place.is_dir():
         raise InputError(f"{place} is a file; name a folder of this deployment's own, which is made where it is missing")
     with locked(place / "deploy.lock"):
-        return _bring(place, assemble(package, public_key, place / "releases", files, program), port, how, within_s, by)
+        return _bring(place, assemble(package, public_key, place / "releases", files, program), port, how, within_s, by, downgrade)
 
 
 def go_back(
@@ -361,7 +363,7 @@ def go_back(
         if not before:
             raise InputError(f"release {now['release']} is the first that was live in {place.name}; there is nothing older to go back to")
         how = read_serving(place / now["serving"]) if now.get("serving") else None
-        return _bring(place, place / "releases" / before[-1], None, how, within_s, by, "brought back at")
+        return _bring(place, place / "releases" / before[-1], None, how, within_s, by, back=True)
 
 
 def stop_all(place: Path) -> bool:     # False: nothing was ever deployed there
@@ -387,6 +389,7 @@ class Standing:
     service: str          # ready, not ready, gone
     port: int             # of the service itself
     door: int             # where callers ask; 0: shut
+    registered: str       # what the registry calls the package; empty: the place has no store
 
 
 def standing(
@@ -403,7 +406,7 @@ def standing(
             state, answers = ("ready", int(json.loads(told)["version"])) if status == 200 else ("not ready", 0)
         except OSError:
             state = "not ready"
-    return Standing(live["name"], live["version"], answers, live["release"], live["since"], state, live["port"], _door_port(place))
+    return Standing(live["name"], live["version"], answers, live["release"], live["since"], state, live["port"], _door_port(place), _registered(place, live))
 
 
 def history(place: Path) -> list[dict[str, Any]]:
@@ -412,7 +415,7 @@ def history(place: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 # %% ../../nbs/lib/deploy/31_deployment.ipynb #11cf4aa8
-def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] | None, within_s: float, by: str, what: str = "deployed to") -> Deployed:
+def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] | None, within_s: float, by: str, downgrade: str = "", back: bool = False) -> Deployed:
     from pipeline.core.run import clock
     from pipeline.core.settings import secret
     from pipeline.deploy.service import Serving, free_port
@@ -427,7 +430,7 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
         free_port("127.0.0.1", port)
     serving, guarded = write_serving(place, how), bool(how.get("token_ref") or how.get("tokens"))
     token = secret(how["token_ref"]) if how.get("token_ref") else secrets.token_hex(16) if guarded else None
-    traffic = _Traffic(told, how)
+    traffic = _Traffic(told, how, f"brought back at {place.name}" if back else f"deployed to {place.name}{f' ({downgrade})' if downgrade else ''}", bool(downgrade), back)
     if now and now["release"] == release.name and now.get("serving") == serving.name and traffic.arrived and _alive(now) and _ready(now["port"]):
         return _deployed(now, _open_door(place, port), False)
     inner = free_port("127.0.0.1", 0)
@@ -436,7 +439,7 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
         _await(process, inner, within_s, place)
         smoke(release, inner, token)
         door = _open_door(place, port)
-        traffic.follow(f"{what} {place.name}", by)
+        traffic.follow(by)
     except BaseException as error:
         _stop(process.pid)
         process.wait()
@@ -459,38 +462,51 @@ def _deployed(live: dict[str, Any], door: int, changed: bool) -> Deployed:
 
 
 class _Traffic:
-    "The plan that a deployment with a store makes: callers of every service of that store get what was deployed."
+    "What a deployment with a store changes there: callers of every service of that store get what was deployed, and the registry says so."
 
-    def __init__(self, told: Mapping[str, Any], how: Mapping[str, Any]):
-        from pipeline.deploy.registry import Registry
-        from pipeline.deploy.versions import Plans
-
-        self.name, self.package, self.store, self.database = told["name"], told["package"], how.get("store", ""), how.get("database", "")
+    def __init__(self, told: Mapping[str, Any], how: Mapping[str, Any], reason: str, downgrade: bool, back: bool):
+        self.name, self.package, self.reason, self.downgrade, self.back = told["name"], told["package"], reason, downgrade, back
+        self.where = (Path(how["store"]), how.get("database", "")) if how.get("store") else None
         self.revision, self.arrived = 0, True
-        if not self.store:
+        if self.where is None:
             return
-        registry = Registry(Path(self.store), self.database)
-        try:
-            plan = Plans(registry).current(self.name)
-        finally:
-            registry.close()
-        self.arrived = plan is not None and plan.live == self.package
+        with _plans(*self.where) as plans, plans.registry.transaction(self.name) as connection:
+            entry, _ = plans.registry.check_live(connection, self.name, self.package, reason, downgrade, back)
+            plan = plans.current(self.name)
+        self.arrived = plan is not None and plan.live == self.package and entry.state == "production"
         self.revision = plan.revision if plan else 0      # the new release answers with its own package until the plan that comes after this one
         if plan is not None and plan.canary is not None and plan.live != self.package:
             raise InputError(f"version {told['version']} of {self.name} was asked while a trial goes on beside another one ({plan.share:g} % of its traffic, {plan.reason}); "
                              f"end the trial first: pilothouse rollout promote {self.name}, or pilothouse rollout back {self.name}")
 
-    def follow(self, reason: str, by: str) -> None:
-        from pipeline.deploy.registry import Registry
-        from pipeline.deploy.versions import Plans
+    def follow(self, by: str) -> None:
+        if self.where is not None:
+            with _plans(*self.where) as plans:
+                plans.go_live(self.name, self.revision, self.package, self.reason, by, self.downgrade, self.back)
 
-        if not self.store:
-            return
-        registry = Registry(Path(self.store), self.database)
-        try:
-            Plans(registry).change(self.name, self.revision, reason, by, live=self.package)
-        finally:
-            registry.close()
+
+@contextmanager
+def _plans(store: Path, database: str) -> Iterator[Any]:
+    from pipeline.deploy.registry import Registry
+    from pipeline.deploy.versions import Plans
+
+    registry = Registry(store, database)
+    try:
+        yield Plans(registry)
+    finally:
+        registry.close()
+
+
+def _registered(place: Path, live: Mapping[str, Any]) -> str:
+    "What the registry calls a place's package."
+    how = read_serving(place / live["serving"])
+    if not how.get("store"):
+        return ""
+    try:
+        with _plans(Path(how["store"]), how.get("database", "")) as plans:
+            return next((str(e.state) for e in plans.registry.entries(live["name"]) if e.digest == live["package"]), "unknown")
+    except PilothouseError as error:       # whether the service answers is told all the same
+        return f"unknown: {error}"
 
 
 SMOKE = "PILOTHOUSE_SMOKE_TOKEN"     # known to this deployment and its service alone
@@ -561,18 +577,23 @@ def _myself() -> dict[str, Any]:
 
 
 def _born(pid: int) -> dict[str, Any]:
+    "A process, told from every other one that had or will have its number: no clock that somebody may set is asked."
     import psutil
 
-    return {"pid": pid, "born": psutil.Process(pid).create_time()}
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]     # clock ticks from the boot to its start; see proc(5)
+        return {"pid": pid, "born": f"{boot} {began}"}
+    except FileNotFoundError:
+        return {"pid": pid, "born": str(psutil.Process(pid).create_time())}      # no such process, or no /proc
 
 
 def _alive(told: dict[str, Any]) -> bool:
     import psutil
 
     try:
-        found = psutil.Process(told["pid"])
-        return found.create_time() == told["born"] and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return _born(told["pid"])["born"] == told["born"] and psutil.Process(told["pid"]).status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, ProcessLookupError):
         return False
 
 

@@ -11,7 +11,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from polars.exceptions import PanicException
 from ..core.errors import InputError, suggest
 from .answers import ARROW, MAX_EXPLAINED, Answerer, Found, answerer_of, read_arrow, read_tensors, write_arrow
 from .counts import Counts
+from .further import WISHES, can_say, say, say_columns
 from .journal import Entry
 from .openapi import CSP, example_row, openapi, page, tensor_type
 from .requests import Limits, Refused, peek, read_json, too_large
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 MAX_FINDINGS = 100   # a message lists so many, and says how many there were
 
 # %% auto #0
-__all__ = ['MAX_FINDINGS', 'PREDICTS', 'Answer', 'BESIDE', 'Call', 'Recorder', 'Ids', 'Shadows', 'Service', 'predictions']
+__all__ = ['MAX_FINDINGS', 'PREDICTS', 'Answer', 'Call', 'Recorder', 'Ids', 'Shadows', 'Service', 'predictions']
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #8bdde095
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -119,13 +121,18 @@ _COMMON = [("cache-control", "no-store"), ("x-content-type-options", "nosniff")]
 _JSON = ("content-type", "application/json")
 PREDICTS = ("/predict", "/v2/infer")
 Answer = Callable[[Call], Reply]
-BESIDE = {"explain": b"explanations", "sets": b"sets", "targets": b"targets"}   # what may be preferred, and its key in the answer
 
 
-def _able(answerer: Answerer, wish: str) -> bool:
-    "Whether a version can serve a preference; one that it cannot is not an error (RFC 7240)."
-    further = answerer.predictor.further
-    return wish == "explain" or further is not None and further.can(wish)
+def _wishes(headers: Mapping[str, str]) -> Collection[str]:
+    "What a caller prefers (RFC 7240); what nobody knows is no error."
+    prefer = headers.get("prefer")
+    return prefer.replace(" ", "").lower().replace(";", ",").split(",") if prefer else ()
+
+
+def _applied(lenient: bool, beside: Sequence[str]) -> list[tuple[str, str]]:
+    "The header that says which preferences were served."
+    served = [*(["handling=lenient"] if lenient else []), *beside]
+    return [("preference-applied", ", ".join(served))] if served else []
 
 
 @dataclass
@@ -320,13 +327,12 @@ class Service:
         return answerer, None if shadow is None else answerers[id(shadow)]
 
     def _predict(self, call: Call) -> Reply:
-        prefer = call.headers.get("prefer")
-        wishes = frozenset() if not prefer else frozenset(prefer.replace(" ", "").lower().replace(";", ",").split(","))
+        wishes = _wishes(call.headers)
         lenient = "handling=lenient" in wishes
         if call.headers.get("content-type", "").startswith(ARROW):
-            return self._predict_table(call, lenient)
+            return self._predict_table(call, wishes)
         answerer, shadow = self._pick(call, None)
-        beside = [wish for wish in BESIDE if wish in wishes and _able(answerer, wish)] if wishes else []
+        beside = _beside(answerer, wishes) if wishes else []
         found = answerer.json(call.body, self.limits.rows, lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
@@ -334,38 +340,43 @@ class Service:
         more, extra = b"", [_JSON]
         if found.warned:
             more = b',"warnings":' + self._encode([_shown(f) for f in found.warned[:MAX_FINDINGS]])
-        for wish in beside:
-            more += b',"' + BESIDE[wish] + b'":' + self._encode(self._beside(wish, answerer, found))
         if wishes:
-            applied = [wish for wish in ("handling=lenient", *beside) if wish in wishes]
-            extra = [_JSON, ("preference-applied", ", ".join(applied))] if applied else extra
+            told = self._told(say, answerer, found, beside)
+            more += b"".join(b',"' + WISHES[wish].encode() + b'":' + self._encode(one) for wish, one in told.items())
+            extra = [_JSON, *_applied(lenient, [wish for wish, one in told.items() if one is not None])]
         return 200, extra, answerer.writer.document(call.request, answerer.writer.predictions(found.chosen, found.scores), more)
 
-    def _beside(self, wish: str, answerer: Answerer, found: Found) -> Any:
-        further = answerer.predictor.further
-        if further is not None and wish == "sets":
-            return further.sets(found.scores, answerer.classes)
-        if further is not None and wish == "targets" and found.checked is not None:
-            return further.targets(found.checked.frame)
-        if len(found.scores) > MAX_EXPLAINED:
+    def _told(self, form: Callable[..., Any], answerer: Answerer, found: Found, beside: Sequence[str]) -> dict[str, Any]:
+        "What is preferred beside the answers, as `say` or `say_columns` tells it."
+        if "explain" in beside and len(found.scores) > MAX_EXPLAINED:
             raise Refused(413, "too many rows", f"{len(found.scores):,} rows were sent, {MAX_EXPLAINED} are explained at once; send them in parts")
-        with self._explaining:       # one after the other: each keeps a core busy for milliseconds a row
-            return answerer.explain(found)
+        if not beside or found.checked is None:
+            return {}
+        frame, told = found.checked.frame, {}
+        for wish in beside:
+            with self._explaining if wish == "explain" else nullcontext():       # one after the other: each keeps a core busy for milliseconds a row
+                told[wish] = form(answerer.predictor, wish, found.scores, found.chosen, frame)
+        return told
 
-    def _predict_table(self, call: Call, lenient: bool) -> Reply:
+    def _table(self, answerer: Answerer, found: Found, beside: Sequence[str]) -> tuple[pl.DataFrame, list[str]]:
+        "The answer as a table, with the columns that were preferred, and which these preferences are."
+        told = {wish: columns for wish, columns in self._told(say_columns, answerer, found, beside).items() if columns.width}
+        frame = answerer.predictor.frame_of(found.scores, found.chosen)
+        return frame.hstack([column for columns in told.values() for column in columns]) if told else frame, list(told)
+
+    def _predict_table(self, call: Call, wishes: Collection[str]) -> Reply:
         call.kept = b""       # the record keeps a table that was answered, no other
         columns = read_arrow(call.body, self.limits.rows)
         answerer, shadow = self._pick(call, columns)
-        found = answerer.columns(columns, self.limits.rows, lenient)
+        lenient, beside = "handling=lenient" in wishes, _beside(answerer, wishes)
+        found = answerer.columns(columns, self.limits.rows, lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
             self._in_shadow(call, shadow, partial(shadow.columns, columns, self.limits.rows, lenient))
         call.kept = None
-        about = {"model": answerer.predictor.name, "version": str(answerer.version), "request_id": call.request}
-        if found.warned:
-            about["warnings"] = json.dumps([_shown(f) for f in found.warned[:MAX_FINDINGS]])
-        frame = answerer.predictor.frame_of(found.scores, found.chosen)
-        return 200, [("content-type", ARROW)], write_arrow(frame.to_dict(as_series=False), about)
+        frame, served = self._table(answerer, found, beside)
+        about = {"model": answerer.predictor.name, "version": str(answerer.version), "request_id": call.request} | _about(answerer, found, served)
+        return 200, [("content-type", ARROW), *_applied(lenient, served)], write_arrow(frame.to_dict(as_series=False), about)
 
     def _in_shadow(self, call: Call, answerer: Answerer, ask: Callable[[], Found]) -> None:
         "The other version answers later; what it says is counted and recorded, and nobody waits for it."
@@ -441,29 +452,54 @@ class Service:
 
     def _v2_model(self, call: Call) -> Reply:
         inputs = [{"name": f.name, "datatype": tensor_type(f), "shape": [-1]} for f in self.predictor.schema.fields]
-        outputs = [{"name": n, "datatype": _output_type(n, self.predictor.model.task), "shape": [-1]} for n in self.predictor.outputs]
+        named = bool(self.predictor.model.classes)
+        outputs = [{"name": n, "datatype": "BYTES" if named and n == "prediction" else "FP64", "shape": [-1]} for n in self.predictor.outputs]
         return self._json({"name": self.predictor.name, "versions": [str(self.predictor.version)], "platform": "pilothouse", "inputs": inputs, "outputs": outputs})
 
     def _v2_infer(self, call: Call) -> Reply:
         split = call.headers.get("inference-header-content-length", "")
-        columns, asked = read_tensors(call.body, split)
+        columns, asked, wanted = read_tensors(call.body, split)
         if split and int(split) < len(call.body) and self.recorder is not None:     # the record keeps what can be read again
             call.kept = self._encode({"inputs": [{"name": name, "data": values} for name, values in columns.items()]})
-        lenient = "handling=lenient" in call.headers.get("prefer", "").replace(" ", "").lower()
+        wishes = _wishes(call.headers)
         answerer, shadow = self._pick(call, columns)
-        found = answerer.columns(columns, self.limits.rows, lenient)
+        lenient, beside = "handling=lenient" in wishes, _beside(answerer, wishes)
+        found = answerer.columns(columns, self.limits.rows, lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
             self._in_shadow(call, shadow, partial(shadow.columns, columns, self.limits.rows, lenient))
         predictor = answerer.predictor
-        frame = predictor.frame_of(found.scores, found.chosen)
-        outputs = [{"name": n, "datatype": _output_type(n, predictor.model.task), "shape": [frame.height], "data": frame[n].to_list()} for n in frame.columns]
-        return self._json({"model_name": predictor.name, "model_version": str(predictor.version),
-                           "id": asked if asked is not None and _ID.fullmatch(asked) else call.request, "outputs": outputs})
+        frame, served = self._table(answerer, found, beside)
+        unknown = next((name for name in wanted if name not in frame.columns), None)
+        if unknown is not None:
+            raise Refused(422, "not a request", f"output {unknown[:120]!r} is not answered here{suggest(unknown[:120], frame.columns)}; what is optional is asked with the header "
+                          f"Prefer: {', '.join(WISHES)}", [Finding(0, unknown[:120], "is no output", None, frame.columns[:20])])
+        outputs = [{"name": n, "datatype": _output_type(dtype), "shape": [frame.height], "data": frame[n].to_list()} for n, dtype in frame.schema.items()]
+        answer = {"model_name": predictor.name, "model_version": str(predictor.version),
+                  "id": asked if asked is not None and _ID.fullmatch(asked) else call.request, "outputs": outputs}
+        about = _about(answerer, found, served)
+        status, headers, out = self._json(answer | ({"parameters": about} if about else {}))
+        return status, [*headers, *_applied(lenient, served)], out
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #7849a49f
-def _output_type(name: str, task: str) -> str:
-    return "BYTES" if name == "prediction" and task != "regression" else "FP64"
+def _output_type(dtype: pl.DataType) -> str:
+    return {"String": "BYTES", "Boolean": "BOOL"}.get(str(dtype), "FP64")
+
+
+def _beside(answerer: Answerer, wishes: Collection[str]) -> list[str]:
+    "The preferences that a version can serve, in their order."
+    return [wish for wish in WISHES if wish in wishes and can_say(answerer.predictor, wish)]
+
+
+def _about(answerer: Answerer, found: Found, served: Sequence[str]) -> dict[str, str]:
+    "What stands beside a table: warnings, and what sets promise."
+    about = {}
+    if found.warned:
+        about["warnings"] = json.dumps([_shown(f) for f in found.warned[:MAX_FINDINGS]])
+    if "sets" in served and answerer.predictor.further is not None:
+        promise = answerer.predictor.further.promise
+        about["sets"] = json.dumps({"promised": promise["level"], "held": promise.get("covered")})
+    return about
 
 
 def _rows_of(columns: Mapping[str, Sequence[Any]], needed: Sequence[str]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ import polars as pl
 from ..core.crypto import are_forgotten, known_key, named, pseudonym_key, seal, subject_keys, token
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 from ..core.problem import check_name
-from ..core.store import write_whole
+from ..core.store import disk_errors, sync_path
 from ..data.targets import class_name
 from .growing import Growing
 
@@ -35,11 +35,10 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'EARLY_BYTES', 'CHUNK', 'FILE_BYTES', 'Record', 'ID',
-           'MOST_OUTCOMES', 'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder',
-           'spool_key', 'write_spool', 'note_outcomes', 'inference_tables', 'collect', 'read_inferences',
-           'read_outcomes', 'newest_numbers', 'forget_inferences', 'forget_lines', 'count_inferences',
-           'drop_inferences', 'count_older']
+__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'FRAME_BYTES', 'Record', 'ID', 'MOST_OUTCOMES', 'TIME',
+           'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder', 'spool_key', 'Spool',
+           'note_outcomes', 'inference_tables', 'collect', 'read_inferences', 'read_outcomes', 'newest_numbers',
+           'forget_inferences', 'forget_lines', 'count_inferences', 'drop_inferences', 'count_older']
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #608e52c3
 @dataclass(frozen=True)
@@ -67,13 +66,11 @@ def layout_of(
     return Layout(tuple(n for n in names if n not in private), tuple(n for n in names if n in private), subject, tuple(predictor.model.classes), keyed)
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #4df941b5
-INTERVAL = 1.0                  # seconds between two writes: what a crash may lose
+INTERVAL = 1.0                  # seconds after which a file is whole: what a crash may lose
 MOST_WAITING = 64_000_000       # bytes that wait in memory
 MOST_SPOOLED = 256_000_000      # bytes of sealed files from which they are taken at once
 TAKEN_EVERY = 300.0             # seconds after which they are taken anyway
-EARLY_BYTES = 1_000_000         # that are written before the interval is over: many at once would keep requests waiting
-CHUNK = 1000                    # records that are taken without letting requests run
-FILE_BYTES = 8_000_000          # of one sealed file
+FRAME_BYTES = 65_536            # that are sealed and written at once: requests wait meanwhile
 Record = tuple[float, str, int, str, int, float, bytes, bytes]   # at, request, version, role, status, ms, body, answer
 
 
@@ -98,7 +95,9 @@ class Recorder:
         self._waiting: deque[bytes] = deque()          # records, packed
         self._came = self._left = 0                    # bytes; each is counted by one thread alone
         self._eager = True                             # write early where much has come
-        self._unsent, self._unsent_records, self._unsent_size = b"", 0, 0
+        self._frame, self._framed = b"", 0             # records that are not written yet, and how many
+        self._spool: Spool | None = None
+        self._unnamed = 0                              # records in it
         self._key = spool_key(self.store)
         self._child: subprocess.Popen[bytes] | None = None
         self._due, self._spooled = time.monotonic() + TAKEN_EVERY, 0
@@ -129,32 +128,38 @@ class Recorder:
             return
         self._came += size
         self._waiting.append(record)
-        if self._eager and self._came - self._left > EARLY_BYTES:
+        if self._eager and self._came - self._left > FRAME_BYTES:
             self._eager = False
             self._wake.set()
 
     def flush(self) -> None:
-        "Write what waits; raises `EnvironmentFault` where the disk does not take it, and keeps it."
+        "Write what waits into a file that is whole then; raises `EnvironmentFault` where the disk does not take it, and keeps it."
         with self._writing:
-            waiting = len(self._waiting)          # what comes meanwhile is for the next time
-            while waiting or self._unsent:
-                if not self._unsent:
-                    chunks: list[bytes] = []
-                    self._unsent_records = self._unsent_size = 0
-                    while waiting and self._unsent_size < FILE_BYTES:
-                        taken = [self._waiting.popleft() for _ in range(min(waiting, CHUNK))]
-                        chunks.append(b"\xdd" + len(taken).to_bytes(4, "big") + b"".join(taken))      # an array in MessagePack
-                        waiting -= len(taken)
-                        self._unsent_records += len(taken)
-                        self._unsent_size += len(chunks[-1]) - 5
-                        time.sleep(0)                 # requests that wait for the interpreter go first
-                    layouts = {str(version): asdict(layout) for version, layout in self.layouts.items()}
-                    self._unsent = self._pack({"layouts": layouts, "records": chunks})
-                write_spool(self.store, self.name, "rows", self._unsent, self._key)
-                self._spooled += len(self._unsent)
-                self.written += self._unsent_records
-                self._left += self._unsent_size
-                self._unsent = b""
+            self._write()
+            if self._spool is not None:
+                layouts = {str(version): asdict(layout) for version, layout in self.layouts.items()}
+                self._spool.finish(self._pack(layouts))
+                self._spooled += self._spool.size
+                self.written += self._unnamed
+                self._spool, self._unnamed = None, 0
+
+    def _write(self) -> None:
+        waiting = len(self._waiting)          # what comes meanwhile is for the next time
+        while waiting or self._frame:
+            if not self._frame:
+                taken, size = [], 0
+                while waiting and size < FRAME_BYTES:
+                    taken.append(self._waiting.popleft())
+                    size += len(taken[-1])
+                    waiting -= 1
+                self._frame, self._framed = b"".join((b"\xdd", len(taken).to_bytes(4, "big"), *taken)), len(taken)      # an array in MessagePack
+            if self._spool is None:
+                self._spool = Spool(self.store, self.name, "rows", self._key)
+            self._spool.add(self._frame)
+            self._unnamed += self._framed
+            self._left += len(self._frame) - 5
+            self._frame = b""
+            time.sleep(0)                     # requests that wait for the interpreter go first
 
     def close(self) -> None:
         "Write what is left and end the thread; for the end of a worker."
@@ -164,25 +169,38 @@ class Recorder:
         self.flush()
 
     def _run(self) -> None:
+        named = time.monotonic()
         while not self._ended:
-            self._wake.wait(self.interval)
+            self._wake.wait(max(named + self.interval - time.monotonic(), 0.0))
             self._wake.clear()
             try:
-                self.flush()
-                self.failed, self._eager = "", True       # after a failure the interval is waited for
-                if self.collects and (self._spooled > MOST_SPOOLED or time.monotonic() > self._due):
-                    self._collect()
+                if time.monotonic() < named + self.interval:
+                    with self._writing:
+                        self._write()
+                else:
+                    named = time.monotonic()
+                    self.flush()
+                    if self.collects and (self._spooled > MOST_SPOOLED or named > self._due):
+                        self._collect()
+                self.failed, self._eager = "", True
             except (EnvironmentFault, OSError) as error:     # tried again after the next interval
                 if not self.failed:
                     sys.stderr.write(f"inference log of {self.name}: {error}\n")
-                self.failed = str(error)
+                self.failed, named = str(error), time.monotonic()
 
     def _collect(self) -> None:
-        "A child of low priority takes what is spooled into the table."
+        "A child that works where a processor idles takes what is spooled into the table."
         if self._child is None or self._child.poll() is not None:
             self._due, self._spooled = time.monotonic() + TAKEN_EVERY, 0
-            code = "import os, sys; os.nice(19); from pathlib import Path; from pipeline.deploy.inference_log import collect; collect(Path(sys.argv[1]), sys.argv[2])"
-            self._child = subprocess.Popen([sys.executable, "-c", code, str(self.store.resolve()), self.name], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            self._child = subprocess.Popen([sys.executable, "-c", "from pipeline.deploy.inference_log import _child; _child()", str(self.store.resolve()), self.name],
+                                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def _child() -> None:
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))    # whoever answers takes the processor back at once
+    collect(Path(sys.argv[1]), sys.argv[2])
 
 
 def spool_key(
@@ -192,31 +210,88 @@ def spool_key(
     return hmac.digest(pseudonym_key(store), b"inference log", hashlib.sha256)
 
 
-def write_spool(
-    store: Path,
-    name: str,
-    kind: str,             # rows or outcomes
-    content: bytes,
-    key: bytes,            # of `spool_key`
-) -> Path:
-    "One sealed file, whole or absent; its name orders it among the others."
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+class Spool:
+    """A file of sealed frames, which has its name once it is whole; the name orders it among the others. It has a key of its own, so
+    that a frame's number is nonce enough, and none can be taken out, doubled or moved; the last one says that it is the last."""
 
-    file = store / "inferences" / name / f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(4)}.{kind}"
-    nonce = secrets.token_bytes(12)
-    write_whole(file, nonce + AESGCM(key).encrypt(nonce, content, file.name.encode()), 0o600)
-    return file
+    def __init__(
+        self,
+        store: Path,
+        name: str,             # the problem's
+        kind: str,             # rows or outcomes
+        key: bytes,            # of `spool_key`
+    ) -> None:
+        self.file = store / "inferences" / name / f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(4)}.{kind}"
+        self.held, self.size, self.frames, self.whole, self.named = self.file.with_name(f".{self.file.name}.part"), 0, 0, False, False
+        self._seal = _cipher(key, self.file.name).encrypt
+        with disk_errors(f"writing {self.file.name}"):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._out: int | None = os.open(self.held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def add(
+        self,
+        content: bytes,
+        last: bool = False,
+    ) -> None:
+        "One frame more; raises `EnvironmentFault` and leaves the file as it was where the disk is full."
+        assert self._out is not None
+        sealed = self._seal(self.frames.to_bytes(12, "big"), content, LAST if last else b"")
+        with disk_errors(f"writing {self.file.name}"):
+            try:
+                left = memoryview(len(sealed).to_bytes(4, "big") + sealed)
+                while left:
+                    left = left[os.write(self._out, left):]
+            except OSError:
+                os.ftruncate(self._out, self.size)
+                os.lseek(self._out, self.size, os.SEEK_SET)
+                raise
+        self.size += len(sealed) + 4
+        self.frames += 1
+
+    def finish(
+        self,
+        content: bytes,        # of the last frame
+    ) -> None:
+        "Flush, and give it its name; after an `EnvironmentFault` it may be asked again."
+        if not self.whole:
+            self.add(content, last=True)
+            self.whole = True
+        with disk_errors(f"writing {self.file.name}"):
+            if self._out is not None:
+                os.fsync(self._out)
+                out, self._out = self._out, None
+                os.close(out)
+            if not self.named:
+                os.rename(self.held, self.file)
+                self.named = True
+            sync_path(self.file.parent)
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #379dec75
-def _opened(file: Path, key: bytes) -> bytes:
-    from cryptography.exceptions import InvalidTag
+LAST = b"the last"
+
+
+def _cipher(key: bytes, name: str) -> Any:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    held = file.read_bytes()
+    return AESGCM(hmac.digest(key, name.encode(), hashlib.sha256))
+
+
+def _opened(file: Path, key: bytes) -> list[bytes]:
+    "Its frames."
+    from cryptography.exceptions import InvalidTag
+
+    held, cipher, at, frames = file.read_bytes(), _cipher(key, file.name), 0, list[bytes]()
     try:
-        return AESGCM(key).decrypt(held[:12], held[12:], file.name.encode())
+        while at < len(held):
+            end = at + 4 + int.from_bytes(held[at:at + 4], "big")
+            frames.append(cipher.decrypt(len(frames).to_bytes(12, "big"), held[at + 4:end], LAST if end >= len(held) else b""))
+            at = end
+        if frames:
+            return frames
+        problem: Exception | None = None
     except (InvalidTag, ValueError) as error:
-        raise IntegrityError(f"{file.name} of the inference log does not open: it was changed, or the store's pseudonym key is another; move it away to go on without its rows") from error
+        problem = error
+    raise IntegrityError(f"{file.name} of the inference log does not open: it was changed, or the store's pseudonym key is another; move it away to go on without its rows") from problem
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #940ecc71
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -238,7 +313,7 @@ def note_outcomes(
                          else f"{len(outcomes):,} outcomes were sent, {MOST_OUTCOMES:,} are taken at once; send them in parts")
     noted = [_outcome(told, i, classes) for i, told in enumerate(outcomes)]
     if noted:
-        write_spool(Path(store), check_name(name, "problem"), "outcomes", msgspec.msgpack.encode({"at": time.time() if at is None else at, "outcomes": noted}), spool_key(Path(store)))
+        Spool(Path(store), check_name(name, "problem"), "outcomes", spool_key(Path(store))).finish(msgspec.msgpack.encode({"at": time.time() if at is None else at, "outcomes": noted}))
     return len(noted)
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #f139edfa
@@ -327,7 +402,7 @@ def _read_outcomes(store: Path, name: str, files: Sequence[Path], about: dict[st
 
     rows: list[tuple[Any, ...]] = []
     for file in files:
-        told = msgspec.msgpack.decode(_opened(file, spool_key(store)))
+        told = msgspec.msgpack.decode(_opened(file, spool_key(store))[-1])
         rows += [(int(told["at"] * 1e6), *outcome) for outcome in told["outcomes"]]
     plain = {n: pl.Int64 if n == "at" else t for n, t in OUTCOMES.items() if n != "number"}
     return pl.DataFrame(rows, schema=plain, orient="row").with_columns(pl.col("at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC")), about
@@ -339,10 +414,10 @@ def _read_records(store: Path, name: str, files: Sequence[Path], about: dict[str
 
     lines = _Lines(list(about.get("classes", ())))
     for file in files:
-        told = msgspec.msgpack.decode(_opened(file, spool_key(store)))
-        layouts = {int(version): msgspec.convert(each, Layout) for version, each in told["layouts"].items()}
-        for chunk in told["records"]:
-            for record in msgspec.msgpack.decode(chunk):
+        *frames, told = _opened(file, spool_key(store))
+        layouts = {int(version): msgspec.convert(each, Layout) for version, each in msgspec.msgpack.decode(told).items()}
+        for frame in frames:
+            for record in msgspec.msgpack.decode(frame):
                 lines.add(record, layouts.get(record[2], Layout()))
     return lines.frame(store, name), about | {"classes": lines.classes, "unread": about.get("unread", 0) + lines.unread}
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .further import WISHES, can_say
 from .requests import Limits
 from .schema import Field, json_schema
 
@@ -35,7 +36,9 @@ def openapi(
     wrong = dict.fromkeys(("400", "401", "403", "413", "422", "429"), problem)
     prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "examples": ["handling=lenient", "explain", "sets", "targets"]},
               "description": "handling=lenient: answer what training never saw, with a warning; explain: add what each column contributed; "
-                             "sets: add the classes that cannot be ruled out; targets: add answers to further questions, where the package holds them"}
+                             "sets: add what cannot be ruled out; targets: add answers to further questions. Members of a JSON answer; tensors and tables get columns: "
+                             "explain_of, explain_score, explain_base, added_COLUMN; set_CLASS, or set_low and set_high; target_NAME, target_NAME_p_CLASS. "
+                             "What this version can add: " + (", ".join(wish for wish in WISHES if can_say(predictor, wish))) + "; Preference-Applied says what was added"}
     known = {"name": "X-Request-Id", "in": "header", "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}, "description": "comes back in the answer; made where it is missing"}
     table = {"type": "string", "format": "binary", "description": "a table as an Arrow IPC stream, without compression; answered likewise"}
     schemas = _schemas(predictor)
@@ -84,8 +87,9 @@ def _schemas(predictor: Predictor) -> dict[str, Any]:
             "model": {"type": "string"}, "version": {"type": "integer"}, "request_id": {"type": "string"},
             "predictions": {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}}, "warnings": {"type": "array", "items": fault},
             "explanations": {"type": ["array", "null"], "items": {"type": "object"}}, "targets": {"type": "array", "items": {"type": "object"}},
-            "sets": {"type": "object", "required": ["promised", "held", "classes"], "properties": {"promised": {"type": "number"}, "held": {"type": ["number", "null"]},
-                "classes": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}}}}},
+            "sets": {"type": "object", "required": ["promised", "held"], "properties": {"promised": {"type": "number"}, "held": {"type": ["number", "null"]},
+                "classes": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
+                "intervals": {"type": "array", "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": number}}}}}},
         "Tensors": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "items": tensor}}},
         "Outcomes": {"type": "object", "required": ["outcomes"], "additionalProperties": False, "properties": {"outcomes": {"type": "array", "maxItems": 10_000, "items": {
             "type": "object", "required": ["request_id", "value"], "additionalProperties": False,

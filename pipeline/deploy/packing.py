@@ -17,6 +17,7 @@ from ..core.display import Html, facts, stack, table
 from ..core.receipt import interpreter, lock_digest
 from ..core.store import digest, digest_file
 from .card import card_markdown, make_card
+from .further import typical_row
 from .package import KEY, LOCK, MANIFEST, SBOM, Contents, load_package, release, verify_package
 from .sbom import check_sbom, lock_text, make_sbom, read_lock, serving_lock
 from .schema import make_schema
@@ -82,8 +83,9 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
     mitigation = run.load("evaluate/mitigation") if run.has("evaluate/mitigation") else None
     if mitigation and mitigation.get("rule"):
         threshold = threshold | {"by_group": mitigation["rule"]}
-    if run.problem.problem.task != "regression" and run.has("evaluate/promise"):
+    if run.has("evaluate/promise"):
         threshold = threshold | {"sets": run.load("evaluate/promise")}
+    threshold = threshold | {"typical": typical_row(train, contract)}
     claims = [asdict(c) for c in run.claims("evaluate")]
     versions = {k: _version(run, k) for k in ("data", "label")}
     splits = run.load("data/splits") if run.has("data/splits") else {}

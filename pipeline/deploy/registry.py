@@ -84,7 +84,7 @@ class Registry:
         self.tables = _tables(self.engine)
         with _said_plainly(self.url):
             self.tables.meta.create_all(self.engine, checkfirst=True)
-            self._tell_audit()
+            self.tell_moves()
 
     def close(self) -> None:
         "Give the connections back."
@@ -111,7 +111,7 @@ class Registry:
                 self._note(connection, manifest["name"], manifest["version"], digest, "", "candidate", by or who(), reason)
             elif found.state == "candidate" and found.verdict != verdict:   # judged anew, still nothing but a candidate
                 connection.execute(table.update().where(table.c.digest == digest).values(verdict=verdict, run=run, revision=found.revision + 1, changed=clock()))
-        self._tell_audit()
+        self.tell_moves()
         return self.entry(manifest["name"], manifest["version"])
 
     def entries(
@@ -165,28 +165,9 @@ class Registry:
         downgrade: bool = False,        # yes, although a newer package was in production
     ) -> Entry:
         "Move a package, all or nothing; whoever was in production makes room for it. Raises `InputError`, `IntegrityError` for an older package."
-        if to not in STATES:
-            raise InputError(f"{to!r} is no state of a package; states: {', '.join(STATES)}")
-        if not reason.strip():
-            raise InputError(f"moving {name} v{version} to {to} needs a reason; give one with --reason")
         with self.transaction(name) as connection:
-            found = self._found(connection, name, version)
-            if expected is not None and found.state != expected:
-                raise InputError(f"{name} v{version} is {found.state}, not {expected}: {found.by} moved it at {found.changed:%Y-%m-%d %H:%M} UTC; look again")
-            if to not in MOVES[found.state]:
-                allowed = ", ".join(MOVES[found.state]) or "none (only a rollback brings it back)"
-                raise InputError(f"{name} v{version} is {found.state} and cannot become {to}; next states: {allowed}")
-            if to in ("staging", "canary", "production") and found.verdict == "no-go":
-                raise InputError(f"{name} v{version} comes from a run with the verdict no-go and cannot become {to}; mend what failed and run again")
-            newest = self._newest(connection, name)
-            if to in ALONE and version < newest:
-                if not downgrade:
-                    raise IntegrityError(f"{name} v{version} is older than v{newest}, which was in production; go back by a rollback, or say --downgrade, which is written down")
-                reason = f"{DOWNGRADE} below v{newest}: {reason}"
-            if to in ALONE:
-                self._make_room(connection, name, to, found, by or who(), reason)
-            self._change(connection, found, to, by or who(), reason)
-        self._tell_audit()
+            self.put(connection, name, version, to, reason, by, expected, downgrade)
+        self.tell_moves()
         return self.entry(name, version)
 
     def newest(self, name: str) -> int:
@@ -202,16 +183,79 @@ class Registry:
     ) -> Entry:          # what is in production now
         "Back to the package that was in production before; the one that is there now is retired."
         with self.transaction(name) as connection:
-            current = self._in_state(connection, name, "production")
-            if current is None:
-                raise InputError(f"{name} has nothing in production, so there is nothing to go back from; promote a package first")
-            before = self._before(connection, name, current.digest)
-            if before is None:
-                raise InputError(f"{name} v{current.version} is the first that was ever in production; there is nothing older to go back to")
-            self._change(connection, current, "retired", by or who(), f"{ROLLBACK}: {reason}")
-            self._change(connection, before, "production", by or who(), f"{ROLLBACK}: {reason}")
-        self._tell_audit()
+            before = self.predecessor(connection, name)
+            self.put_live(connection, name, before.digest, reason, by, back=True)
+        self.tell_moves()
         return self.entry(name, before.version)
+
+    # parts of somebody's transaction, which tells the moves when it is over
+
+    def put(self, connection: Any, name: str, version: int, to: str, reason: str, by: str = "", expected: str | None = None, downgrade: bool = False) -> Entry:
+        "A move; as the package was before it."
+        if to not in STATES:
+            raise InputError(f"{to!r} is no state of a package; states: {', '.join(STATES)}")
+        if not reason.strip():
+            raise InputError(f"moving {name} v{version} to {to} needs a reason; give one with --reason")
+        found = self._found(connection, name, version)
+        if expected is not None and found.state != expected:
+            raise InputError(f"{name} v{version} is {found.state}, not {expected}: {found.by} moved it at {found.changed:%Y-%m-%d %H:%M} UTC; look again")
+        if to not in MOVES[found.state]:
+            allowed = ", ".join(MOVES[found.state]) or "none (only a rollback brings it back)"
+            raise InputError(f"{name} v{version} is {found.state} and cannot become {to}; next states: {allowed}")
+        reason = self._judged(connection, found, to, reason, downgrade)
+        if to in ALONE:
+            self._make_room(connection, name, to, found, by or who(), reason)
+        self._change(connection, found, to, by or who(), reason)
+        return found
+
+    def predecessor(self, connection: Any, name: str) -> Entry:
+        "What a rollback brings back; raises `InputError`."
+        current = self._in_state(connection, name, "production")
+        if current is None:
+            raise InputError(f"{name} has nothing in production, so there is nothing to go back from; promote a package first")
+        before = self._before(connection, name, current.digest)
+        if before is None:
+            raise InputError(f"{name} v{current.version} is the first that was ever in production; there is nothing older to go back to")
+        return before
+
+    def check_live(
+        self,
+        connection: Any,
+        name: str,
+        digest: str,             # of a package
+        reason: str,
+        downgrade: bool = False,
+        back: bool = False,      # it answered before, and is brought back
+    ) -> tuple[Entry, str]:      # as it is now; the reason as it will be written down
+        "May it answer callers? Raises `InputError`, `IntegrityError` for an older package."
+        found = self._one(connection, self.tables.packages.c.digest == digest, self.tables.packages.c.name == name)
+        if found is None:
+            raise InputError(f"package {digest[:12]} of {name} is not registered; run the deploy phase of its run again, `pilothouse models {name}` lists what is")
+        if found.state == "production":
+            return found, reason
+        return found, f"{ROLLBACK}: {reason}" if back else self._judged(connection, found, "production", reason, downgrade)
+
+    def put_live(
+        self,
+        connection: Any,
+        name: str,
+        digest: str,
+        reason: str,
+        by: str = "",
+        downgrade: bool = False,
+        back: bool = False,
+    ) -> None:
+        "What answers callers is in production, from whatever state; whoever was there makes room."
+        found, reason = self.check_live(connection, name, digest, reason, downgrade, back)
+        if found.state != "production":
+            self._make_room(connection, name, "production", found, by or who(), reason, back)
+            self._change(connection, found, "production", by or who(), reason)
+
+    def tell_moves(self) -> None:
+        "Moves that the audit trail does not hold yet."
+        self.tell(self.tables.moves, EVENT, lambda row: {
+            "move": row["number"], "name": row["name"], "version": row["version"], "package": row["digest"],
+            "from": row["came_from"], "to": row["went_to"], "by": row["by"], "reason": row["reason"]}, "move")
 
     # what the promises above are made of
 
@@ -260,13 +304,24 @@ class Registry:
                 return found
         return None
 
-    def _make_room(self, connection: Any, name: str, to: str, coming: Entry, by: str, reason: str) -> None:
+    def _judged(self, connection: Any, found: Entry, to: str, reason: str, downgrade: bool) -> str:
+        "Raise for what must not come near callers; the reason as it is written down."
+        if to in ("staging", "canary", "production") and found.verdict == "no-go":
+            raise InputError(f"{found.name} v{found.version} comes from a run with the verdict no-go and cannot become {to}; mend what failed and run again")
+        newest = self._newest(connection, found.name)
+        if to not in ALONE or found.version >= newest:
+            return reason
+        if not downgrade:
+            raise IntegrityError(f"{found.name} v{found.version} is older than v{newest}, which was in production; go back by a rollback, or say --downgrade, which is written down")
+        return f"{DOWNGRADE} below v{newest}: {reason}"
+
+    def _make_room(self, connection: Any, name: str, to: str, coming: Entry, by: str, reason: str, back: bool = False) -> None:
         there = self._in_state(connection, name, to)
         if there is None:
             return
         if to == "canary":
             raise InputError(f"{name} v{there.version} is on trial already; promote it or take it back before v{coming.version} is tried")
-        self._change(connection, there, "retired", by, f"v{coming.version} took its place: {reason}")
+        self._change(connection, there, "retired", by, reason if back else f"v{coming.version} took its place: {reason}")
 
     def _change(self, connection: Any, entry: Entry, to: str, by: str, reason: str) -> None:
         table = self.tables.packages
@@ -279,11 +334,6 @@ class Registry:
     def _note(self, connection: Any, name: str, version: int, digest: str, came_from: str, went_to: str, by: str, reason: str) -> None:
         connection.execute(self.tables.moves.insert().values(
             name=name, version=version, digest=digest, came_from=came_from, went_to=went_to, by=by, reason=reason, at=clock(), audited=False))
-
-    def _tell_audit(self) -> None:
-        self.tell(self.tables.moves, EVENT, lambda row: {
-            "move": row["number"], "name": row["name"], "version": row["version"], "package": row["digest"],
-            "from": row["came_from"], "to": row["went_to"], "by": row["by"], "reason": row["reason"]}, "move")
 
     def tell(
         self,

@@ -9,13 +9,14 @@ import asyncio
 import gc
 import importlib
 import ipaddress
+import json
 import os
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,10 @@ from ..core.errors import InputError, IntegrityError
 from ..core.settings import secret
 from ..core.store import locked
 from .board import Board
+from .further import WISHES
 from .handler import Service
 from .http import Awake, Server
+from .openapi import example_row
 from .process import Orphan, end, listen, supervise
 from .shedding import Pool, Queue, Rates
 from .telemetry import telemetry
@@ -219,12 +222,17 @@ def load_served(
     folder: Path,          # a package
     public_key: Any,       # that must have signed
 ) -> Served:
-    "Verify, load and get ready: machine code is read before the first request, not by it."
-    from pipeline.deploy.package import load_package
+    "Verify, load and get ready: machine code and libraries are read before the first request, not by it; raises `IntegrityError` for one that cannot answer."
+    from pipeline.deploy.package import called, load_package
     from pipeline.train.fast import prepare
 
-    predictor = load_package(folder, public_key)
+    predictor, said = load_package(folder, public_key), list[Any]()
     prepare(predictor.model.estimator)
+    body = json.dumps({"rows": [example_row(predictor)]}).encode()
+    status, _, _ = Service(predictor, log=said.append).handle("POST", "/predict", {"prefer": ", ".join(["handling=lenient", *WISHES])}, body)
+    if status >= 500:
+        why = next((note["error"] for note in said if isinstance(note, Mapping) and "error" in note), "no reason was given")
+        raise IntegrityError(f"{called(folder)} cannot answer an example row ({why}); nothing of it is served, build the package again")
     return Served(predictor, predictor.digest)
 
 

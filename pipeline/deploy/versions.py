@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, PilothouseError
 from ..core.run import clock
-from .registry import Registry, who
+from .registry import Entry, Registry, who
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -108,19 +108,80 @@ class Plans:
         **changes: Any,         # fields of the plan
     ) -> Plan:
         "Make the next plan, if nobody else did; raises `InputError`."
+        with self.registry.transaction(name) as connection:
+            plan = self._next(connection, self._newest(connection, name), name, expected, reason, by, changes)
+        self._tell()
+        return plan
+
+    def go_live(
+        self,
+        name: str,
+        expected: int,            # the revision that the caller saw
+        digest: str,              # of the package that shall answer
+        reason: str,
+        by: str = "",
+        downgrade: bool = False,  # yes, although a newer package was in production
+        back: bool = False,       # it answered before, and is brought back
+    ) -> Plan:
+        "The package answers and is in production: traffic and registry in one transaction; raises what `Registry.move` raises."
+        with self.registry.transaction(name) as connection:
+            self.registry.put_live(connection, name, digest, reason, by, downgrade, back)
+            plan = self._next(connection, self._newest(connection, name), name, expected, reason, by, {"live": digest})
+        self.registry.tell_moves()
+        self._tell()
+        return plan
+
+    def move(
+        self,
+        name: str,
+        version: int,
+        to: str,
+        reason: str,
+        by: str = "",
+        downgrade: bool = False,
+    ) -> Entry:          # as it is now
+        "`Registry.move`, and the traffic follows to what a person made production; where a trial goes on, its rollout sees to that."
+        with self.registry.transaction(name) as connection:
+            digest = self.registry.put(connection, name, version, to, reason, by, downgrade=downgrade).digest
+            plan = self._newest(connection, name)
+            if to == "production" and plan is not None and plan.canary is None and plan.live != digest:
+                self._next(connection, plan, name, plan.revision, reason, by, {"live": digest})
+        self.registry.tell_moves()
+        self._tell()
+        return self.registry.entry(name, version)
+
+    def roll_back(
+        self,
+        name: str,
+        reason: str,
+        by: str = "",
+    ) -> Entry:          # what is in production now
+        "The package before, in the registry and, where there is a plan, in the traffic: one transaction, so that nothing is half done."
+        with self.registry.transaction(name) as connection:
+            before = self.registry.predecessor(connection, name)
+            self.registry.put_live(connection, name, before.digest, reason, by, back=True)
+            plan = self._newest(connection, name)
+            if plan is not None and plan.live != before.digest:
+                self._next(connection, plan, name, plan.revision, reason, by, {"live": before.digest, "canary": None, "share": 0.0, "shadow": False, "hold": False})
+        self.registry.tell_moves()
+        self._tell()
+        return self.registry.entry(name, before.version)
+
+    def _newest(self, connection: Any, name: str) -> Plan | None:
+        row = connection.execute(self.table.select().where(self.table.c.name == name).order_by(self.table.c.revision.desc()).limit(1)).mappings().first()
+        return _plan(row) if row else None
+
+    def _next(self, connection: Any, before: Plan | None, name: str, expected: int, reason: str, by: str, changes: dict[str, Any]) -> Plan:
         if not reason.strip():
             raise InputError(f"changing the traffic of {name} needs a reason; give one with --reason")
-        with self.registry.transaction(name) as connection:
-            row = connection.execute(self.table.select().where(self.table.c.name == name).order_by(self.table.c.revision.desc()).limit(1)).mappings().first()
-            before = _plan(row) if row else Plan(name, changes.get("live", ""))
-            if before.revision != expected:
-                raise InputError(f"the traffic of {name} was changed by {before.by} ({before.reason}), revision {before.revision} and not {expected}; look again")
-            plan = replace(before, **changes, revision=expected + 1, changed=clock(), by=by or who(), reason=reason)
-            check_plan(plan)
-            known = {k: v for k, v in asdict(plan).items() if k not in ("name", "revision", "changed", "by", "reason")}
-            connection.execute(self.table.insert().values(name=name, revision=plan.revision, plan=json.dumps(known), changed=plan.changed,
-                                                          by=plan.by, reason=reason, audited=False))
-        self._tell()
+        before = before or Plan(name, changes.get("live", ""))
+        if before.revision != expected:
+            raise InputError(f"the traffic of {name} was changed by {before.by} ({before.reason}), revision {before.revision} and not {expected}; look again")
+        plan = replace(before, **changes, revision=expected + 1, changed=clock(), by=by or who(), reason=reason)
+        check_plan(plan)
+        known = {k: v for k, v in asdict(plan).items() if k not in ("name", "revision", "changed", "by", "reason")}
+        connection.execute(self.table.insert().values(name=name, revision=plan.revision, plan=json.dumps(known), changed=plan.changed,
+                                                      by=plan.by, reason=reason, audited=False))
         return plan
 
     def _tell(self) -> None:

@@ -105,7 +105,7 @@ class Receipts:
         receipt = self.phases[phase]
         facts = {key: receipt[key] for key in ("notebook", "lock", "python", "seed", "threads", "started")}
         files = [Step("file", path, {"sha256": seen["sha256"], "bytes": seen["bytes"]}) for path, seen in receipt["files"].items()]
-        return Step("phase", phase, {**facts, "read": receipt["leaves"], "code": receipt["modules"]}, (*(self.artifact(n) for n in receipt["loaded"]), *files))
+        return Step("phase", phase, {**facts, "read": receipt["leaves"], "code": receipt["modules"]}, (*(self.artifact(n) for n, sha256 in receipt["loaded"].items() if sha256), *files))
 
     def _place(self, row: int) -> dict[str, Any]:
         "Where a row stood in its source, for a table that is its sources one after the other."

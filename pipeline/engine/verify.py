@@ -16,12 +16,12 @@ from ..core.errors import InputError, IntegrityError, PilothouseError
 from ..core.run import Claim, as_estimate, function_named, read_claims, read_receipt
 from ..core.receipt import module_digests
 from ..core.settings import Settings
-from ..core.store import Artifact, digest, digest_file, read_artifact, write_whole
+from ..core.store import Artifact, digest, digest_file, read_artifact, to_json, write_whole
 from .manifest import read_manifest
 
 # %% auto #0
-__all__ = ['CLOSE', 'Verified', 'check_anchor', 'artifacts_of', 'check_digests', 'check_files_read', 'check_claim', 'verify_run',
-           'Reproduced', 'write_problem', 'compare_runs', 'differences', 'reproduce_run']
+__all__ = ['CLOSE', 'Verified', 'check_anchor', 'note_drawn', 'artifacts_of', 'check_digests', 'check_files_read', 'check_claim',
+           'verify_run', 'Reproduced', 'write_problem', 'compare_runs', 'differences', 'reproduce_run']
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #4827e72d
 @dataclass(frozen=True)
@@ -42,12 +42,36 @@ def check_anchor(
 ) -> int:                   # entries of the audit trail
     "Compare the manifest with the digest that the audit trail recorded when the run ended; raises `IntegrityError`."
     checked, name = audit.verify(store), f"{run.parent.name}/{run.name}"
-    anchored = [e["details"].get("manifest") for e in audit.entries(store) if e["event"] == "run.finished" and e["run"] == name]
-    if not anchored:
+    recorded = _recorded(run, store)
+    if recorded is None:
         raise IntegrityError(f"{name}: the audit trail knows of no finished run; finish it with `pilothouse run`")
-    if digest_file(run / "manifest.json") != anchored[-1]:
+    if digest_file(run / "manifest.json") != recorded:
         raise IntegrityError(f"{name}/manifest.json is not the one that the audit trail recorded; the run was interrupted (finish it) or the file was changed")
     return checked
+
+
+def note_drawn(
+    run: Path,              # outputs/problem/run, its pages just drawn again
+    store: Path,
+) -> bool:                  # False where something else is not what the run wrote: nothing is noted, and `verify_run` goes on saying so
+    "Put pages that were drawn again into the manifest, and the manifest into the audit trail."
+    if not (run / "manifest.json").exists() or digest_file(run / "manifest.json") != _recorded(run, store):
+        return False
+    manifest = read_manifest(run)
+    drawn = []
+    for phase, entry in manifest["phases"].items():
+        page = run / phase / PAGE
+        if page.exists() and entry["files"].get(PAGE) != (now := digest_file(page)):
+            entry["files"][PAGE] = now
+            drawn.append(phase)
+    try:
+        check_digests(run, manifest)      # a page shows what the other files say
+    except IntegrityError:
+        return False
+    if drawn:
+        write_whole(run / "manifest.json", to_json(manifest, "manifest"))
+        audit.append(store, "pages.drawn", {"manifest": digest_file(run / "manifest.json"), "phases": drawn}, run=f"{run.parent.name}/{run.name}")
+    return True
 
 
 def artifacts_of(
@@ -86,12 +110,22 @@ def check_files_read(
     return len(here), tuple(sorted(set(read) - set(here)))
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #3f63f239
+PAGE = "report.html"
+
+
+def _recorded(run: Path, store: Path) -> str | None:
+    "The digest of a run's manifest as the audit trail has it."
+    name = f"{run.parent.name}/{run.name}"
+    found = [e["details"].get("manifest") for e in audit.entries(store) if e["event"] in ("run.finished", "pages.drawn") and e["run"] == name]
+    return found[-1] if found else None
+
+
 def _compare(path: Path, expected: str) -> None:
     shown = "/".join(path.parts[-4:])
     if not path.exists():
         raise IntegrityError(f"{shown} is missing; run its phase again")
     if digest(path) != expected:
-        raise IntegrityError(f"{shown} is not what the run wrote (its sha256 differs); restore it or run its phase again")
+        raise IntegrityError(f"{shown} is not what the run wrote (its sha256 differs); {'draw it again with `pilothouse report`' if path.name == PAGE else 'restore it or run its phase again'}")
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #732cba97
 CLOSE = 1e-12   # relative

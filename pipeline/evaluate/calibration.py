@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from ..core.display import Html, note, stack, table
-from ..core.intervals import paired, score, wilson
+from ..core.bounds import share_interval
+from ..core.display import Html, note, number, stack, table
+from ..core.intervals import paired, score, units_of
 from ..core.metrics import BINS, metric, metric_or_none, predictions_of
 from ..core.run import Estimate
 from ..train.repairs import apply_repair, fit_repair, fit_widths, repairs_for
@@ -42,12 +43,14 @@ def reliability(
     y: np.ndarray,      # class indices
     p: np.ndarray,      # (n,) or (n, k)
     bins: int = 10,     # of equally many rows
+    block: np.ndarray | None = None,    # (n,) rows that come together
+    level: float = 0.95,
 ) -> pl.DataFrame:      # n, stated, observed, low, high; one row a bin
-    "Mean stated probability and observed share by bin, with Wilson's 95 % interval."
+    "Mean stated probability and observed share by bin, with its interval."
     stated, happened = sure_and_right(y, p)
     rows = []
     for part in np.array_split(np.argsort(stated, kind="stable"), min(bins, len(stated))):
-        low, high = wilson(happened[part].sum(), len(part))
+        low, high = share_interval(happened[part], None if block is None else block[part], level)
         rows.append({"n": len(part), "stated": float(stated[part].mean()), "observed": float(happened[part].mean()),
                      "low": low, "high": high})
     return pl.DataFrame(rows)
@@ -209,12 +212,14 @@ def coverage_by_size(
     y: np.ndarray,
     p: np.ndarray,       # (n, 3): prediction, low, high
     bins: int = 5,
+    block: np.ndarray | None = None,    # (n,) rows that come together
+    level: float = 0.95,
 ) -> pl.DataFrame:       # n, prediction, covered, low, high
     "Share of outcomes inside their interval, by size of the prediction."
     inside = (p[:, 1] <= y) & (y <= p[:, 2])
     rows = []
     for part in np.array_split(np.argsort(p[:, 0], kind="stable"), min(bins, len(y))):
-        low, high = wilson(inside[part].sum(), len(part))
+        low, high = share_interval(inside[part], None if block is None else block[part], level)
         rows.append({"n": len(part), "prediction": float(p[part, 0].mean()), "covered": float(inside[part].mean()), "low": low, "high": high})
     return pl.DataFrame(rows)
 
@@ -256,8 +261,8 @@ def _repair_widths(run: Run, frame: pl.DataFrame, ordered: bool) -> Html:
     last = tried.row(-1, named=True)
     better = tried.height > 1 and (last["gain_low"] or 0.0) > 0
     because = ("there are too few validation rows to compare" if tried.height < 2 else
-               f"on rows they were not learned on, widths by size of the prediction change the interval score by {-last['gain']:+.3g} "
-               f"({-last['gain_high']:+.3g} to {-last['gain_low']:+.3g}) and the coverage of the worst fifth from {tried['worst_fifth'][0]:.1%} to {last['worst_fifth']:.1%}")
+               f"on rows they were not learned on, widths by size of the prediction change the interval score by {number(-last['gain'])} "
+               f"({number(-last['gain_high'])} to {number(-last['gain_low'])}) and the coverage of the worst fifth from {tried['worst_fifth'][0]:.1%} to {last['worst_fifth']:.1%}")
     run.decide("widths of the intervals", tried, last["widths"] if better else "one for all", because)
     if better:
         from pipeline.train.models import load_model
@@ -304,10 +309,10 @@ def check_calibration(
 ) -> Html:
     "Save evaluate/calibration and show stated against observed; where the model was repaired, what the repair did on these rows."
     classes = holdout.contract["classes"] or None
-    y, p = predictions_of(holdout.predictions, classes)
+    (y, p), block, level = predictions_of(holdout.predictions, classes), units_of(holdout.predictions, holdout.unit), holdout.using["level"]
     if holdout.task == "regression":
-        return _check_coverage(run, y, p)
-    curve, ece, floor, repair = reliability(y, p), metric("ece", y, p), noise_floor(y, p), holdout.model.about.get("repair")
+        return _check_coverage(run, y, p, block, level)
+    curve, ece, floor, repair = reliability(y, p, block=block, level=level), metric("ece", y, p), noise_floor(y, p), holdout.model.about.get("repair")
     was = run.claim("ece_unrepaired", of="evaluate/predictions", by=score_unrepaired, using={"name": "ece"} | holdout.using, on="holdout", better="lower",
                     title="calibration error before the repair") if repair else None
     run.save("evaluate/calibration", {"ece": ece, "by_chance": floor, "bins": BINS, "reliability": curve.to_dicts(), "repair": repair,
@@ -333,11 +338,11 @@ def _calibration_displays(curve: pl.DataFrame, ece: float, floor: float, was: fl
     return [chart, note(said, "warn" if was is not None and was < ece else "info")]
 
 
-def _check_coverage(run: Run, y: np.ndarray, p: np.ndarray) -> Html:
+def _check_coverage(run: Run, y: np.ndarray, p: np.ndarray, block: np.ndarray | None, level: float) -> Html:
     if p.ndim == 1:
         run.save("evaluate/calibration", {"coverage": None})
         return note("This model states no intervals, so there is nothing to hold to its word.", "warn")
-    by_size = coverage_by_size(y, p)
+    by_size = coverage_by_size(y, p, block=block, level=level)
     inside = metric("coverage_90", y, p)
     run.save("evaluate/calibration", {"coverage": inside, "by_size": by_size.to_dicts()})
     return stack(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ..core.bounds import share_interval, student
 from ..core.display import Html, note, number, stack, table
 from ..core.errors import InputError
-from ..core.intervals import RANGES, RARE, draws_of, interval, student, units_of, wilson
+from ..core.intervals import RANGES, RARE, draws_of, interval, units_of
 from pipeline.core.metrics import (
     BETTER, LABELS, RANKED, Context, checked, from_sums, metric_or_none, predictions_of, rankings, row_parts,
 )
@@ -134,13 +135,14 @@ def cohort_table(
     labels = cohorts_by(frame, by)
     names, group = np.unique(labels.to_numpy().astype(str), return_inverse=True)
     context = Context(threshold, recall, costs)
-    drawn = draw_by_cohort(name, y, p, group, units_of(frame, unit), seed, draws, context)
+    block = units_of(frame, unit)
+    drawn = draw_by_cohort(name, y, p, group, block, seed, draws, context)
     rows = []
     for g, label in enumerate(names):
         here = group == g
         n = int(here.sum())
         row: dict[str, Any] = {"by": by, "cohort": str(label), "n": n, "small": n < SMALL, "metric": name}
-        row |= _measured(name, y[here], p[here], drawn[:, g], level, context) | _rates(y[here], p[here], threshold)
+        row |= _measured(name, y[here], p[here], drawn[:, g], level, context) | _rates(y[here], p[here], threshold, None if block is None else block[here], level)
         rows.append(row if n >= SUPPRESSED else {k: v if k in KEPT else None for k, v in row.items()})
     return pl.DataFrame(rows, infer_schema_length=None).sort("n", "cohort", descending=[True, False], nulls_last=True)
 
@@ -166,10 +168,10 @@ def _rarest(y: np.ndarray, p: np.ndarray) -> int:
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 or p.shape[1] == 2 else p.shape[1]).min())
 
 
-def _rates(y: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, float | None]:
+def _rates(y: np.ndarray, p: np.ndarray, threshold: float, block: np.ndarray | None, level: float) -> dict[str, float | None]:
     if p.ndim == 2 and p.shape[1] == 2 and np.isin(y, (0, 1)).all():
         act, yes = p[:, 1] >= threshold, y == 1
-        found, alarmed = wilson(act[yes].sum(), yes.sum()), wilson(act[~yes].sum(), (~yes).sum())
+        found, alarmed = (share_interval(act[here], None if block is None else block[here], level) for here in (yes, ~yes))
         return {
             "base_rate": float(yes.mean()), "selection_rate": float(act.mean()), "ece": metric_or_none("ece", y, p),
             "tpr": float(act[yes].mean()) if yes.any() else None, "tpr_low": found[0], "tpr_high": found[1],
@@ -422,7 +424,7 @@ def _shown(by: str, rows: pl.DataFrame, holdout: Holdout, least: int) -> Any:
     if not known.height:
         return stack(note(f"No group of {by} is large enough to compare.", "warn"), whole)
     best, worst = known.row(0, named=True), known.row(-1, named=True)
-    message = f"{label} by {by}: {number(best['value'])} for {best['cohort']}, {number(worst['value'])} for {worst['cohort']}"
+    message = f"{label[:1].upper()}{label[1:]} by {by}: {number(best['value'])} for {best['cohort']}, {number(worst['value'])} for {worst['cohort']}"
     return stack(bars(known, "cohort", "value", message, low="low", high="high", xlabel=label), whole)
 
 

@@ -109,7 +109,7 @@ def compare_simpler(
     own = {"rival": f"this model ({holdout.model.family})", label: _own(holdout), "gain": None, "low": None, "high": None, "by chance": None}
     schema = {"rival": pl.String, label: pl.Float64, **dict.fromkeys(("gain", "low", "high", "by chance"), pl.Float64)}
     shown = pl.DataFrame([own, *rows], schema=schema)
-    return stack(said, table(shown, f"{label} on the same {holdout.predictions.height:,} rows; gain of this model over each rival, and how often chance "
+    return stack(said, table(shown, f"{label[:1].upper()}{label[1:]} on the same {holdout.predictions.height:,} rows; gain of this model over each rival, and how often chance "
                                     "alone gives so large a one in any of these comparisons",
                              formats={label: ".4f", **dict.fromkeys(("gain", "low", "high"), "+.4f"), "by chance": ".3f"}))
 

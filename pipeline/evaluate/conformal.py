@@ -6,25 +6,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
+from ..core.bounds import share_interval
 from ..core.display import Html, note, stack, table
-from ..core.intervals import units_of, wilson
+from ..core.intervals import units_of
 from ..core.metrics import predictions_of
 from ..core.run import Estimate
 from .calibration import validation_of
-from .cohorts import cohort_of
+from ..train.reweighing import Grouping, learn_grouping
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['LEVEL', 'FEW', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'coverage_of', 'share_with_ends', 'coverage_by',
-           'check_promise']
+__all__ = ['LEVEL', 'FEW', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'intervals_of', 'learn_promise', 'row_cuts',
+           'coverage_of', 'coverage_by', 'check_promise']
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #ecae7a84
 LEVEL = 0.9
@@ -33,12 +35,13 @@ FEW = 50       # rows of a group below which it has no cut of its own
 
 def strangeness(
     y: np.ndarray,      # class indices or numbers
-    p: np.ndarray,      # (n,) or (n, k) probabilities; for numbers (n,) or (n, 3) with the prediction first
+    p: np.ndarray,      # (n,) or (n, k) probabilities; for numbers (n,), or (n, 3): prediction, low, high
     numbers: bool,      # a regression
 ) -> np.ndarray:        # (n,) larger is stranger
     "How far the truth was from the answer."
     if numbers:
-        return np.abs(y - (p if p.ndim == 1 else p[:, 0]))
+        missed = np.abs(y - (p if p.ndim == 1 else p[:, 0]))
+        return np.divide(missed, _half(p), out=np.where(missed > 0, math.inf, 0.0), where=_half(p) > 0)
     wide = np.column_stack([1 - p, p]) if p.ndim == 1 else p
     return 1 - wide[np.arange(len(y)), y.astype(int)]
 
@@ -57,9 +60,10 @@ def cuts_by(
     strange: np.ndarray,
     group: np.ndarray,         # (n,) names
     level: float = LEVEL,
+    few: int = FEW,            # rows below which a group has none
 ) -> dict[str, float]:
     "A cut for each group with enough rows."
-    return {str(name): cut_for(strange[group == name], level) for name in np.unique(group) if (group == name).sum() >= FEW}
+    return {str(name): cut_for(strange[group == name], level) for name in np.unique(group) if (group == name).sum() >= few}
 
 
 def sets_of(
@@ -72,61 +76,82 @@ def sets_of(
     kept[np.arange(len(wide)), wide.argmax(1)] = True
     return kept
 
+
+def intervals_of(
+    p: np.ndarray,             # (n,) predictions, or (n, 3): prediction, low, high
+    cut: float | np.ndarray,   # one, or one a row
+) -> np.ndarray:               # (n, 2): low, high
+    "The numbers that cannot be ruled out."
+    middle, half = (p if p.ndim == 1 else p[:, 0]), np.asarray(cut) * _half(p)
+    return np.column_stack([middle - half, middle + half])
+
+# %% ../../nbs/lib/evaluate/20_conformal.ipynb #72b7d323
+def _half(p: np.ndarray) -> np.ndarray:
+    "Half of the model's own interval; 1 where it has none."
+    return np.ones(len(p)) if p.ndim == 1 else (p[:, 2] - p[:, 1]) / 2
+
+# %% ../../nbs/lib/evaluate/20_conformal.ipynb #3873c49d
+def learn_promise(
+    strange: np.ndarray,                   # (n,) of rows that the model had not seen
+    frame: pl.DataFrame,                   # (n,) the same rows with the columns of the groupings
+    groupings: Sequence[Grouping] = (),    # cohorts
+    few: int = FEW,                        # rows of a group below which it shares the cut of all
+    level: float = LEVEL,
+) -> dict[str, Any]:                       # level, cut (None: too few rows), groups
+    "The cut of all rows and those of every group that is large enough."
+    cut = cut_for(strange, level)
+    groups = [{"grouping": one.to_dict(), "cuts": cuts_by(strange, one.of(frame[one.by]).to_numpy(), level, few)} for one in groupings]
+    return {"level": level, "cut": cut if math.isfinite(cut) else None, "groups": [one for one in groups if one["cuts"]]}
+
+
+def row_cuts(
+    promise: Mapping[str, Any],   # as `learn_promise` gave it
+    frame: pl.DataFrame,          # rows; a cohort column that is not among them changes nothing
+) -> np.ndarray:                  # (n,)
+    "Each row's cut: the largest of its groups' cuts."
+    found = []
+    for told in promise.get("groups", ()):
+        grouping = Grouping.from_dict(told["grouping"])
+        if grouping.by in frame.columns:
+            found.append(grouping.of(frame[grouping.by]).replace_strict(told["cuts"], default=promise["cut"], return_dtype=pl.Float64).to_numpy())
+    return np.max(found, axis=0) if found else np.full(frame.height, float(promise["cut"]))
+
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #a8e13aca
 def coverage_of(
-    frame: pl.DataFrame,                # stored predictions
-    cut: float,
+    frame: pl.DataFrame,                # stored predictions, with the cohort columns
+    promise: Mapping[str, Any],         # as `learn_promise` gave it
     classes: list[str] | None = None,
     unit: str | None = None,
-    draws: int = 500,
-    seed: int = 0,
     level: float = 0.95,
-    **_: Any,                           # threshold, recall, costs: of no use here
+    **_: Any,                           # draws, threshold, recall, costs: of no use here
 ) -> Estimate:
-    "How many sets or intervals of one cut hold the truth."
+    "How many sets or intervals hold the truth."
     y, p = predictions_of(frame, classes)
-    return share_with_ends(strangeness(y, p, not classes) <= cut, units_of(frame, unit), draws, seed, level)
-
-
-def share_with_ends(
-    hits: np.ndarray,            # (n,) bool
-    unit: np.ndarray | None,     # block of each row
-    draws: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Estimate:
-    "A share with its interval: Wilson's for rows, a bootstrap of blocks where rows come together."
-    n, found = len(hits), float(np.mean(hits))
-    if unit is None or len(np.unique(unit)) < 5:
-        return Estimate(found, *wilson(int(hits.sum()), n), n)
-    block = np.unique(unit, return_inverse=True)[1]
-    rows, held = np.bincount(block).astype(float), np.bincount(block, hits.astype(float))
-    drawn = np.random.default_rng([seed, 90]).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
-    low, high = np.quantile((drawn @ held) / (drawn @ rows), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(found, float(min(low, found)), float(max(high, found)), n)
+    hits = strangeness(y, p, not classes) <= row_cuts(promise, frame)
+    return Estimate(float(hits.mean()), *share_interval(hits, units_of(frame, unit), level), len(hits))
 
 
 def coverage_by(
-    calm: tuple[np.ndarray, np.ndarray],     # validation rows: strangeness, group
-    held: tuple[np.ndarray, np.ndarray],     # holdout rows: strangeness, group
-    unit: np.ndarray | None,                 # block of each holdout row
-    using: dict[str, Any],                   # draws, seed, level
-    promised: float = LEVEL,
-) -> pl.DataFrame:   # cohort, n, cut, covered, low, high, own_cut, own_covered, own_low, own_high; worst first
-    "By group: what one cut for all keeps, and what a cut of its own keeps."
-    one, own = cut_for(calm[0], promised), cuts_by(*calm, promised)
+    frame: pl.DataFrame,          # a row each: strange, cut, size, one_size (with the cut of all)
+    group: np.ndarray,            # (n,) names
+    promise: Mapping[str, Any],
+    unit: np.ndarray | None,      # block of each row
+    level: float = 0.95,
+    least: int = 10,              # rows below which a group says nothing
+) -> pl.DataFrame:                # cohort, n, one_covered, covered, low, high, one_size, size; worst first
+    "By group: what one cut for all would keep, what is kept, and how large the answers are."
+    strange = frame["strange"].to_numpy()
+    kept, one = strange <= frame["cut"].to_numpy(), strange <= promise["cut"]
     rows = []
-    for name in np.unique(held[1]):
-        here = held[1] == name
-        if here.sum() < FEW:
+    for name in np.unique(group):
+        here = group == name
+        if here.sum() < least:
             continue
-        kept = share_with_ends(held[0][here] <= one, None if unit is None else unit[here], **using)
-        row = {"cohort": str(name), "n": int(here.sum()), "cut": one, "covered": kept.value, "low": kept.low, "high": kept.high}
-        if str(name) in own:
-            mine = share_with_ends(held[0][here] <= own[str(name)], None if unit is None else unit[here], **using)
-            row |= {"own_cut": own[str(name)], "own_covered": mine.value, "own_low": mine.low, "own_high": mine.high}
-        rows.append(row)
-    numbers = ("cut", "covered", "low", "high", "own_cut", "own_covered", "own_low", "own_high")
+        low, high = share_interval(kept[here], None if unit is None else unit[here], level)
+        sizes = frame.filter(here).select(pl.col("one_size", "size").mean()).row(0, named=True)
+        rows.append({"cohort": str(name), "n": int(here.sum()), "one_covered": float(one[here].mean()),
+                     "covered": float(kept[here].mean()), "low": low, "high": high} | sizes)
+    numbers = ("one_covered", "covered", "low", "high", "one_size", "size")
     return pl.DataFrame(rows, schema={"cohort": pl.String, "n": pl.Int64} | dict.fromkeys(numbers, pl.Float64)).sort("covered", "cohort")
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #e87b9e92
@@ -136,60 +161,81 @@ def check_promise(
 ) -> Html:
     "Learn cuts on validation rows, hold them to their word on the holdout by cohort, claim the coverage, save evaluate/conformal and evaluate/promise."
     classes, numbers = holdout.contract["classes"] or None, holdout.task == "regression"
-    validation, predictions = validation_of(run), holdout.predictions
-    (y, p), (told_y, told_p) = predictions_of(validation, classes), predictions_of(predictions, classes)
-    calm, held = strangeness(y, p, numbers), strangeness(told_y, told_p, numbers)
-    cut = cut_for(calm)
-    if not math.isfinite(cut):
+    validation, predictions, least = validation_of(run), holdout.predictions, int(run.problem.comply.least_cell)
+    before, groupings = _cohorts(run, holdout, validation)
+    served = [one for one in groupings if one.by in holdout.contract["features"]]
+    promise = learn_promise(strangeness(*predictions_of(validation, classes), numbers), before, served, max(FEW, least))
+    if promise["cut"] is None:
         run.save("evaluate/conformal", pl.DataFrame(schema={"by": pl.String, "cohort": pl.String}))
-        run.save("evaluate/promise", {"level": LEVEL, "cut": None, "covered": None})
-        return note(f"{len(calm)} validation rows are too few to promise that {LEVEL:.0%} of the answers hold the truth.", "warn")
-    claim = run.claim("promise_kept", of="evaluate/predictions", by=coverage_of, using={"cut": cut} | holdout.using, on="holdout", n=len(held),
-                      title=f"{'intervals' if numbers else 'sets'} that hold the truth, {LEVEL:.0%} promised")
-    run.save("evaluate/promise", {"level": LEVEL, "cut": cut, "covered": claim.value})      # what a service needs to answer with sets
-    using = {k: holdout.using[k] for k in ("draws", "seed", "level")}
-    unit = units_of(predictions, holdout.unit)
-    tables = []
-    for column, (before, now) in _groups(run, holdout, validation).items():
-        tables.append(coverage_by((calm, before), (held, now), unit, using).select(pl.lit(column).alias("by"), pl.all()))
+        run.save("evaluate/promise", promise | {"covered": None})
+        return note(f"{validation.height} validation rows are too few to promise that {LEVEL:.0%} of the answers hold the truth.", "warn")
+    what = "intervals" if numbers else "sets"
+    claim = run.claim("promise_kept", of="evaluate/predictions", by=coverage_of, using={"promise": promise} | holdout.using, on="holdout",
+                      n=predictions.height, title=f"{what} that hold the truth, {LEVEL:.0%} promised")
+    run.save("evaluate/promise", promise | {"covered": claim.value})      # what a service needs to answer with sets and intervals
+    y, p = predictions_of(predictions, classes)
+    cuts = row_cuts(promise, predictions)
+    size, one_size = (_sizes(p, cut, numbers) for cut in (cuts, promise["cut"]))
+    told = pl.DataFrame({"strange": strangeness(y, p, numbers), "cut": cuts, "size": size, "one_size": one_size})
+    unit, tables = units_of(predictions, holdout.unit), []
+    for grouping in groupings:
+        own: dict[str, float] = next((one["cuts"] for one in promise["groups"] if one["grouping"]["by"] == grouping.by), {})
+        rows = dict(grouping.of(before[grouping.by]).value_counts().iter_rows())
+        found = coverage_by(told, grouping.of(predictions[grouping.by]).to_numpy(), promise, unit, holdout.using["level"], max(least, 10))
+        tables.append(found.select(pl.lit(grouping.by).alias("by"), pl.all(), *(
+            pl.Series(name, [kind.get(c) for c in found["cohort"]], dtype) for name, kind, dtype in (("own_cut", own, pl.Float64), ("learned_on", rows, pl.Int64)))))
     found = pl.concat(tables) if tables else pl.DataFrame(schema={"by": pl.String, "cohort": pl.String})
     run.save("evaluate/conformal", found)
-    sizes = f"intervals are {2 * cut:.3g} wide" if numbers else _how_large(sets_of(told_p, cut))
-    kept = claim.low is not None and claim.low <= LEVEL <= (claim.high or 1.0)
-    said = f"{LEVEL:.0%} are promised; {claim.value:.1%} of {len(held):,} hold the truth ({claim.low:.1%} to {claim.high:.1%}). {sizes.capitalize()}."
-    parts: list[Any] = [note(said, "go" if kept else "warn")]
+    said = (f"{LEVEL:.0%} are promised; {claim.value:.1%} of {predictions.height:,} hold the truth ({claim.low:.1%} to {claim.high:.1%}). "
+            + (f"Intervals are {size.mean():.3g} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
+    parts: list[Any] = [note(said, "go" if (claim.high or 1.0) >= LEVEL else "warn")]
     if tables:
-        parts.append(_shown(found, int(run.problem.comply.least_cell)))
+        parts += [note(_whose(found, served, groupings, max(FEW, least))), _shown(found, least, "mean width" if numbers else "classes left")]
     return stack(*parts)
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #964a6993
-def _groups(run: Run, holdout: Holdout, validation: pl.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "For each declared cohort column the groups of validation and of holdout rows, cut at the same places."
+def _cohorts(run: Run, holdout: Holdout, validation: pl.DataFrame) -> tuple[pl.DataFrame, list[Grouping]]:
+    "Validation rows with the declared cohort columns, and how each becomes groups."
     train = run.load("data/train")
     if "__row" not in validation.columns or "__row" not in train.columns:
-        return {}
+        return validation, []
     wanted = [c for c in run.problem.evaluate.cohorts if c in train.columns and c in holdout.predictions.columns]
     beside = validation.select("__row").join(train.select("__row", *wanted), on="__row", how="left", maintain_order="left")
-    found = {}
-    for column in wanted:
-        both = cohort_of(pl.concat([beside[column], holdout.predictions[column].cast(beside[column].dtype)])).to_numpy().astype(str)
-        found[column] = both[:beside.height], both[beside.height:]
-    return found
+    return beside, [learn_grouping(train[c]) for c in wanted]
 
 
-def _how_large(sets: np.ndarray) -> str:
-    size = sets.sum(1)
-    if sets.shape[1] == 2:
-        return f"{(size == 1).mean():.1%} of the rows have one answer left, for the others neither can be ruled out"
-    return f"sets hold {size.mean():.2f} of {sets.shape[1]} classes on average; {(size == 1).mean():.1%} hold a single one"
+def _sizes(p: np.ndarray, cut: float | np.ndarray, numbers: bool) -> np.ndarray:
+    return np.diff(intervals_of(p, cut)).ravel() if numbers else sets_of(p, cut).sum(1).astype(float)
 
 
-def _shown(found: pl.DataFrame, least: int) -> Any:
+def _how_large(size: np.ndarray, classes: int) -> str:
+    if classes == 2:
+        return f"{(size == 1).mean():.1%} of the rows have one answer left, for the others neither can be ruled out."
+    return f"Sets hold {size.mean():.2f} of {classes} classes on average; {(size == 1).mean():.1%} hold a single one."
+
+
+def _whose(found: pl.DataFrame, served: list[Grouping], groupings: list[Grouping], few: int) -> str:
+    "Who has a cut of its own, who shares the cut of all, and why."
+    own = found.filter(pl.col("own_cut").is_not_null()).height
+    small = found.filter(pl.col("own_cut").is_null() & pl.col("by").is_in([one.by for one in served]))
+    missing = [one.by for one in groupings if one not in served]
+    said = f"{own} of {found.height} groups have a cut of their own, and a row gets the largest of its groups' cuts."
+    if small.height:
+        named = ", ".join(f"{row['by']} {row['cohort']} ({row['learned_on'] or 0})" for row in small.head(6).to_dicts())
+        more = f" and {small.height - 6} more" if small.height > 6 else ""
+        said += f" {small.height} with fewer than {few} validation rows share{'s' if small.height == 1 else ''} the cut of all: {named}{more}."
+    if missing:
+        said += f" {', '.join(missing)}: no input of the model, so a request cannot say the group, and its groups share the cut of all."
+    return said
+
+
+def _shown(found: pl.DataFrame, least: int, size: str) -> Any:
     known = found.filter(pl.col("n") >= least).sort("covered", "by", "cohort")
-    broken = known.filter(pl.col("high") < LEVEL).height
-    mended = known.filter((pl.col("high") < LEVEL) & (pl.col("own_high") >= LEVEL)).height
-    said = "one cut for all keeps its promise in every group" if not broken else f"one cut for all breaks its promise in {broken} of {known.height} groups, a cut of its own in {broken - mended} of these"
-    shown = known.head(8).select("by", "cohort", "n", pl.col("covered").alias("held"), "low", "high", pl.col("own_covered").alias("with its own cut"),
-                                 pl.col("own_low").alias("from"), pl.col("own_high").alias("to"))
+    broken, one = known.filter(pl.col("high") < LEVEL).height, known.filter(pl.col("one_covered") < LEVEL).height
+    said = (f"in {'no group' if not broken else f'{broken} of {known.height} groups'} the promise is broken beyond doubt"
+            f" ({known.filter(pl.col('covered') < LEVEL).height} lie under {LEVEL:.0%}, with one cut for all {one} would)")
+    cut = pl.when(pl.col("own_cut").is_null()).then(pl.lit("all rows")).otherwise(pl.format("its {}", "learned_on")).alias("cut from")
+    shown = known.head(8).select("by", "cohort", "n", cut, pl.col("one_covered").alias("held with one cut"), pl.col("covered").alias("held"), "low", "high",
+                                 pl.col("one_size").alias(f"{size}, one cut"), pl.col("size").alias(size))
     return table(shown, f"Groups with the lowest coverage: {said}", counts="n", least=least,
-                 formats=dict.fromkeys(("held", "low", "high", "with its own cut", "from", "to"), ".1%"))
+                 formats=dict.fromkeys(("held with one cut", "held", "low", "high"), ".1%") | dict.fromkeys((size, f"{size}, one cut"), ".3g"))

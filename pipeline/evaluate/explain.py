@@ -82,20 +82,18 @@ def sampled_contributions(
     turns: int = TURNS,
 ) -> np.ndarray:                       # (rows, columns + 1) or (rows, classes, columns + 1), as `Model.contributions`
     "Shapley values by putting a row's columns into another row one after the other; each turn adds up to the score exactly."
-    columns, n = model.features, frame.height
-    found: np.ndarray | None = None
-    for turn in range(turns):
-        order = rng.permutation(len(columns))
-        other = reference.select(columns)[turn % reference.height: turn % reference.height + 1]
-        stage, row = np.divmod(np.arange(n * (len(columns) + 1)), n)
-        mixed = [pl.concat([other[c], frame[c].cast(other.schema[c])]).gather(np.where(place < stage, row + 1, 0)) for c, place in zip(columns, np.argsort(order))]
-        score = model.score(pl.DataFrame(mixed))
-        score = score.reshape(len(columns) + 1, n, *score.shape[1:])
-        one = np.empty((*score.shape[1:], len(columns) + 1))
-        one[..., order] = np.moveaxis(np.diff(score, axis=0), 0, -1)
-        one[..., -1] = score[0]
-        found = one if found is None else found + one
-    assert found is not None
+    columns, n, known = model.features, frame.height, reference.select(model.features)
+    orders = [rng.permutation(len(columns)) for _ in range(turns)]
+    stage, row = np.divmod(np.arange(n * (len(columns) + 1)), n)
+    places, other = np.argsort(orders, axis=1), np.arange(turns)[:, None] % known.height
+    mixed = pl.DataFrame([pl.concat([known[c], frame[c].cast(known.schema[c])]).gather(np.where(places[:, [at]] < stage, known.height + row, other).ravel())
+                          for at, c in enumerate(columns)])
+    score = model.score(mixed)
+    score = score.reshape(turns, len(columns) + 1, n, *score.shape[1:])
+    found = np.zeros((*score.shape[2:], len(columns) + 1))
+    for order, each in zip(orders, score):
+        found[..., order] += np.moveaxis(np.diff(each, axis=0), 0, -1)
+        found[..., -1] += each[0]
     return found / turns
 
 

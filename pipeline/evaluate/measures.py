@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pipeline.train.models import Model
 
 # %% auto #0
-__all__ = ['PERCENT', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure', 'measure_over_seeds']
+__all__ = ['PERCENT', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure', 'beside_validation',
+           'measure_over_seeds']
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #d7d0ee4e
 PERCENT = ("accuracy", "balanced_accuracy", "precision_at_recall", "coverage_90")
@@ -116,10 +117,29 @@ def measure(
         parts.append(note(f"Not defined on these rows: {', '.join(undefined)}. A limit on any of them is not met.", "warn"))
     if holdout.task == "binary" and "brier" in claims:
         parts.append(note(brier_in_words(*predictions_of(holdout.predictions, holdout.using["classes"]))))
+    parts += beside_validation(run, holdout, claims[holdout.main])
     speed = throughput_of(holdout.model, holdout.frame)
     run.save("evaluate/throughput", speed, timing=True)
     parts.append(note(f"One core answers {speed['rows_per_core_s']:,.0f} rows a second in batches of {speed['batch']:,.0f}, features encoded and all."))
     return Measured(claims, stack(*parts))
+
+
+def beside_validation(
+    run: Run,
+    holdout: Holdout,
+    found: Claim,       # the main metric on the holdout
+) -> list[Html]:        # one box; none where training claimed nothing
+    "What training saw on its validation rows, and whether unseen rows are worse beyond chance."
+    seen = next((c for c in run.claims("train") if c.name == f"validation_{holdout.main}"), None)
+    if seen is None or None in (seen.low, seen.high, found.low, found.high):
+        return []
+    worse = found.high < seen.low if BETTER[holdout.main] == "higher" else found.low > seen.high       # type: ignore[operator]
+    said = f"On the validation rows that chose the model, training saw {number(seen.value)} ({number(seen.low)} to {number(seen.high)})"
+    if not worse:
+        return [note(f"{said}.")]
+    rows, known = holdout.model.about.get("rows"), run.load("data/train").height
+    fewer = f"; the model itself learned from {rows:,} of {known:,} training rows" if rows and rows < known else ""
+    return [note(f"{said}: unseen rows are worse beyond chance. Either the world moved, or validation flattered{fewer}.", "warn")]
 
 
 def measure_over_seeds(

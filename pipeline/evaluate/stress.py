@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ..core.bounds import share_interval
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
-from ..core.intervals import bootstrap, score_difference, units_of, wilson
+from ..core.intervals import bootstrap, score_difference, units_of
 from ..core.metrics import BETTER, LABELS, metric_or_none, predictions_of
 from ..data.features import compute, derived_in, load_expressions, load_feature
 
@@ -271,14 +272,16 @@ def recall_by_class(
     frame: pl.DataFrame,               # stored predictions
     classes: list[str],
     threshold: float = 0.5,
+    unit: str | None = None,           # column of the blocks
+    level: float = 0.95,
 ) -> pl.DataFrame:                     # class, n, share, found, low, high; rarest first
-    "Of each class, the share that the model's decision finds, with Wilson's interval."
-    y, p = predictions_of(frame, classes)
+    "Of each class, the share that the model's decision finds, with its interval."
+    (y, p), block = predictions_of(frame, classes), units_of(frame, unit)
     decided = (p[:, 1] >= threshold).astype(int) if p.shape[1] == 2 else p.argmax(1)
     rows = []
     for index, label in enumerate(classes):
         here = y == index
-        low, high = wilson((decided[here] == index).sum(), here.sum())
+        low, high = share_interval(decided[here] == index, None if block is None else block[here], level)
         rows.append({"class": label, "n": int(here.sum()), "share": float(here.mean()),
                      "found": float((decided[here] == index).mean()) if here.any() else None, "low": low, "high": high})
     return pl.DataFrame(rows).sort("n", maintain_order=True)
@@ -342,7 +345,8 @@ def stress_model(
                 "find the rows without an answer in evaluate/stress_predictions", answers=["O5"])
     worst = costs.drop_nulls("change").row(0, named=True) if costs["change"].null_count() < costs.height else None
     said = f"Worst: {worst['stress']}, {LABELS[holdout.main]} from {worst['undisturbed']:.3g} to {worst['disturbed']:.3g}." if worst else "Nothing could be measured."
-    return stack(note(said), table(costs.drop("key", "metric"), f"{LABELS[holdout.main]} of the same {len(rows):,} rows when inputs are disturbed",
+    label = LABELS[holdout.main]
+    return stack(note(said), table(costs.drop("key", "metric"), f"{label[:1].upper()}{label[1:]} of the same {len(rows):,} rows when inputs are disturbed",
                                    formats=dict.fromkeys(("undisturbed", "disturbed"), ".3f") | dict.fromkeys(("change", "low", "high"), "+.4f")))
 
 
@@ -359,7 +363,7 @@ def show_over_time(
     if found["value"].null_count() == found.height or found.height < 2:
         return note(f"The holdout is too short to follow {label} over time.")
     known = found.drop_nulls("value")
-    message = f"{label} over the holdout: {known['value'][0]:.3g} in its first part, {known['value'][-1]:.3g} in its last"
+    message = f"{label[:1].upper()}{label[1:]} over the holdout: {known['value'][0]:.3g} in its first part, {known['value'][-1]:.3g} in its last"
     return lines(found, "from", "value", message, low="low", high="high", xlabel="start of the part", ylabel=label)
 
 
@@ -375,7 +379,7 @@ def show_by_class(
     keys = [c.removesuffix("_p") for c in stored.columns if c.endswith("_p")] if holdout.task == "binary" else [
         c.removesuffix(f"_p_{classes[0]}") for c in stored.columns if c.endswith(f"_p_{classes[0]}")]
     said = dict(zip(costs["key"], costs["stress"]))
-    found = recall_by_class(holdout.predictions, classes, threshold)
+    found = recall_by_class(holdout.predictions, classes, threshold, holdout.unit, holdout.using["level"])
     found = found.join(recall_disturbed(stored, classes, {k: said[k] for k in keys}, threshold), on="class", how="left", maintain_order="left")
     run.save("evaluate/classes", found)
     rarest = found.row(0, named=True)

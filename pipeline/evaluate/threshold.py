@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ..core.bounds import share_interval
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
-from ..core.intervals import paired, wilson
+from ..core.intervals import paired, units_of
 from ..core.metrics import metric, predictions_of
 from ..core.run import Estimate
 from ..scope.value import amounts, best_threshold, break_even, value_curve
@@ -120,24 +121,28 @@ def share_reviewed(
     frame: pl.DataFrame,      # predictions: y, p_…
     rule: dict[str, Any],     # evaluate/threshold
     classes: list[str],
-) -> Estimate:                # with Wilson's 95 % interval
+    unit: str | None = None,  # column of the rows' blocks
+) -> Estimate:                # with its 95 % interval
     "How many decisions fall among the scores that people look at."
     p = predictions_of(frame, classes)[1]
     p = p if p.ndim == 1 else p[:, -1]
-    looked_at = int(((p >= rule["review"]["from"]) & (p <= rule["review"]["to"])).sum())
-    return Estimate(looked_at / len(p), *wilson(looked_at, len(p)), len(p))
+    looked_at = (p >= rule["review"]["from"]) & (p <= rule["review"]["to"])
+    return Estimate(float(looked_at.mean()), *share_interval(looked_at, units_of(frame, unit)), len(p))
 
 
 def check_review(
     run: Run,        # the evaluate phase, predictions saved
 ) -> Html:
     "Is the share of decisions that people look at, fixed on validation rows, kept on rows nobody had seen?"
+    from pipeline.evaluate.holdout import unit_for
+
     wanted, rule = run.problem.problem.human_review, run.load("evaluate/threshold")
     title = "people look at no more decisions than planned (problem.human_review)"
     if not rule.get("review"):
         run.not_applicable(title, "there is no threshold to be close to" if wanted else "nobody is asked to look", ["problem.human_review"])
         return note("There is no threshold, so no answer is close to one." if wanted else "No decision is left to people (problem.human_review).")
-    claim = run.claim("share_reviewed", of=["evaluate/predictions", "evaluate/threshold"], by=share_reviewed, using={"classes": run.load("data/contract")["classes"]},
+    claim = run.claim("share_reviewed", of=["evaluate/predictions", "evaluate/threshold"], by=share_reviewed,
+                      using={"classes": run.load("data/contract")["classes"], "unit": unit_for(run.load("evaluate/predictions"))},
                       on="holdout", better="lower", title="share of decisions that people look at")
     check = run.check(title, claim, at_most=wanted, bound="low", answers=["problem.human_review"],
                       why="scores have moved since validation" if (claim.low or 0) > wanted else "no more than chance above the plan")

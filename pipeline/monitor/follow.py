@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import http.client
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from ..core.errors import InputError
+from ..core.errors import EnvironmentFault, InputError
 from ..core.run import clock
 from ..deploy.objectives import objectives_of
 from .signals import IN_TIME_MS, Tail, Watch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.core.problem import Problem
 
 # %% auto #0
-__all__ = ['ROUND_S', 'Prober', 'follow', 'look_back']
+__all__ = ['ROUND_S', 'Prober', 'Watched', 'follow', 'look_back']
 
 # %% ../../nbs/lib/monitor/10_follow.ipynb #cb43f87c
 @dataclass
@@ -41,7 +41,7 @@ class Prober:
     seen: list[tuple[float, bool, float]] = field(default_factory=list)     # due (Unix time), answered in time, milliseconds
 
     def __enter__(self) -> Prober:
-        if not self.url.startswith(("http://", "https://")):
+        if not _is_address(self.url):
             raise InputError(f"{self.url!r} is no address of a service; give one such as http://127.0.0.1:8000")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prober", daemon=True)
@@ -72,11 +72,36 @@ class Prober:
         try:
             with urllib.request.urlopen(f"{self.url.rstrip('/')}/health", timeout=self.patience_s) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):      # nobody, or somebody who does not speak HTTP
             return False
+
+
+def _is_address(url: str) -> bool:
+    from urllib.parse import urlsplit
+
+    try:
+        found = urlsplit(url)
+        return found.scheme in ("http", "https") and bool(found.hostname) and (found.port or 1) > 0
+    except ValueError:
+        return False
 
 # %% ../../nbs/lib/monitor/10_follow.ipynb #1dff7826
 ROUND_S = 5.0      # between two looks
+
+
+@dataclass(frozen=True)
+class Watched:
+    "What was seen of a service."
+
+    alarms: list[dict[str, Any]]
+    seconds: float
+    probes: int
+    answered: int            # of the probes, in time
+
+    @property
+    def uptime(self) -> float:
+        "Share of the probes that were answered in time; NaN before the first one."
+        return self.answered / self.probes if self.probes else float("nan")
 
 
 def follow(
@@ -87,13 +112,16 @@ def follow(
     told: Callable[[dict[str, Any]], None] = lambda alarm: None,
     every_s: float = ROUND_S,
     pace: float = 1.0,                 # for a rehearsal in short: the service's seconds in one of the clock's
-) -> list[dict[str, Any]]:             # alarms
-    "Watch a service from now on."
+    failed: Callable[[str], None] = lambda why: None,     # why the log cannot be read at the moment; each reason once
+) -> Watched:
+    "Watch a service from now on; a log that cannot be read is told, and the watch goes on."
     from pipeline.deploy.inference_log import newest_numbers, read_inferences
 
     name, objectives, begun = problem.problem.name, objectives_of(problem), clock()
     outside, told_of = Watch(objectives, pace), [0, 0]
     rang: list[dict[str, Any]] = []
+    probes = answered = 0
+    why = ""
     tail = Tail(Watch(objectives, pace, outside=False), lambda after: read_inferences(store, name, after, outcomes=False), begun, last=newest_numbers(store, name)[0],
                 settles_s=min(2.0, objectives.window_s / pace / 2))
     with Prober(url, every_s=min(1.0, every_s)) as prober:
@@ -102,15 +130,22 @@ def follow(
             seen = prober.taken()
             if seen:
                 at, good, ms = (np.array(column) for column in zip(*seen))
+                probes, answered = probes + len(good), answered + int(good.sum())
                 outside.add(np.maximum(at - begun.timestamp(), 0), good, ms)
                 outside.judge(float(at[-1]) - begun.timestamp())
-            tail.look(clock())
+            try:
+                tail.look(clock())
+                why = ""
+            except EnvironmentFault as error:
+                if str(error) != why:
+                    why = str(error)
+                    failed(why)
             for watch, place in ((outside, 0), (tail.watch, 1)):
                 for alarm in watch.raised[told_of[place]:]:
                     rang.append(alarm)
                     told(_told(problem, alarm, begun, pace))
                 told_of[place] = len(watch.raised)
-    return [_told(problem, alarm, begun, pace) for alarm in rang]
+    return Watched([_told(problem, alarm, begun, pace) for alarm in rang], (clock() - begun).total_seconds(), probes, answered)
 
 
 def look_back(

@@ -244,6 +244,8 @@ def draw_ageing(trial: Trial) -> Any:
     over = stale_after(trial.curve, trial.rise)
     told = f"after {over[x]:g} {unit} a model loses {over['rise']:.3f} more than a fresh one; {trial.rise:g} is tolerated" if over else \
         f"up to an age of {known[x][-1]:g} {unit} a model never lost more than the tolerated {trial.rise:g} over a fresh one"
+    if not over and (wide := known.filter(pl.col("high") > trial.rise)).height:
+        told += f", though at {wide[x][0]:g} {unit} it may be {wide['high'][0]:.3f}"
     return lines(known, x, "rise", told[:1].upper() + told[1:], low="low", high="high", xlabel=f"age of the model, {unit}",
                  ylabel="extra loss over a fresh model", limit=trial.rise, labels={"rise": "extra loss"})
 

@@ -84,8 +84,8 @@ def origin(
     git = git if isinstance(git, Mapping) else {"commit": git}
     currency = _currency(manifest)
     return {
-        "Run": f"{run.parent.name} / {run.name}", "Phase": phase.name, "Data version": version_of(run, "data/version"),
-        "Label version": version_of(run, "label/version"),
+        "Run": f"{run.parent.name} / {run.name}", "Phase": phase.name, "Data version": version_of(run, "data/version", phase.name),
+        "Label version": version_of(run, "label/version", phase.name),
         "Commit": " ".join(x for x in (str(git.get("commit") or "")[:12], "with changes" if git.get("dirty") else "") if x) or None,
         "Seed": receipt.get("seed"), "Interpreter": receipt.get("python"), "Lock file": str(receipt.get("lock") or "") or None,
         "Finished": _when(receipt.get("finished")), "Took": f"{duration(cost['wall_s'])} ({duration(cost['cpu_s'])} of processor)",
@@ -97,9 +97,12 @@ def origin(
 def version_of(
     run: Path,        # a run's folder
     artifact: str,    # data/version
+    until: str = "",  # a phase: those after it say nothing about its page, which comes out equal whenever it is drawn
 ) -> str | None:
     "The id that a version artifact holds."
     for folder in sorted(run.glob(f"[0-9]*_{artifact.partition('/')[0]}")):
+        if until and folder.name > until:
+            continue
         found_ = read_json(folder / "receipt.json", {}).get("outputs", {}).get(artifact)
         found = read_json(folder / found_["file"], {}) if found_ else {}
         if isinstance(found, dict) and found.get("id"):

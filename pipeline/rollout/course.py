@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['check_split', 'Outcome', 'roll_out', 'decision_table', 'stage_table', 'show_path', 'claim_rollout', 'tell']
+__all__ = ['DRAWN', 'check_split', 'Outcome', 'roll_out', 'decision_table', 'stage_table', 'show_path', 'claim_rollout', 'tell']
 
 # %% ../../nbs/lib/rollout/06_course.ipynb #9b65adca
 def check_split(
@@ -158,6 +158,9 @@ def stage_table(
     return pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.col("difference").cast(pl.Float64))
 
 
+DRAWN = 12.0      # an interval that spans more than so many times what is tolerated is not drawn
+
+
 def show_path(
     trial: Trial,
     outcome: Outcome,
@@ -177,8 +180,10 @@ def show_path(
     if len(frame) < 2:
         return note("Too few outcomes to draw.", "inconclusive")
     last = frame.row(-1, named=True)
-    better = "better" if last["high"] < 0 else f"not more than {last['high']:.2g} worse"
-    return lines(frame, "outcomes known", "difference", f"The new model is {better}", low="low", high="high",
+    told = "better" if last["high"] < 0 else f"worse by at least {last['low']:.2g}" if last["low"] > 0 else f"not more than {last['high']:.2g} worse"
+    narrow = frame.filter(pl.col("high") - pl.col("low") <= DRAWN * max(trial.rules.worse_by, last["high"] - last["low"]))
+    frame = narrow if len(narrow) > 1 else frame      # what the first few outcomes leave open would flatten the rest
+    return lines(frame, "outcomes known", "difference", f"The new model is {told}", low="low", high="high",
                  xlabel="outcomes known", ylabel=f"{trial.loss}, new minus old", limit=trial.rules.worse_by)
 
 # %% ../../nbs/lib/rollout/06_course.ipynb #e0ecd8ed

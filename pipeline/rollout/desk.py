@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from ..core.errors import InputError
-from ..deploy.registry import Entry, Registry, who
+from ..deploy.registry import Entry, Registry
 from ..deploy.versions import Plan, Plans
 from .controller import Steering
 from .canary import standing
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ['KEPT', 'EVENTS', 'EXTENSIONS', 'Recent', 'tests_of', 'Office', 'production_back', 'extensions']
 
 # %% ../../nbs/lib/rollout/13_desk.ipynb #9388eda6
-KEPT = 500_000     # answers at most; of a busier service the page shows less than its minutes
+KEPT = 500_000     # answered rows at most; of a busier service the page shows less than its minutes
 
 
 class Recent:
@@ -39,8 +39,9 @@ class Recent:
         self,
         read: Callable[[int], pl.DataFrame],      # after a number; see `read_inferences`
         minutes: float = MINUTES,
+        newest: Callable[[], int] = lambda: -1,   # its last number; a long log is not read from its beginning
     ) -> None:
-        self.read, self.minutes = read, minutes
+        self.read, self.minutes, self.newest = read, minutes, newest
         self._last = -1
         self._held = pl.DataFrame(schema={"at": pl.Float64, "request_id": pl.String, "version": pl.Int64, "role": pl.String, "status": pl.Int64, "ms": pl.Float64})
 
@@ -49,6 +50,7 @@ class Recent:
         now: float,        # seconds since 1970
     ) -> pl.DataFrame:     # at (seconds), request_id, version, role, status, ms; a row a request
         "What came since the last look, behind what is kept of it."
+        self._last = max(self._last, self.newest() - KEPT)
         new = self.read(self._last)
         if len(new):
             self._last = int(new["number"].max())   # type: ignore[arg-type]
@@ -86,7 +88,10 @@ class Office:
         clock: Callable[[], float] = time.time,               # seconds since 1970
     ) -> None:
         self.steering, self.name, self.refused, self.clock = Steering(registry), name, refused, clock
-        self.recent = Recent(read or _log_of(registry.store, name))
+        from pipeline.deploy.inference_log import newest_numbers, read_inferences
+
+        stored = Recent(lambda after: read_inferences(registry.store, name, after, outcomes=False), newest=lambda: newest_numbers(registry.store, name)[0])
+        self.recent = stored if read is None else Recent(read)
 
     def state(self) -> dict[str, Any]:
         "Everything that the page shows."
@@ -114,12 +119,6 @@ class Office:
         return [{"at": "now", "what": "plan refused", "by": "service", "why": why}, *rows] if why else rows
 
 
-def _log_of(store: Path, name: str) -> Callable[[int], pl.DataFrame]:
-    from pipeline.deploy.inference_log import read_inferences
-
-    return lambda after: read_inferences(store, name, after)
-
-
 def _shown(plan: Plan | None, versions: Mapping[str, int]) -> dict[str, Any] | None:
     if plan is None:
         return None
@@ -134,11 +133,7 @@ def production_back(
     by: str = "",
 ) -> Entry:          # what is in production now
     "The version before, in the registry and in the traffic, now."
-    entry, plans = registry.rollback(name, reason, by or who()), Plans(registry)
-    plan = plans.current(name)
-    if plan is not None and plan.live != entry.digest:
-        plans.change(name, plan.revision, reason, by or who(), live=entry.digest, canary=None, share=0.0, shadow=False, hold=False)
-    return entry
+    return Plans(registry).roll_back(name, reason, by)
 
 # %% ../../nbs/lib/rollout/13_desk.ipynb #c25a6055
 EXTENSIONS = "pipeline.rollout.desk:extensions"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,12 @@ class Ground:
         "The processes that answer, psutil's."
         import psutil
 
-        children = psutil.Process(self.server.process.pid).children(recursive=True)
-        return [p for p in children if "multiprocessing.spawn" in " ".join(p.cmdline())]
+        found = []
+        for child in psutil.Process(self.server.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):      # it ended meanwhile, or waits to be taken leave of
+                if "multiprocessing.spawn" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def answers_of(self, version: int, n: int = 20, within_s: float = 60.0) -> None:
         "Wait for that many answers in a row of one version; raises `EnvironmentFault` where they do not come."
@@ -174,9 +179,10 @@ def lost_worker(ground: Ground) -> Exercise:
     if came:
         ground.answers_of(ground.version(ground.old))
     time.sleep(WATCH_S)
-    in_flight = [a for a in callers.asked if a.sent < decided < a.done and a.status == 0]
-    found = judge("lost worker", "a worker was killed (kill -9)", "nothing: it is replaced", decided, 5.0, callers.since(decided), {ground.version(ground.old)},
-                  f"{len(in_flight)} requests in flight were lost; those that came meanwhile waited and were answered", tolerated=callers.threads)
+    answers = sorted((a for a in callers.asked if a.done > decided), key=lambda a: a.done)      # also those that were on their way
+    lost = sum(a.status == 0 for a in answers)
+    found = judge("lost worker", "a worker was killed (kill -9)", "nothing: it is replaced", decided, 5.0, answers, {ground.version(ground.old)},
+                  f"{lost or 'no'} requests that it had taken were lost, of at most {callers.threads}; those that came meanwhile waited and were answered", tolerated=callers.threads)
     return replace(found, seconds=round(max(found.seconds, recovered), 3))
 
 

@@ -28,12 +28,12 @@ BUCKETS = 30    # points of the chart
 
 
 def traffic_rows(
-    log: pl.DataFrame,             # at (seconds since 1970), request_id, version, role, status, ms
+    log: pl.DataFrame,             # at (seconds since 1970), version, role, status, ms; a row a request and role
     now: float,                    # seconds since 1970
     minutes: float = MINUTES,      # back from now
 ) -> list[dict[str, Any]]:         # role, version, requests, per_s, errors, error_share, p50_ms, p99_ms
-    "Answers of each version in that time, requests not rows."
-    recent = log.filter((pl.col("at") > now - minutes * 60) & (pl.col("at") <= now)).unique(["request_id", "role"], keep="first", maintain_order=True) if len(log) else log
+    "Answers of each version in that time."
+    recent = log.filter((pl.col("at") > now - minutes * 60) & (pl.col("at") <= now))
     if not len(recent):
         return []
     span = max(min(minutes * 60, now - float(recent["at"].min())), 1.0)   # type: ignore[arg-type]
@@ -44,22 +44,26 @@ def traffic_rows(
 
 
 def traffic_path(
-    log: pl.DataFrame,
+    log: pl.DataFrame,             # as above
     now: float,
     minutes: float = MINUTES,
-) -> list[dict[str, Any]]:         # at (HH:MM), live, canary: answers a second
-    "The same over time, for the chart."
-    width = minutes * 60 / BUCKETS
-    begun = now - minutes * 60
-    counted: dict[tuple[int, str], int] = {}
-    if len(log):
-        recent = log.filter((pl.col("at") > begun) & (pl.col("at") <= now)).unique(["request_id", "role"], keep="first")
-        places = recent.select(((pl.col("at") - begun) // width).cast(pl.Int64).clip(0, BUCKETS - 1).alias("place"), "role")
-        counted = {(p, r): n for p, r, n in places.group_by("place", "role").len().iter_rows()}
-    if not counted:
+) -> list[dict[str, Any]]:         # at (HH:MM), and by live and canary: _rate (answers a second), _ms (99th percentile), _failed (share); null without answers
+    "The same over time, for the charts."
+    width, begun = minutes * 60 / BUCKETS, now - minutes * 60
+    recent = log.filter((pl.col("at") > begun) & (pl.col("at") <= now) & pl.col("role").is_in(["live", "canary"]))
+    if not len(recent):
         return []
-    return [{"at": dt.datetime.fromtimestamp(begun + (i + 1) * width, dt.UTC).strftime("%H:%M"), "live": round(counted.get((i, "live"), 0) / width, 3),
-             "canary": round(counted.get((i, "canary"), 0) / width, 3)} for i in range(BUCKETS)]
+    place = ((pl.col("at") - begun) // width).cast(pl.Int64).clip(0, BUCKETS - 1).alias("place")
+    told = {(p, role): (n, ms, failed) for p, role, n, ms, failed in
+            recent.group_by(place, "role").agg(pl.len(), pl.col("ms").quantile(.99, "higher"), (pl.col("status") >= 500).mean().alias("failed")).iter_rows()}
+    path: list[dict[str, Any]] = []
+    for i in range(BUCKETS):
+        point: dict[str, Any] = {"at": dt.datetime.fromtimestamp(begun + (i + 1) * width, dt.UTC).strftime("%H:%M")}
+        for role in ("live", "canary"):
+            n, ms, failed = told.get((i, role), (0, None, None))
+            point |= {f"{role}_rate": round(n / width, 3), f"{role}_ms": ms, f"{role}_failed": failed}
+        path.append(point)
+    return path
 
 # %% ../../nbs/lib/rollout/11_live.ipynb #4f4df52a
 ACTIONS = ("hold", "resume", "promote", "back")

@@ -46,6 +46,7 @@ svg text{fill:var(--muted)}svg .axis{stroke:var(--line)}svg .live{stroke:var(--s
 svg .canary{stroke:var(--s2);fill:none;stroke-width:2;stroke-dasharray:6 3}
 svg .bar{fill:var(--band)}svg .limit{stroke:var(--no-go);stroke-width:2}svg .fill{fill:var(--accent)}
 figure{margin:0}figcaption{color:var(--muted);font-size:.875rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.4rem 1rem}.charts svg{width:100%;max-width:24rem}
 .key{display:flex;gap:1.5rem;font-size:.8125rem;color:var(--muted)}
 form,.box{border:1px solid var(--line);border-radius:6px;padding:.8rem 1rem 1rem;margin:.6rem 0}
 label{display:block;font-size:.875rem;color:var(--muted);margin:.5rem 0 .2rem}
@@ -97,16 +98,18 @@ function bar(c) {
     draw('line', {x1: x(c.need), x2: x(c.need), y1: 1, y2: 17, class: 'limit'}));
   return svg;
 }
-function chart(minutes) {
-  const text = JSON.stringify(minutes), place = $('chart'); if (place.dataset.held === text) return; place.dataset.held = text;
-  const most = Math.max(1e-9, ...minutes.flatMap(m => [m.live, m.canary])), w = 560, h = 150;
-  const x = i => 44 + (w - 52) * (minutes.length > 1 ? i / (minutes.length - 1) : 0), y = v => 12 + (h - 34) * (1 - v / most);
-  const path = role => minutes.map((m, i) => (i ? 'L' : 'M') + x(i).toFixed(1) + ' ' + y(m[role]).toFixed(1)).join('');
-  const svg = draw('svg', {viewBox: `0 0 ${w} ${h}`, role: 'img', 'aria-label': minutes.length ? `Answers a second: live ${num(minutes.at(-1).live, 1)}, canary ${num(minutes.at(-1).canary, 1)} now; at most ${num(most, 1)} in the time shown` : 'No traffic yet'});
-  svg.append(draw('line', {x1: 44, x2: w - 8, y1: y(0), y2: y(0), class: 'axis'}), draw('text', {x: 38, y: y(0) + 4, 'text-anchor': 'end'}, '0'),
-    draw('text', {x: 38, y: y(most) + 4, 'text-anchor': 'end'}, num(most, 0)));
-  if (minutes.length) svg.append(draw('path', {d: path('live'), class: 'live'}), draw('path', {d: path('canary'), class: 'canary'}),
-    draw('text', {x: 44, y: h - 4}, minutes[0].at), draw('text', {x: w - 8, y: h - 4, 'text-anchor': 'end'}, minutes.at(-1).at));
+function chart(id, what, key, minutes, least, tell) {
+  const place = $(id), live = minutes.map(m => m['live_' + key]), canary = minutes.map(m => m['canary_' + key]);
+  const text = JSON.stringify([minutes.map(m => m.at), live, canary]); if (place.dataset.held === text) return; place.dataset.held = text;
+  const tried = canary.some(v => v), most = Math.max(least, ...live, ...canary), w = 280, h = 120, left = 42;
+  const x = i => left + (w - left - 6) * (minutes.length > 1 ? i / (minutes.length - 1) : 0), y = v => 12 + (h - 32) * (1 - v / most);
+  const path = values => values.map((v, i) => v === null ? '' : (i && values[i - 1] !== null ? 'L' : 'M') + x(i).toFixed(1) + ' ' + y(v).toFixed(1) + 'h.1').join('');
+  const now = minutes.length ? `live ${tell(live.at(-1))}` + (tried ? `, canary ${tell(canary.at(-1))}` : '') + ` now; at most ${tell(Math.max(...live, ...canary))} in the time shown` : 'no traffic yet';
+  const svg = draw('svg', {viewBox: `0 0 ${w} ${h}`, role: 'img', 'aria-label': `${what}: ${now}`});
+  svg.append(draw('line', {x1: left, x2: w - 6, y1: y(0), y2: y(0), class: 'axis'}), draw('text', {x: left - 6, y: y(0) + 4, 'text-anchor': 'end'}, '0'),
+    draw('text', {x: left - 6, y: y(most) + 4, 'text-anchor': 'end'}, tell(most)));
+  if (minutes.length) svg.append(draw('path', {d: path(live), class: 'live'}), ...(tried ? [draw('path', {d: path(canary), class: 'canary'})] : []),
+    draw('text', {x: left, y: h - 4}, minutes[0].at), draw('text', {x: w - 6, y: h - 4, 'text-anchor': 'end'}, minutes.at(-1).at));
   place.replaceChildren(svg);
 }
 function show(s) {
@@ -127,10 +130,12 @@ function show(s) {
   put('plan', plan ? `Live: version ${plan.live}` + (plan.canary ? ` · canary: version ${plan.canary} for ${num(plan.share)} % of ${s.subject || 'requests'}` : '') +
     (plan.slice ? ` where ${plan.slice}` : '') + ` · plan ${plan.revision}, changed by ${plan.by}` : 'The service answers with the package it was started with.');
   fill('traffic', s.traffic.map(t => [t.role, 'version ' + t.version, {n: num(t.requests, 0)}, {n: num(t.per_s, 1)}, {n: num(t.errors, 0)}, {n: share(t.error_share)}, {n: num(t.p50_ms, 2)}, {n: num(t.p99_ms, 2)}]));
-  chart(s.minutes);
+  chart('rate', 'Answers a second', 'rate', s.minutes, 1, v => num(v, v < 10 ? 1 : 0));
+  chart('slow', 'Milliseconds, 99th percentile', 'ms', s.minutes, 1, v => num(v, v < 10 ? 1 : 0));
+  chart('failed', 'Errors', 'failed', s.minutes, .01, share);
   fill('tests', s.tests.map(t => [t.name, {n: num(t.now)}, {n: t.low === null ? '–' : num(t.low) + ' to ' + num(t.high)}, {n: num(t.boundary)}, t.needed ? {bar: t.evidence, need: t.needed} : '–', t.state]));
   fill('events', s.events.map(e => [e.at, e.what, e.by, e.why]));
-  $('none').hidden = s.tests.length > 0; $('quiet').hidden = s.traffic.length > 0;
+  for (const [id, rows] of [['tests', s.tests], ['traffic', s.traffic], ['events', s.events]]) { $(id + '-box').hidden = !rows.length; $(id + '-none').hidden = rows.length > 0; }
   for (const a of s.actions) { const b = $('do-' + a.name); b.setAttribute('aria-disabled', String(!a.allowed)); b.dataset.why = a.why_not; }
   put('reader', s.reader.operator ? `You act as ${s.reader.name}, operator.` : s.reader.why);
   put('at', 'As of ' + s.at + ' UTC');
@@ -192,10 +197,12 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <ol class="stages" id="stages" aria-label="Stages: share of subjects that the new version answers"></ol>
 <p id="plan" class="muted"></p>
 <div class="grid"><section aria-labelledby="h-traffic"><h2 id="h-traffic">Traffic</h2>
-<figure id="chart-box"><div id="chart"></div><figcaption class="key"><span>solid, blue: live</span><span>dashed, orange: canary</span><span>answers a second</span></figcaption></figure>
-<div class="scroll" tabindex="0" role="region" aria-label="Table of answers by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
+<div class="charts"><figure><figcaption>Answers a second</figcaption><div id="rate"></div></figure><figure><figcaption>Milliseconds, 99th percentile</figcaption><div id="slow"></div></figure>
+<figure><figcaption>Errors, share of answers</figcaption><div id="failed"></div></figure></div>
+<p class="key"><span>solid, blue: live</span><span>dashed, orange: canary</span></p>
+<div class="scroll" id="traffic-box" tabindex="0" role="region" aria-label="Table of answers by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
 <th scope="col" class="n">a second</th><th scope="col" class="n">errors</th><th scope="col" class="n">share</th><th scope="col" class="n">p50 ms</th><th scope="col" class="n">p99 ms</th></tr></thead><tbody id="traffic"></tbody></table></div>
-<p id="quiet" class="muted">No answers were logged in this time.</p></section>
+<p id="traffic-none" class="muted">No answers were logged in this time.</p></section>
 <section aria-labelledby="act"><h2 id="act" tabindex="-1">Act</h2><p id="reader" class="muted"></p>
 <div class="box"><label for="reason">Reason (goes into the audit trail with your name)</label><textarea id="reason" maxlength="1000"></textarea>
 <div class="buttons"><button id="do-hold" aria-disabled="true">Hold</button><button id="do-resume" aria-disabled="true">Resume</button>
@@ -203,11 +210,12 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <p id="said" class="said" role="status"></p></div></section></div>
 <section aria-labelledby="h-tests"><h2 id="h-tests">Sequential tests</h2>
 <p class="muted">Each may be looked at as often as one likes: all share one error budget. The red line is the evidence at which a test decides.</p>
-<div class="scroll" tabindex="0" role="region" aria-label="Table of tests"><table><caption>New version against the live one in the same time</caption><thead><tr><th scope="col">test</th><th scope="col" class="n">now</th>
+<div class="scroll" id="tests-box" tabindex="0" role="region" aria-label="Table of tests"><table><caption>New version against the live one in the same time</caption><thead><tr><th scope="col">test</th><th scope="col" class="n">now</th>
 <th scope="col" class="n">interval, valid at all times</th><th scope="col" class="n">boundary</th><th scope="col">evidence</th><th scope="col">says</th></tr></thead><tbody id="tests"></tbody></table></div>
-<p id="none" class="muted">No review has been made yet.</p></section>
+<p id="tests-none" class="muted">No review has been made yet.</p></section>
 <section aria-labelledby="h-events"><h2 id="h-events">Timeline</h2>
-<div class="scroll" tabindex="0" role="region" aria-label="Table of events"><table><caption>Newest first; the audit trail holds all</caption><thead><tr><th scope="col">when, UTC</th><th scope="col">what</th><th scope="col">who</th><th scope="col">why</th></tr></thead><tbody id="events"></tbody></table></div></section>
+<div class="scroll" id="events-box" tabindex="0" role="region" aria-label="Table of events"><table><caption>Newest first; the audit trail holds all</caption><thead><tr><th scope="col">when, UTC</th><th scope="col">what</th><th scope="col">who</th><th scope="col">why</th></tr></thead><tbody id="events"></tbody></table></div>
+<p id="events-none" class="muted">Nothing has happened yet.</p></section>
 </div>
 <dialog id="sure" aria-labelledby="sure-title" aria-describedby="sure-text"><h2 id="sure-title"></h2><p id="sure-text"></p>
 <div class="buttons"><button id="sure-yes" class="main"></button><button id="sure-no">Leave it</button></div></dialog>

@@ -5,9 +5,12 @@
 # %% ../../nbs/lib/train/08_budget.ipynb #a90339a0
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -16,10 +19,20 @@ from . import linear, nets, trees
 from .protocol import Shape
 
 # %% auto #0
-__all__ = ['START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'Stopwatch', 'CoreClock', 'start_clock', 'dearness',
-           'price', 'usual_rounds', 'Step', 'Plan', 'plan_fits']
+__all__ = ['TASKS', 'LOOK_S', 'START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'charged', 'Stopwatch', 'CoreClock',
+           'start_clock', 'dearness', 'price', 'usual_rounds', 'Step', 'Plan', 'plan_fits']
 
 # %% ../../nbs/lib/train/08_budget.ipynb #663fa57a
+def charged(
+    wall: float,     # seconds
+    cpu: float,      # seconds of all threads together
+    waited: float,   # seconds in which threads were ready and had no core, all together
+    cores: float,    # what the work's threads are worth together
+) -> float:
+    "Seconds that the same work takes on a machine of its own."
+    return min(wall, max(cpu / cores, min(cpu, wall - waited)))
+
+
 class Stopwatch:
     "Seconds since it was made, less those in which this process waited for the machine."
 
@@ -28,15 +41,30 @@ class Stopwatch:
         threads: int = 1,   # cores that the work may use
     ) -> None:
         self.cores, self.elsewhere = 1 + 0.5 * (threads - 1), 0.0
+        self.waits: dict[str, float] = {}
+        self.looked, self.before = -1.0, 0.0
         self.begun = time.monotonic(), time.process_time()
+        self.before = self._waited()
 
     def __call__(self) -> float:
         wall, cpu = time.monotonic() - self.begun[0], time.process_time() - self.begun[1] + self.elsewhere
-        return min(wall, cpu / self.cores)
+        return charged(wall, cpu, wall if self.elsewhere else self._waited() - self.before, self.cores)
 
     def book(self, seconds: float) -> None:
         "Core-seconds that another machine worked for this process."
         self.elsewhere += seconds
+
+    def _waited(self) -> float:
+        "Seconds that its threads, also those that have ended, waited for a core; 0 where the system does not tell."
+        if time.monotonic() - self.looked > LOOK_S and TASKS.is_dir():
+            for thread in os.listdir(TASKS):
+                with contextlib.suppress(OSError):   # it has just ended, or this kernel keeps no such figures
+                    self.waits[thread] = int((TASKS / thread / "schedstat").read_bytes().split()[1]) / 1e9
+            self.looked = time.monotonic()
+        return sum(self.waits.values())
+
+
+TASKS, LOOK_S = Path("/proc/self/task"), 0.05   # where Linux tells it; seconds between two looks
 
 
 class CoreClock:

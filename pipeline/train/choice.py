@@ -24,8 +24,9 @@ from .protocol import pick_rows, simplicity
 from .search import Found, Goal, Rows, Trial, blocks
 
 # %% auto #0
-__all__ = ['COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'rows_of', 'newest_rows', 'goal_of', 'Limits', 'Beside',
-           'Cost', 'leaderboard', 'teacher_of', 'why_not_student', 'families_of', 'why_not_ship', 'Choice', 'choose']
+__all__ = ['COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'Z95', 'rows_of', 'newest_rows', 'goal_of', 'Limits',
+           'Beside', 'Cost', 'leaderboard', 'teacher_of', 'why_not_student', 'families_of', 'why_not_ship', 'Choice',
+           'granted', 'choose']
 
 # %% ../../nbs/lib/train/10_choice.ipynb #2df17d11
 def rows_of(
@@ -250,27 +251,41 @@ class Choice:
     because: str
 
 
+def granted(
+    board: pl.DataFrame,    # as `leaderboard` gives it
+    tolerance: float,       # loss of the metric that simplicity may cost
+) -> dict[str, float]:      # candidate -> how far behind the best it may be
+    "The tolerance, or one standard error of the distance to the best where that is more; nothing where the tolerance is 0."
+    errors = board.select("candidate", ((pl.col("to_best_high") - pl.col("to_best_low")) / (2 * Z95)).fill_null(0.0)).iter_rows()
+    return {name: max(tolerance, error) if tolerance else 0.0 for name, error in errors}
+
+
+Z95 = 1.96   # standard errors in half a 95 % interval
+
+
 def choose(
     board: pl.DataFrame,    # as `leaderboard` gives it
     goal: Goal,
     tolerance: float,       # loss of the metric that simplicity may cost
 ) -> Choice:
-    "The simplest candidate within the tolerance of the best; raises `InputError` where none may ship."
+    "The simplest candidate within what is granted behind the best; raises `InputError` where none may ship."
     able = board.filter("may_ship")
     if able.is_empty():
         said = "; ".join(f"{r['candidate']}: {r['why_not']}" for r in board.iter_rows(named=True))
         raise InputError(f"no candidate may be shipped ({said}); relax that limit, raise train.budget_s or add a family")
-    best = able.row(0, named=True)
-    close = able.filter(goal.sign * (best["metric"] - pl.col("metric")) <= tolerance)
+    best, allowed = able.row(0, named=True), granted(able, tolerance)
+    close = [r for r in able.iter_rows(named=True) if goal.sign * (best["metric"] - r["metric"]) <= allowed[r["candidate"]]]
     # among equally simple ones the better: the board is sorted, and the sort below keeps its order
-    simplest = sorted(close.iter_rows(named=True), key=lambda r: simplicity(r["family"]))[0]
+    simplest = sorted(close, key=lambda r: simplicity(r["family"]))[0]
     name, label = simplest["candidate"], LABELS[goal.metric]
     kept = _kept_out(board, best, goal)
     if name == best["candidate"]:
         others = able.height - 1
         return Choice(name, (f"best {label} of {able.height} candidates, and none of the simpler ones comes within {tolerance:g}" if others
                       else "the only candidate that may be shipped") + kept)
-    lost = abs(simplest["metric"] - best["metric"])
+    lost, error = abs(simplest["metric"] - best["metric"]), allowed[name]
+    if lost > tolerance:
+        return Choice(name, f"simplest that these rows cannot tell from the best: {lost:.4f} {label} behind {best['candidate']}, one standard error is {error:.4f}" + kept)
     return Choice(name, f"simplest within the tolerance: {lost:.4f} {label} behind {best['candidate']}, {tolerance:g} are granted" + kept)
 
 

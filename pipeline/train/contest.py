@@ -23,7 +23,7 @@ from ..data.synthetic import learning_rows
 from .backbone import check_folder
 from .budget import Plan, dearness, plan_fits, start_clock
 from .checkpoints import Checkpoints
-from .choice import Choice, Cost, Limits, choose, goal_of, leaderboard, newest_rows, rows_of
+from .choice import Choice, Cost, Limits, choose, goal_of, granted, leaderboard, newest_rows, rows_of
 from .features import Encoder, learn_encoder
 from .final import Final, fit_finally, folder_mb, read_configuration, save_seeds, seeds_table, validation_frame
 from .frontier import frontier, measure_costs, measure_model, shorten
@@ -132,7 +132,7 @@ def show_contest(contest: Contest) -> Html:
         "folds": f"{len(rows.folds)}; {how}", "rows answered for": f"{len(rows.valid):,}",
         "ranked by": f"{contest.label} ({contest.goal.better} is better)", **({"fitted by": str(contest.workers)} if contest.workers else {}),
         "budget": f"{contest.plan.budget_s:g} {contest.unit} for everything",
-        "simplicity may cost": f"{contest.limits.tolerance:g} {contest.label}",
+        "simplicity may cost": f"{contest.limits.tolerance:g} {contest.label}, or what the rows cannot tell" if contest.limits.tolerance else "nothing",
     }, "The rules of the contest")
 
 
@@ -284,7 +284,7 @@ def show_hindsight(
 ) -> Html:
     "How much of the chosen number is luck, and which hyperparameters mattered; both are saved."
     able = board.filter("may_ship")["candidate"].to_list()
-    luck = optimism(found, contest.rows, able, contest.limits.tolerance, run.seed)
+    luck = optimism(found, contest.rows, able, granted(board, contest.limits.tolerance), run.seed)
     ranked, trials = sensitivity(found, run.seed), len(compared(found))
     run.save("train/optimism", luck)
     run.save("train/sensitivity", ranked)

@@ -17,7 +17,7 @@ from . import protocol
 from .protocol import Estimator, Fitting, Shape, check_answer, probabilities
 
 # %% auto #0
-__all__ = ['LEAST', 'MEMBERS', 'TURNS', 'blend', 'weigh_greedily', 'Ensemble', 'fit', 'from_files']
+__all__ = ['LEAST', 'MEMBERS', 'TURNS', 'blend', 'weigh_greedily', 'weigh_across', 'Ensemble', 'fit', 'from_files']
 
 # %% ../../nbs/lib/train/15_ensembles.ipynb #5d973303
 LEAST = 1e-12   # a probability below it is taken as this
@@ -71,6 +71,22 @@ def weigh_greedily(
         total, reached = total + logs[best], tried[best]
     size = sum(counts.values())
     return {name: count / size for name, count in sorted(counts.items(), key=lambda pair: -pair[1])}
+
+# %% ../../nbs/lib/train/15_ensembles.ipynb #02f5b35d
+def weigh_across(
+    answers: Mapping[str, np.ndarray],                          # candidate -> answers for the same unseen rows
+    parts: np.ndarray,                                          # (rows,) the part of each row
+    measure: Callable[[np.ndarray, np.ndarray], float | None],  # an answer's value on some rows (a mask)
+    sign: int,
+    most: int = MEMBERS,
+) -> np.ndarray:                                                # answers for all rows
+    "Each part's answers by weights found on the others; raises `InputError` where those have no value."
+    out = np.empty_like(next(iter(answers.values())), dtype=float)
+    for part in np.unique(parts):
+        others, here = parts != part, parts == part
+        weights = weigh_greedily({name: a[others] for name, a in answers.items()}, lambda answer: measure(answer, others), sign, most)   # noqa: B023 (called at once)
+        out[here] = blend([answers[name][here] for name in weights], list(weights.values()))
+    return out
 
 # %% ../../nbs/lib/train/15_ensembles.ipynb #289ca3fb
 @dataclass(frozen=True)

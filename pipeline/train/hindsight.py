@@ -5,7 +5,7 @@
 # %% ../../nbs/lib/train/24_hindsight.ipynb #ef1febfe
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def optimism(
     found: Found,               # all trials
     rows: Rows,                 # what they were tried on
     able: Sequence[str],        # candidates that may be chosen
-    tolerance: float = 0.0,     # of the metric, that simplicity may cost
+    tolerance: float | Mapping[str, float] = 0.0,   # of the metric, that simplicity may cost; or each candidate's, as `granted` gives it
     seed: int = 0,
     draws: int = REPLAYS,
 ) -> pl.DataFrame:              # one row, or none where fewer than two candidates or ten blocks are there
@@ -44,7 +44,8 @@ def optimism(
     if prepared[0].units < FEWEST:
         return pl.DataFrame(schema=schema)
     simple = np.argsort(np.argsort([simplicity(t.family) for t in trials], kind="stable"), kind="stable")
-    whole = _pick(goal.sign * np.array([[t.value] for t in trials], float), tolerance, simple)[0]
+    behind = np.array([tolerance.get(t.name, 0.0) if isinstance(tolerance, Mapping) else tolerance for t in trials])
+    whole = _pick(goal.sign * np.array([[t.value] for t in trials], float), behind, simple)[0]
     inside, outside = [], []
     for drawn in drawn_together(prepared[0].units, seed, draws, prepared[0].rows):
         inside.append([p.on(drawn) for p in prepared])
@@ -53,7 +54,7 @@ def optimism(
     defined = np.isfinite(chosen_on).all(0) & np.isfinite(measured_on).all(0)
     if not defined.any():
         return pl.DataFrame(schema=schema)
-    picked = _pick(chosen_on[:, defined], tolerance, simple)
+    picked = _pick(chosen_on[:, defined], behind, simple)
     left_out, values = measured_on[:, defined], goal.sign * np.array([t.value for t in trials], float)
     fewer = left_out.mean(axis=1) - values   # what a metric of fewer rows and blocks is apart by, whichever candidate it is
     honest = float((left_out[picked, np.arange(len(picked))] - fewer[picked]).mean())
@@ -83,12 +84,9 @@ def _plain(trial: Trial) -> np.ndarray:
     return answer[:, 1] if answer.ndim == 2 and answer.shape[1] == 2 else answer
 
 
-def _pick(values: np.ndarray, tolerance: float, simple: np.ndarray) -> np.ndarray:
-    "(draws,) the simplest of those within the tolerance of the best; of equally good ones the simpler."
-    best = values.max(axis=0)
-    if tolerance <= 0:
-        return np.where(values == best, simple[:, None], len(simple)).argmin(axis=0)
-    return np.where(values >= best - tolerance, simple[:, None], len(simple)).argmin(axis=0)
+def _pick(values: np.ndarray, behind: np.ndarray, simple: np.ndarray) -> np.ndarray:
+    "(draws,) the simplest of those that are no further behind the best than granted; of equally good ones the simpler."
+    return np.where(values >= values.max(axis=0) - behind[:, None], simple[:, None], len(simple)).argmin(axis=0)
 
 # %% ../../nbs/lib/train/24_hindsight.ipynb #337de949
 TOO_FEW = 6

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.errors import ClusterFault, PilothouseError
+from ..core.errors import ClusterFault, InputError, PilothouseError
 from ..core.metrics import BETTER, metric_or_none
 from .budget import HEADROOM, START, Plan, Step, Stopwatch, price, usual_rounds
 from .checkpoints import Checkpoints, key_of
-from .ensembles import Ensemble, blend, weigh_greedily
+from .ensembles import Ensemble, blend, weigh_across, weigh_greedily
 from .proposals import propose
 from .protocol import Estimator, Fitting, OutOfTime, Shape, always, check_rows, fit, from_files, never, pick_rows
 from .trees import is_skewed, most_rounds, patience
 from .workers import BOOSTED, Here, Order, Wanted, Workers
 
 # %% auto #0
-__all__ = ['Fold', 'ALWAYS', 'SUSPECT', 'FLOOR', 'FURTHER', 'TELLING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal', 'blocks', 'Trial',
-           'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor', 'run_search']
+__all__ = ['Fold', 'ALWAYS', 'SUSPECT', 'FLOOR', 'FURTHER', 'TELLING', 'CLOSING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal',
+           'blocks', 'Trial', 'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor', 'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -265,6 +265,7 @@ def with_floor(
 # %% ../../nbs/lib/train/09_search.ipynb #2ffe8907
 FURTHER = 12        # proposals of a short budget, at most
 TELLING = 5_000     # validation rows that can tell twice as many apart
+CLOSING = 0.08      # of a run's budget, for measuring and comparing what was found
 LONG = 100.0        # seconds that must be left for Optuna to have something to learn from
 FURTHER_LONG = 60
 
@@ -294,7 +295,8 @@ def run_search(
     def left() -> float:
         taken, priced = (sum(column) for column in zip(*worked)) if worked else (0.0, 0.0)
         pace = max(1.0, taken / priced) if priced > 1 else 1.0
-        return plan.budget_s - min(0.6 * plan.budget_s, meter.reserve(trials) * pace) - clock()
+        closing = CLOSING * plan.budget_s if plan.refit_price else 0.0
+        return plan.budget_s - closing - min(0.6 * plan.budget_s, meter.reserve(trials) * pace) - clock()
 
     def ends(name: str, stage: str) -> Callable[[], float]:
         if name in ALWAYS or recorded is not None and not recorded.stopped(name, stage)():   # without the first, nothing could be shipped
@@ -418,7 +420,15 @@ def _join(trials: Sequence[Trial], rows: Rows, goal: Goal, meter: Meter) -> Tria
     told = [{"family": t.family, "config": final_config(t), "weight": weights[t.name], "name": t.name} for t in members]
     joined = Trial("ensemble", "ensemble", {"members": told}, "full", max(t.rows for t in members), steps=max(t.steps for t in members),
                    size_bytes=sum(t.size_bytes for t in members))
-    joined.answer = blend([t.answer for t in members if t.answer is not None], [weights[t.name] for t in members])
+    if len(rows.folds) > 1 and len(rows.valid) < TELLING:   # so few rows praise the weights that they were asked for
+        def measured(answer: np.ndarray, some: np.ndarray) -> float | None:
+            return goal.measure(target[some], answer)
+        try:
+            joined.answer = weigh_across({name: t.answer for name, t in done.items() if t.answer is not None}, rows.fold_of, measured, goal.sign, most)
+        except InputError:
+            return None   # a fold alone does not define the metric: what weights are worth cannot be told
+    else:
+        joined.answer = blend([t.answer for t in members if t.answer is not None], [weights[t.name] for t in members])
     _measure(joined, rows, goal)
     if all(len(t.models) == len(rows.folds) for t in members):
         joined.models = [Ensemble(rows.shape, tuple((t.family, weights[t.name], t.models[k]) for t in members), joined.steps) for k in range(len(rows.folds))]

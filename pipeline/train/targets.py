@@ -27,6 +27,7 @@ from ..data.targets import class_names
 from .budget import price
 from .features import Encoder
 from .models import read_checked
+from .native import Native
 from .protocol import Estimator, Fitting, OutOfTime, Shape, fit, from_files, pick_rows, probabilities
 
 # %% auto #0
@@ -182,7 +183,7 @@ class Forest:
     columns: Columns
     text: str              # LightGBM's, for the branches
     leaves: np.ndarray     # (trees, most leaves, outputs), float32
-    booster: Any = field(repr=False, compare=False, default=None)
+    native: Native | None = field(repr=False, compare=False, default=None)   # the text, read; None: there is no tree
 
     @property
     def steps(self) -> int:
@@ -191,14 +192,15 @@ class Forest:
     def predict(self, matrix: np.ndarray) -> list[np.ndarray]:
         "Each target's probabilities or numbers."
         scores = np.tile(np.array(self.columns.base), (len(matrix), 1))
-        few = {"num_threads": 1} if len(matrix) <= 16 else {}
-        if len(matrix) <= 16 and self.steps:   # the same sum in the same order, without a loop
-            leaf = np.asarray(self.booster.predict(matrix, pred_leaf=True, **few)).reshape(len(matrix), -1).astype(int)
+        if self.native is None:
+            return self.columns.answers(scores)
+        if len(matrix) <= 16:   # the same sum in the same order, without a loop
+            leaf = self.native.ask(matrix, "leaves").astype(int)
             parts = self.leaves[np.arange(self.steps), leaf]
             return self.columns.answers(np.add.reduce(np.concatenate([scores[:, None], parts], axis=1), axis=1))
         for start in range(0, len(matrix), 20_000):
             part = slice(start, start + 20_000)
-            leaf = np.asarray(self.booster.predict(matrix[part], pred_leaf=True, **few)).reshape(len(matrix[part]), -1).astype(int)
+            leaf = self.native.ask(matrix[part], "leaves").astype(int)
             for tree in range(self.steps):
                 scores[part] += self.leaves[tree, leaf[:, tree]]
         return self.columns.answers(scores)
@@ -282,11 +284,9 @@ def _leaf_values(fallen: np.ndarray, gradient: np.ndarray, curve: np.ndarray) ->
 
 
 def _forest(columns: Columns, text: str, leaves: np.ndarray | None) -> Forest:
-    import lightgbm
-
     if leaves is None:
         return Forest(columns, text, np.zeros((0, LEAVES, len(columns.base)), np.float32), None)
-    return Forest(columns, text, leaves, lightgbm.Booster(model_str=text))
+    return Forest(columns, text, leaves, Native(text))
 
 
 def _json(content: Any) -> bytes:

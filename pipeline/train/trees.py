@@ -16,12 +16,13 @@ import numpy as np
 from ..core.errors import IntegrityError
 from .fast import Forest, open_forest, pays
 from .linear import add_by_owner
+from .native import Native
 from .protocol import Fitting, OutOfTime, Shape, check_answer
 from .target_encoding import TargetCoder, learn_codes
 
 # %% auto #0
-__all__ = ['DEFAULT', 'PORTFOLIO', 'OURS', 'most_rounds', 'patience', 'parameters', 'View', 'is_skewed', 'Trees', 'fit',
-           'from_files', 'check_text']
+__all__ = ['DEFAULT', 'PORTFOLIO', 'OURS', 'FEW_CELLS', 'most_rounds', 'patience', 'parameters', 'View', 'is_skewed', 'Trees',
+           'fit', 'from_files', 'check_text']
 
 # %% ../../nbs/lib/train/04_trees.ipynb #7339c53a
 DEFAULT: dict[str, Any] = {"learning_rate": 0.1, "num_leaves": 31}
@@ -52,6 +53,9 @@ def patience(
     return int(config.get("patience", max(20, round(2 / config.get("learning_rate", 0.1)))))
 
 
+FEW_CELLS = 50_000   # so small a matrix keeps threads waiting for each other: the same trees cost twice the computing
+
+
 def parameters(
     shape: Shape,       # the problem as numbers
     fitting: Fitting,   # configuration, seed, threads
@@ -63,7 +67,8 @@ def parameters(
         objective["num_class"] = shape.classes
     config = {k: v for k, v in fitting.config.items() if k not in OURS}
     leaf = min(config.pop("min_data_in_leaf", 20), max(1, rows // 20))
-    fixed = {"deterministic": True, "force_row_wise": True, "seed": fitting.seed, "num_threads": fitting.threads,
+    threads = fitting.threads if rows * len(shape.sizes) > FEW_CELLS else 1
+    fixed = {"deterministic": True, "force_row_wise": True, "seed": fitting.seed, "num_threads": threads,
              "verbosity": -1, "feature_pre_filter": False, "min_data_in_leaf": leaf}
     return objective | config | fixed
 
@@ -138,6 +143,11 @@ class Trees:
         return lightgbm.Booster(model_str=self.text)
 
     @functools.cached_property
+    def native(self) -> Native:
+        "The same reading by LightGBM's library alone."
+        return Native(self.text)
+
+    @functools.cached_property
     def forest(self) -> Forest | None:
         "The fast reading, None where this place or this text has none."
         return open_forest(self.text)[0]
@@ -180,7 +190,7 @@ class Trees:
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray | None:
         "(rows, features + 1), or (rows, classes, features + 1); they add up to the score (TreeSHAP)."
-        parts = self.booster.predict(self.view.show(matrix, self.shape), pred_contrib=True, num_iteration=self.steps)
+        parts = self.native.ask(self.view.show(matrix, self.shape), "contributions", self.steps)
         if self.shape.task == "multiclass":
             parts = parts.reshape(len(matrix), self.shape.classes, -1)
         if self.view.coder is None:

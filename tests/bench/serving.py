@@ -162,6 +162,7 @@ class Server:
     prepare: Callable[[Path, list[int]], list[str]] | None = None
     token: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    keeps: str = ""     # what `prepare` makes in the world, once
 
 
 @dataclass
@@ -227,9 +228,9 @@ def servers(world: Path) -> list[Server]:
                lambda w, p: [_peer("python"), "mlserver_save.py", str(w / "mlserver"), *map(str, p[:3])]),
         Server("LitServe", lambda w, p: [_peer("python"), "litserve_app.py", str(p[0])]),
         Server("BentoML", lambda w, p: [_peer("bentoml"), "serve", "bentoml_app:Trees", "--port", str(p[0])]),
-        Server("MLflow", lambda w, p: [_peer("mlflow"), "models", "serve", "-m", str(w / "mlflow"), "--port", str(p[0]), "--host", "127.0.0.1", "--env-manager", "local"],
-               "/invocations", split, lambda a: a["predictions"],
-               lambda w, p: [_peer("python"), "mlflow_save.py", str(w / "mlflow")]),
+        *(Server(name, lambda w, p, kept=kept: [_peer("mlflow"), "models", "serve", "-m", str(w / kept), "--port", str(p[0]), "--host", "127.0.0.1", "--env-manager", "local"],
+                 "/invocations", split, lambda a: a["predictions"],
+                 lambda w, p, kept=kept: [_peer("python"), "mlflow_save.py", str(w / kept), kept], keeps=kept) for name, kept in (("MLflow", "mlflow"), ("MLflow signed", "mlflow_signed"))),
         Server("pilothouse", lambda w, p: [*ours, str(p[0])], p=lambda a: [x["p"]["true"] for x in a["predictions"]], token=TOKEN),
     ]
 
@@ -243,7 +244,7 @@ def running(server: Server, world: Path, *more: str) -> Iterator[Running]:
     environment = {**os.environ, **server.environment, "BENCH_WORLD": str(world), "BENCH_TOKEN": TOKEN, "DO_NOT_TRACK": "1", "BENTOML_DO_NOT_TRACK": "true", "PYTHONDONTWRITEBYTECODE": "1",
                    "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_HOME": str(world / "bentoml"), "PYTHONPATH": "" if peer else str(ROOT),
                    "PATH": f"{PEERS / 'serving' / 'bin'}:{os.environ['PATH']}" if peer else os.environ["PATH"]}
-    if server.prepare and not (server.name == "MLflow" and (world / "mlflow").exists()):
+    if server.prepare and not (server.keeps and (world / server.keeps).exists()):
         subprocess.run(server.prepare(world, ports), cwd=place, env=environment, check=True, capture_output=True)
     log = open(world / f"{server.name}.log", "wb")   # noqa: SIM115
     begun = time.monotonic()
