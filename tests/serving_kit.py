@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import psutil
 
 import deploy_world as world
 from pipeline.core import audit
 from pipeline.data.contract import target_values
+from pipeline.deploy.handler import Service
 from pipeline.deploy.package import KEY, Contents, release
+from pipeline.deploy.predict import Predictor
 from pipeline.deploy.schema import make_schema
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
@@ -189,3 +192,28 @@ def load(server: Running, bodies: list[bytes], clients: int = 3, pause_s: float 
         ended.set()
         for thread in threads:
             thread.join()
+
+
+def in_a_table(service: Service, rows: pl.DataFrame, prefer: str) -> tuple[pl.DataFrame, dict[str, str]]:
+    "The answer to an Arrow body, and its headers."
+    from pipeline.deploy.answers import ARROW, write_arrow
+
+    status, headers, out = service.handle("POST", "/predict", {"content-type": ARROW, "prefer": prefer}, write_arrow(rows.to_dict(as_series=False), {}))
+    assert status == 200, out
+    return pl.read_ipc_stream(out), dict(headers)
+
+
+def tensors_of(made: Predictor, rows: list[dict[str, Any]], **more: Any) -> bytes:
+    "Rows as an inference request."
+    inputs = [{"name": n, "shape": [len(rows)], "datatype": "BYTES", "data": [row[n] for row in rows]} for n in made.schema.names]
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+def in_tensors(service: Service, rows: pl.DataFrame, prefer: str) -> tuple[pl.DataFrame, dict[str, str]]:
+    "The answer to tensors, and its headers."
+    made = service.predictor
+    status, headers, out = service.handle("POST", f"/v2/models/{made.name}/infer", {"prefer": prefer}, tensors_of(made, rows.to_dicts()))
+    outputs = json.loads(out)["outputs"]
+    kinds = {"BYTES": pl.String, "FP64": pl.Float64, "BOOL": pl.Boolean}
+    assert status == 200 and all(tensor["shape"] == [rows.height] for tensor in outputs), out
+    return pl.DataFrame([pl.Series(t["name"], t["data"], kinds[t["datatype"]]) for t in outputs]), dict(headers)

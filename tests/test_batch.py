@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def test_a_stopped_batch_goes_on_and_another_one_begins_anew(data: Path, tmp_pat
     answered: list[int] = []
     real = cluster.answer_rows
 
-    def counted(predictor: Predictor, rows: pl.DataFrame, start: int = 0) -> pl.DataFrame:
+    def counted(predictor: Predictor, rows: pl.DataFrame, start: int = 0, beside: Sequence[str] = ()) -> pl.DataFrame:
         if len(answered) == 3:
             raise KeyboardInterrupt
         answered.append(start)
@@ -117,6 +117,13 @@ def test_a_stopped_batch_goes_on_and_another_one_begins_anew(data: Path, tmp_pat
     pl.read_parquet(copy).reverse().write_parquet(copy)
     assert predict_file("run", copy, tmp_path / "new.csv", at_once=200) == ROWS       # the parts of the other file are not taken
     assert (tmp_path / "new.csv").read_text().splitlines()[1:] == (tmp_path / "out.csv").read_text().splitlines()[:0:-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "answer_rows", counted)
+        answered.clear()
+        with pytest.raises(KeyboardInterrupt):
+            predict_file("run", copy, tmp_path / "why.parquet", at_once=200)
+    assert predict_file("run", copy, tmp_path / "why.parquet", at_once=200, beside=["explain"]) == ROWS      # nor parts that say less
+    assert pl.read_parquet(tmp_path / "why.parquet")["added_hour"].null_count() == 0
 
 
 KILLED = """
@@ -155,6 +162,10 @@ def test_what_is_wrong_is_said_with_its_place(data: Path, tmp_path: Path, monkey
     pl.read_parquet(data / "in.parquet").rename({"seats": "seat"}).write_parquet(tmp_path / "named.parquet")
     with pytest.raises(InputError, match="column 'seats' is not in the data; did you mean 'seat'"):
         predict_file("run", tmp_path / "named.parquet", tmp_path / "out.csv", at_once=200)
+    with pytest.raises(InputError, match="--with 'sets': the package of tiny cannot tell this; it can tell explain beside its answers"):
+        predict_file("run", data / "in.csv", tmp_path / "out.csv", beside=["sets"])
+    with pytest.raises(InputError, match="--with 'explian': the package of tiny cannot tell this; did you mean 'explain'"):
+        predict_file("run", data / "in.csv", tmp_path / "out.csv", beside=["explian"])
     with pytest.raises(InputError, match="'dask' is unknown"):
         predict_file("run", data / "in.csv", tmp_path / "out.csv", engine="dask")
     monkeypatch.setattr(batch, "SHEET_ROWS", 500)
@@ -189,7 +200,7 @@ def test_two_nodes_answer_the_same_bits_and_one_may_die(data: Path, tmp_path: Pa
             if len(told) == 5:
                 nodes.remove_node(second, allow_graceful=False)
 
-        assert predict_file("run", data / "in.parquet", tmp_path / "ray.csv", engine="ray", address=nodes.address, tell=tell, at_once=40) == ROWS
+        assert predict_file("run", data / "in.parquet", tmp_path / "ray.csv", engine="ray", address=nodes.address, tell=tell, at_once=40, beside=["explain"]) == ROWS
         assert len(told) == 25
         with pytest.raises(InputError, match="after row 40, counted from there: column 'seats', row 1"):     # what a worker says reaches the caller
             broken = pl.read_csv(data / "in.csv", infer_schema=False).with_row_index().with_columns(seats=pl.when(pl.col("index") >= 40).then(pl.lit("many")).otherwise("seats")).head(60)
@@ -197,5 +208,5 @@ def test_two_nodes_answer_the_same_bits_and_one_may_die(data: Path, tmp_path: Pa
             predict_file("run", tmp_path / "odd.csv", tmp_path / "odd-out.csv", engine="ray", address=nodes.address, at_once=40)
     finally:
         nodes.shutdown()
-    predict_file("run", data / "in.parquet", tmp_path / "local.csv")
+    predict_file("run", data / "in.parquet", tmp_path / "local.csv", beside=["explain"])
     assert (tmp_path / "ray.csv").read_bytes() == (tmp_path / "local.csv").read_bytes()

@@ -388,6 +388,28 @@ def test_traffic_that_somebody_else_changed(steering: Steering, change: dict, en
     assert seen.status == ends and "by hand" in seen.reason and live(steering)[2] == share
 
 
+def test_reviews_do_not_stand_in_the_way_of_an_operator(steering: Steering) -> None:
+    "A page shows revision 2; while its reader thinks, reviews go on. Going back is not refused for that, but for another person's move it is."
+    begin(steering)
+    world = World()
+    follow(steering, world, 1)
+    seen = steering.rollouts.active("late").revision
+    follow(steering, world, 2)
+    assert steering.rollouts.active("late").revision == seen + 2
+    assert steering.hold("late", "the fair is on", "bob", revision=seen).status == "held"
+    with pytest.raises(InputError, match="bob changed it"):
+        steering.back("late", "complaints", "ann", revision=seen)
+    assert steering.back("late", "complaints", "ann", revision=steering.rollouts.active("late").revision).status == "rolled back"
+
+
+def test_a_plan_that_was_written_again_does_not_speak_for_an_operator(steering: Steering) -> None:
+    begin(steering)
+    plan = steering.plans.current("late")
+    steering.plans.change("late", plan.revision, "deployed again", "eve", live=plan.live)
+    held = steering.hold("late", "the fair is on", "bob")
+    assert (held.status, held.reason, held.by) == ("held", "the fair is on", "bob") and steering.plans.current("late").hold
+
+
 @pytest.mark.parametrize("to, ends, now", [("production", "promoted", (2, None, 0)), ("retired", "aborted", (1, None, 0))])
 def test_a_move_in_the_registry_is_followed(steering: Steering, to: str, ends: str, now: tuple) -> None:
     begin(steering)

@@ -100,6 +100,27 @@ def test_many_at_once_all_get_their_own_answer(server: Staged, package: tuple[Pa
         assert all(pool.map(one, range(240)))
 
 
+READY = """
+import json, sys
+from pathlib import Path
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pipeline.deploy.handler import Service
+from pipeline.deploy.service import load_served
+served = load_served(Path(sys.argv[1]), Ed25519PublicKey.from_public_bytes(bytes.fromhex(sys.argv[2])))
+known = set(sys.modules)
+status, _, out = Service(served.predictor).handle("POST", "/predict", {"prefer": "explain"}, sys.argv[3].encode())
+print(json.dumps([status, len(json.loads(out)["explanations"]), sorted(set(sys.modules) - known), sorted({"lightgbm", "pandas", "sklearn"} & set(sys.modules))]))
+"""
+
+
+def test_the_first_explanation_waits_for_no_library(package: tuple[Path, Path]) -> None:
+    "What a request may need is read before it comes; and LightGBM's Python package, a second of a core and 130 MB, not at all."
+    key = audit.public_key(package[0], KEY)
+    body = json.dumps({"rows": as_rows(world.rows("binary", 5, seed=5), load_package(package[1], key).schema.names)[:1]})
+    said = subprocess.run([sys.executable, "-c", READY, str(package[1]), key.public_bytes_raw().hex(), body], capture_output=True, text=True, cwd=world.ROOT, timeout=120)
+    assert said.returncode == 0 and json.loads(said.stdout) == [200, 1, [], []], said
+
+
 def test_bodies_that_are_too_large_get_a_readable_answer_in_bounded_memory(server: Staged) -> None:
     before = server.memory_mb()
     found, body = status(server, "POST", "/predict", b'{"rows": [' + b" " * 40_000_000)

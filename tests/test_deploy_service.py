@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deploy_world as world
+from serving_kit import in_a_table, in_tensors, tensors_of
 from pipeline.core.errors import InputError, IntegrityError
 from pipeline.data.contract import target_values
 from pipeline.deploy.answers import answerer_of
@@ -363,30 +364,6 @@ def test_damaged_tables_are_never_a_fault_of_ours(service: Service) -> None:
         if chance.random() < .2:
             del body[chance.randrange(len(body)):]
         assert service.handle("POST", "/predict", {"content-type": ARROW, "prefer": "handling=lenient"}, bytes(body))[0] in (200, 400, 413, 422)
-
-
-def in_a_table(service: Service, rows: pl.DataFrame, prefer: str) -> tuple[pl.DataFrame, dict[str, str]]:
-    "The answer to an Arrow body, and its headers."
-    from pipeline.deploy.answers import ARROW, write_arrow
-
-    status, headers, out = service.handle("POST", "/predict", {"content-type": ARROW, "prefer": prefer}, write_arrow(rows.to_dict(as_series=False), {}))
-    assert status == 200, out
-    return pl.read_ipc_stream(out), dict(headers)
-
-
-def tensors_of(made: Predictor, rows: list[dict[str, Any]], **more: Any) -> bytes:
-    inputs = [{"name": n, "shape": [len(rows)], "datatype": "BYTES", "data": [row[n] for row in rows]} for n in made.schema.names]
-    return json.dumps({"inputs": inputs, **more}).encode()
-
-
-def in_tensors(service: Service, rows: pl.DataFrame, prefer: str) -> tuple[pl.DataFrame, dict[str, str]]:
-    "The answer to tensors, and its headers."
-    made = service.predictor
-    status, headers, out = service.handle("POST", f"/v2/models/{made.name}/infer", {"prefer": prefer}, tensors_of(made, rows.to_dicts()))
-    outputs = json.loads(out)["outputs"]
-    kinds = {"BYTES": pl.String, "FP64": pl.Float64, "BOOL": pl.Boolean}
-    assert status == 200 and all(tensor["shape"] == [rows.height] for tensor in outputs), out
-    return pl.DataFrame([pl.Series(t["name"], t["data"], kinds[t["datatype"]]) for t in outputs]), dict(headers)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])

@@ -47,8 +47,8 @@ class Place:
     def key(self) -> Any:
         return audit.public_key(self.store, KEY)
 
-    def deploy(self, number: int, **how: Any) -> Any:
-        return deploy(self.folder, self.packages[number], self.key, 0, self.how | how, by="ann", program=self.program)
+    def deploy(self, number: int, port: int | None = 0, **how: Any) -> Any:
+        return deploy(self.folder, self.packages[number], self.key, port, self.how | how, by="ann", program=self.program)
 
     def ask(self, who: str, path: str = "/predict", body: dict[str, Any] | None = None) -> tuple[int, Any]:
         headers = {"authorization": f"Bearer {self.tokens.get(who, '')}", "content-type": "application/json", "prefer": "handling=lenient"}
@@ -131,7 +131,7 @@ def test_going_back_takes_the_traffic_along(place: Place) -> None:
     assert read_live(place.folder)["serving"] == live["serving"], "the same tokens, the same store"
     assert place.ask("", body={"rows": [plain_row(place.schema)]})[0] == 401
     assert place.states() == {1: "production", 2: "retired"} and place.registry.entry("tiny", 2).reason == "rollback: brought back at live"
-    assert [(e["event"], e["version"], e["by"]) for e in history(place.folder)] == [("live", 1, "ann"), ("live", 2, "ann"), ("live", 1, "bob")]
+    assert [(e["event"], e["version"], e["by"]) for e in history(place.folder)] == [("live", 1, "ann"), ("live", 2, "ann"), ("back", 1, "bob")]
     changed = [e["details"] for e in audit.entries(place.store) if e["event"] == "traffic.changed"]
     assert [(e["reason"], e["by"]) for e in changed][-4:] == [("deployed to live", "ann"), ("the trial went well", "bob"), ("by hand", "bob"), ("brought back at live", "bob")]
 
@@ -171,6 +171,7 @@ def test_a_killed_service_is_called_gone_and_taken_over(place: Place, monkeypatc
     assert not psutil.wait_procs(family, timeout=30)[1], "the workers end when their parent is gone"
     now = standing(place.folder)
     assert (now.service, now.answers, now.registered) == ("gone", 0, "production") and now.door, "the door waits for the next release"
+    assert place.ask("shop", body={"rows": [plain_row(place.schema)]})[0] == 503
     again = place.deploy(0)
     assert again.changed and again.version == 1 and again.door == now.door and place.version() == 1 and place.states()[1] == "production"
 
@@ -178,11 +179,13 @@ def test_a_killed_service_is_called_gone_and_taken_over(place: Place, monkeypatc
     door = json.loads((place.folder / "door.json").read_text())
     psutil.Process(door["pid"]).kill()
     assert until(lambda: standing(place.folder).door == 0)
-    assert not place.deploy(0).changed and standing(place.folder).door and place.version() == 1
+    opened = place.deploy(0, None)
+    assert not opened.changed and opened.door == now.door == standing(place.folder).door and place.version() == 1, "it opens where callers know it"
     family = [psutil.Process(told["pid"]) for told in (read_live(place.folder), json.loads((place.folder / "door.json").read_text()))]
     family += family[0].children(recursive=True)
-    assert stop_all(place.folder) and not psutil.wait_procs(family, timeout=30)[1]
-    assert (standing(place.folder).service, standing(place.folder).door) == ("gone", 0)
+    assert stop_all(place.folder, by="ann") and not psutil.wait_procs(family, timeout=30)[1]
+    assert (standing(place.folder).service, standing(place.folder).door) == ("stopped", 0), "which is not the same as gone"
+    assert stop_all(place.folder, by="bob") and [(e["event"], e["by"]) for e in history(place.folder)][-2:] == [("live", "ann"), ("stopped", "ann")]
 
 
 def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from test_evaluate_phase import Place, make_table, recompute, verdicts
 
 from pipeline.core import audit
 from pipeline.core.bounds import share_interval
-from pipeline.core.errors import Inconclusive
+from pipeline.core.errors import Inconclusive, InputError
 from pipeline.core.run import Estimate, commit_phase, judge, overall, read_checks, read_claims
 from pipeline.core.store import read_frame
 from pipeline.evaluate.calibration import check_calibration
@@ -193,6 +193,31 @@ def test_criteria_come_out_the_same_twice_although_times_are_measured(place: Pla
     steps = (check_rivals, check_calibration, check_promise, check_operations)
     first, again = ([vars(c) for c in read_checks(folder)] + [c.value for c in read_claims(folder)] for folder in (only(place, *steps), only(place, *steps)))
     assert first == again and len(first) >= 6
+
+
+def test_what_columns_are_called_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Features called y, prediction and low are not taken for the outcome and the answers that are stored beside them."
+    def called(names: dict[str, str]) -> Callable[..., tuple[pl.DataFrame, dict[str, Any]]]:
+        def make(*asked: Any, **how: Any) -> tuple[pl.DataFrame, dict[str, Any]]:
+            frame, contract = make_table(*asked, **how)
+            columns = [c | {"name": names[c["name"]]} for c in contract["columns"]]
+            return frame.rename(names), contract | {"features": [c["name"] for c in columns], "columns": columns}
+
+        return make
+
+    found = []
+    for odd in (("width", "gust", "city"), ("y", "prediction", "low")):
+        names = dict(zip(("size", "wind", "town"), odd))
+        (root := tmp_path / odd[0]).mkdir()
+        place = Place(root, monkeypatch)
+        monkeypatch.setattr("test_evaluate_phase.make_table", called(names))
+        place.prepare("regression", family="trees", seeds=0, default=False)
+        folder = only(place, check_rivals)
+        found += [{c.name: c.value for c in read_claims(folder)}, read_frame(folder / "rivals.parquet")["simple_prediction"].to_list()]
+    assert found[:2] == found[2:] and found[0]["gain_over_simple"] < 1
+    place.prepare("regression", family="trees", seeds=0, default=False, run="again", evaluate="cohorts: [low]")
+    with pytest.raises(InputError, match="evaluate.cohorts: column 'low' has the name of a column of the stored answers"):
+        only(place, run="again")
 
 
 # -- promises

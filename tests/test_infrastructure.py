@@ -130,7 +130,9 @@ def test_a_package_goes_live_twice_once_and_back(site: Site) -> None:
 
     back = go_back(site.place, by="bob")
     assert (back.version, back.release, version_at(back.door)) == (1, first.release, 1)
-    assert [(e["event"], e["version"], e["by"]) for e in history(site.place)] == [("live", 1, "ann"), ("live", 2, "ann"), ("refused", 3, "ann"), ("live", 1, "bob")]
+    assert [(e["event"], e["version"], e["by"]) for e in history(site.place)] == [("live", 1, "ann"), ("live", 2, "ann"), ("refused", 3, "ann"), ("back", 1, "bob")]
+    with pytest.raises(InputError, match="there is nothing older than release"):      # not to the second, which was left by going back
+        go_back(site.place)
 
 
 def test_a_service_that_answers_wrongly_is_not_put_live(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,12 @@ def test_a_problem_with_three_targets_is_trained_both_ways_and_measured_on_the_s
 
 def served_on_request(run: Any, model: Several) -> None:
     "The package answers all targets, and sets, to those who prefer it; others get the same bytes as ever."
+    from serving_kit import in_a_table, in_tensors
+
+    from pipeline.core import audit
+    from pipeline.deploy.batch import predict_file
     from pipeline.deploy.handler import Service
+    from pipeline.deploy.package import KEY
     from pipeline.deploy.packing import pack
 
     packed = pack(run)
@@ -125,7 +130,10 @@ def served_on_request(run: Any, model: Several) -> None:
     for columns, headers in (in_a_table(service, frame, "sets, targets"), in_tensors(service, frame, "targets, sets")):
         assert columns.to_dicts() == wanted and headers["preference-applied"] == "sets, targets"
     frame.write_parquet("in.parquet")
-    assert predict_file("outputs/clinic/main", "in.parquet", "out.parquet", beside=["targets", "sets"]) == 40 == predict_file("outputs/clinic/main", "in.parquet", "parts.parquet", at_once=9, beside=["sets", "targets"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.deploy.package.package_of", lambda _: (packed.folder, audit.public_key(Path("outputs/store"), KEY)))
+        assert predict_file("main", "in.parquet", "out.parquet", beside=["targets", "sets"]) == 40
+        assert predict_file("main", "in.parquet", "parts.parquet", at_once=9, beside=["sets", "targets"]) == 40
     assert pl.read_parquet("out.parquet").to_dicts() == wanted == pl.read_parquet("parts.parquet").to_dicts()
     leaner = Service(replace(predictor, further=None), log=None).handle("POST", "/predict", {"prefer": "targets, sets"}, body)
     assert leaner[0] == 200 and "targets" not in json.loads(leaner[2]) and "preference-applied" not in dict(leaner[1])

@@ -20,9 +20,9 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.core.run import open_run
 from pipeline.data.contract import Contract, Rule
 from pipeline.scope.plan import derive_plan
-from pipeline.train import fast, trees
+from pipeline.train import contest, fast, trees
 from pipeline.train.budget import plan_fits
-from pipeline.train.choice import LATENCY, SIZE, Beside, Limits, choose, leaderboard, rows_of
+from pipeline.train.choice import LATENCY, SIZE, Beside, Cost, Limits, choose, leaderboard, rows_of
 from pipeline.train.ensembles import Ensemble
 from pipeline.train.fast import NotFast, open_forest, read_forest
 from pipeline.train.features import learn_encoder
@@ -165,11 +165,33 @@ def test_three_problem_files_have_three_winners_that_keep_their_limit(name: str,
         checks = {c["title"]: c for c in json.loads((phase / "checks.json").read_text())}
         assert cost.row_ms <= 1 and cost.size_mb <= 0.5
         assert any("train.latency_ms" in check for check in checks)
+        repeated_where_nothing_is_in_time(phase, monkeypatch, **where)
     if name == "readable":
         assert "kept out: people could not read it" in decision["because"] or names["board"].row(0, named=True)["may_ship"]
         assert max(tree.count(" ") for tree in [line for line in model.estimator.text.split("\n") if line.startswith("split_feature=")]) == 0   # one column a tree
     kept = pl.read_parquet(phase / "frontier.parquet")
     assert {"metric", "row_ms", "size_mb", "gram_co2e_per_1000", "money_per_1000", "dominated_by"} <= set(kept.columns)
+
+
+def repeated_where_nothing_is_in_time(phase: Path, monkeypatch: pytest.MonkeyPatch, problem: str, run: str) -> None:
+    "`reproduce` on a machine a thousand times slower chooses as the first run did: by what was measured then."
+    shutil.copytree(phase.parent, phase.parent.with_name("again"), ignore=shutil.ignore_patterns("04_train"))
+    slow = {"asked": 0}
+
+    def measured(found: Found, *about: Any) -> dict[str, Cost]:
+        slow["asked"] += 1
+        return {name: replace(cost, row_ms=1000 * cost.row_ms) for name, cost in measure_costs(found, *about).items()}
+
+    monkeypatch.setattr(contest, "measure_costs", measured)
+    monkeypatch.setenv("PILOTHOUSE_REPEATS", str(phase.parent))
+    again = play(ROOT / "nbs/phases/04_train.ipynb", problem=problem, run=run.replace("main", "again"))
+    assert slow["asked"] == 0 and load_model(phase.parent.with_name("again") / "04_train/model").digest == load_model(phase / "model").digest
+    for kept in ("leaderboard", "trials", "validation"):
+        assert (phase.parent.with_name("again") / f"04_train/{kept}.parquet").read_bytes() == (phase / f"{kept}.parquet").read_bytes()
+    monkeypatch.delenv("PILOTHOUSE_REPEATS")
+    with pytest.raises(InputError, match=r"train\.latency_ms"):   # without the first run's figures this machine would ship nothing
+        contest.settle(again["run"], again["contest"], again["found"],
+                       leaderboard(again["found"], again["contest"].rows, again["contest"].limits, 7, costs=contest.answer_costs(again["run"], again["contest"], again["found"])))
 
 
 def test_an_ensemble_is_chosen_only_where_latency_allows_it() -> None:
@@ -232,6 +254,10 @@ def test_students_are_a_quarter_of_their_teacher_and_ship_only_inside_the_tolera
         choice = choose(board, found.goal, tolerance)
         told = compare_students(found, board, planted, choice.name)
         assert told.height == 2 and told["to_best_low"].null_count() == 0 and told.row(0)[1] == "teacher"
+        measured_then = frontier(found, [], rows, planted, limits, PRICES, False, 7)
+        again = contest.recorded_costs(measured_then, told)   # a repeated run adopts as this one does
+        assert again.keys() == planted.keys() and contest.recorded_costs(None, None) == {}
+        assert all((again[name].row_ms, again[name].batch_ms, again[name].beside) == (cost.row_ms, cost.batch_ms, cost.beside) for name, cost in planted.items())
         worth = size <= SIZE and times[2] <= LATENCY
         assert choice.name.startswith("student") == (worth and (tolerance == generous or teacher.value < max(t.value for t in found.trials[1:])))
         assert told["small"].to_list() == [worth] * 2 and told["shipped"].sum() == choice.name.startswith("student")

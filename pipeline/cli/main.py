@@ -91,8 +91,14 @@ def _told(error: BaseException) -> tuple[int, str]:
     if type(error).__name__ == "Exit":
         return int(getattr(error, "exit_code", 0)), ""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):   # click's own: a slip in a verb or option
-        told = " ".join(error.format_message().split())
-        return 2, f"{told.rstrip('.')}; see pilothouse --help"
+        if type(error).__name__ == "NoArgsIsHelpError":      # a group of verbs alone: its help, as it is laid out
+            print(error.format_message(), file=sys.stderr)
+            return 2, ""
+        context = getattr(error, "ctx", None)
+        verb, example = (context.command_path, context.command.epilog or "") if context else ("pilothouse", "")
+        asked = type(error).__name__ == "MissingParameter" and example.startswith("Example: ")
+        told = " ".join(error.format_message().split()).rstrip(".")
+        return 2, f"{told}; {'for e' + example.removeprefix('E') if asked else f'see {verb} --help'}"
     if isinstance(error, OSError):
         return 4, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; mend that and run again"
     return 4, f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; run again with --debug and report it"

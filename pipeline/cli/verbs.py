@@ -248,7 +248,8 @@ def versions(
     from pipeline.data.versions import list_versions
 
     found = list_versions(load_settings().store, table)
-    say(found, partial(_show_rows, found) if found else f"no version of {table} is kept yet", as_json)
+    shown = [{**row, "at": f"{dt.datetime.fromtimestamp(row['at'] / 1000, dt.UTC):%Y-%m-%d %H:%M:%S} UTC"} for row in found]
+    say(found, partial(_show_rows, shown) if found else f"no version of {table} is kept yet", as_json)
     return 0
 
 
@@ -345,14 +346,20 @@ def audit_log(
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #d126df57
 def _show_rows(rows: list[dict[str, Any]]) -> None:
+    "A table; on a terminal long cells wrap, elsewhere every row is a line."
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*(rows[0] if rows else {}))
-    for row in rows:
-        table.add_row(*(Text("" if v is None else str(v)) for v in row.values()))
-    Console().print(table)
+    told = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for key in rows[0] if rows else {}:
+        width = max(len(row[key]) for row in told)
+        table.add_column(key, overflow="fold", no_wrap=width <= 12)
+    for row in told:
+        table.add_row(*(Text(" ".join(cell.split())) for cell in row.values()))
+    Console(width=None if sys.stdout.isatty() else 4000).print(table)
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #dfa43a59
 @app.command(epilog="Example: pilothouse models flights --move 3 --to staging --reason 'passed the rehearsal'")
@@ -456,8 +463,10 @@ def _show_rollout(rollout: Any, as_json: bool) -> int:
 
     def show() -> None:
         print(f"{told['name']} v{told['version']}: {told['status']} at {told['share']:g} %, review {told['reviews_of_stage']} of at least {told['reviews_a_stage']} in this stage")
-        print(f"  {told['served']:,} requests answered, {difference}; {told['outcomes_known']:,} of {told['outcomes_due']:,} outcomes that are due have come")
+        print(f"  {told['served']:,} requests answered, {difference}; {min(told['outcomes_known'], told['outcomes_due']):,} of {told['outcomes_due']:,} outcomes that are due have come")
         print(f"  {told['by']}: {told['why']}")
+        if rollout.active:
+            print(f"  reviewed by {told['leads']}" if told["leads"] else f"  nobody reviews it, so it goes neither forward nor back by itself; start: pilothouse rollout run {told['name']}")
         _show_rows([{"test": t["test"], "evidence": "" if t["evidence"] is None else f"{t['evidence']:.3g}", "acts at": "" if t["boundary"] is None else f"{t['boundary']:.3g}",
                      "now": "" if t["estimate"] is None else f"{t['estimate']:.4g}", "tolerated": "" if t["tolerated"] is None else f"{t['tolerated']:.4g}", "then": t["does"]}
                     for t in told["tests"]])
@@ -561,7 +570,10 @@ def rollout_run(
             say({"event": "reviewed", **asdict(decision)}, f"{decision.share:g} %, {decision.new:,} and {decision.old:,} requests: {decision.decision}, {decision.why}", as_json)
             sys.stdout.flush()
 
-        lead(steering.registry, found.problem.name).run(threading.Event(), once=once, told=told, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
+        name = found.problem.name
+        if once and steering.rollouts.active(name) is None:
+            raise InputError(f"no rollout of {name} goes on, so there is none to lead to its end; start one with: pilothouse rollout start {name} --version N --reason '…'")
+        lead(steering.registry, name).run(threading.Event(), once=once, told=told, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #a47e4228
@@ -590,9 +602,10 @@ def monitor(
     if url is not None:
         if minutes is not None and not minutes > 0:
             raise InputError(f"--minutes {minutes:g} is no time to watch; give a number above 0")
-        rang = follow(found, settings.store, url, None if minutes is None else 60 * minutes, told)
-        if not as_json:
-            print(f"{len(rang)} alarms")
+        seen = follow(found, settings.store, url, None if minutes is None else 60 * minutes, told, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
+        rang = seen.alarms
+        say({"event": "ended", "seconds": round(seen.seconds, 1), "probes": seen.probes, "uptime": seen.uptime if seen.probes else None, "alarms": len(rang)},
+            f"{len(rang)} alarms in {seen.seconds / 60:.3g} minutes; {seen.answered:,} of {seen.probes:,} probes answered: up {seen.uptime:.3%} (promised {found.deploy.uptime:.3%})", as_json)
     else:
         if minutes is not None:
             raise InputError("--minutes is about a service that is watched; add --url, or give --hours to look back")
@@ -869,7 +882,7 @@ Token = Annotated[str, typer.Option("--token", help="env:NAME of the secret that
 def deploy_up(
     to: Place,
     name: RunName = "",
-    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Where callers ask, on this machine; 0: a free one; by default where they ask already, else 8000.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Where callers ask, on this machine; 0: a free one; by default where they asked before, else 8000.")] = None,
     token: Token = "",
     tokens: Annotated[str, typer.Option("--tokens", metavar="FILE", help="Tokens by line, with names and roles; see pilothouse serve --new-token.")] = "",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that answer; one a core.")] = 1,
@@ -928,9 +941,9 @@ def deploy_status(to: Place, as_json: Json = False, debug: Debug = False) -> int
         raise InputError(f"nothing was ever deployed to {to}; begin with: pilothouse deploy up RUN --to {to}")
     rows = [{"why": "", **row} for row in history(to)]
     shown = [{key: row[key] for key in ("at", "event", "version", "release", "by", "why")} for row in rows]
-    door = f"callers ask at http://127.0.0.1:{now.door}" if now.door else "its door is shut, so nobody reaches it"
-    door += "" if now.service == "ready" and now.door else f"; deploy its run again, or look into {to}/log"
-
+    at = f"http://127.0.0.1:{now.door}"
+    door = "its door is shut, so nobody reaches it" if not now.door else f"callers ask at {at}" if now.service == "ready" else f"callers of {at} are told 503"
+    door += "" if now.service == "ready" and now.door else f"; deploy its run again (pilothouse deploy up RUN --to {to}), or look into {to}/log"
     other = f" and answers with v{now.answers}, as the traffic's plan says" if now.answers not in (0, now.version) else ""
     other += f" (in the registry v{now.version} is {now.registered})" if now.registered not in ("", "production") else ""
 

@@ -500,8 +500,12 @@ class Run:
     def _located(self, name: str) -> tuple[Path, Artifact]:
         found = self._find(name)
         if found is None:
+            room = name.partition("/")[0]
+            if room != self.room and not any(room_of(f.name) == room for f in phase_folders(self.folder)):
+                raise InputError(f"{name!r} is needed here, and the {room} phase of {self.folder.parent.name}/{self.folder.name} has not finished; "
+                                 f"run it first: pilothouse run {self.folder.parent.name}{'' if self.folder.name == 'main' else f' --run {self.folder.name}'} --only {room}")
             known = [*self._outputs, *(n for f in phase_folders(self.folder) for n in read_receipt(f)["outputs"])]
-            raise InputError(f"{self.phase} asks for {name!r}, which no finished phase of {self.folder.parent.name}/{self.folder.name} saved{suggest(name, known)}")
+            raise InputError(f"{name!r} is needed here, and no finished phase of {self.folder.parent.name}/{self.folder.name} saved it{suggest(name, known)}")
         return found
 
     def _read(self, folder: Path, artifact: Artifact) -> Any:
@@ -520,7 +524,7 @@ class Run:
             if room_of(folder.name) == room and folder.name != self.phase:
                 self._loaded[f"{room}/{kind}.json"] = digest_file(folder / f"{kind}.json")
                 return folder
-        raise InputError(f"{self.phase} asks for the {kind} of {room!r}, which is not finished; run it first")
+        raise InputError(f"this needs the {kind} of the {room} phase, which has not finished; run it first")
 
     def _write_records(self) -> None:
         write_whole(self.work / "claims.json", to_json([asdict(c) for c in self._claims if math.isfinite(c.value)], "claims"), flush=False)

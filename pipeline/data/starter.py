@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from .targets import OPPOSITES, check_target, class_names
 from .types import Kind, guess_type, typed
 
 # %% auto #0
-__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'PROTECTED', 'NOT_ORDERING', 'guess_task', 'Guess', 'guess', 'problem_text',
-           'source_of', 'start_problem']
+__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'PROTECTED', 'FEW_TEXTS', 'NOT_ORDERING', 'guess_task', 'Guess', 'guess',
+           'problem_text', 'source_of', 'start_problem']
 
 # %% ../../nbs/lib/data/13_starter.ipynb #33e93786
 FEW_NUMBERS = 10    # whole numbers with at most so many different values are taken for classes
@@ -63,6 +63,7 @@ def guess_task(
 # %% ../../nbs/lib/data/13_starter.ipynb #cc4f0b61
 SUBJECTS = ("customer", "client", "user", "patient", "person", "member", "account", "subject", "employee", "student", "kunde", "household")
 PROTECTED = ("sex", "gender", "race", "ethnic", "nation", "religi", "disab", "marital", "orient", "geschlecht")     # grounds on which nobody may be treated worse
+FEW_TEXTS = 0.05
 NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline")
 
 
@@ -80,6 +81,7 @@ class Guess:
     kinds: dict[str, tuple[Kind, str]]
     unusable: dict[str, str]
     year: str = ""               # holds years, and the target does not move along it; a suggestion only
+    spoken: dict[str, str] = field(default_factory=dict)   # texts of which few name somebody and without which nothing is left -> why
 
 
 def guess(
@@ -98,11 +100,16 @@ def guess(
     year = next((name for name, (kind, _) in kinds.items() if time is None and kind == "number" and _holds_years(frame[name])), "")
     time_why += f"; '{year}' holds years along which the target hardly moves: uncomment if rows are to be learned from in its order" if year else ""
     ids = {name: why for name in kinds if name != time and (why := looks_like_id(frame[name], kinds[name][0]))}
-    people = {row["column"]: f"its {row['found_by']} look{'s' if row['found_by'] == 'name' else ''} like {'an' if row['kind'][0] in 'ae' else 'a'} {row['kind']}"
-              for row in find_personal(others, list(kinds)).filter("sure").reverse().iter_rows(named=True)}
-    people = {name: people[name] for name in kinds if name in people}
+    looks = {row["column"]: row for row in find_personal(others, list(kinds)).filter("sure").reverse().iter_rows(named=True)}
+    people = {name: f"its {row['found_by']} look{'s' if row['found_by'] == 'name' else ''} like {'an' if row['kind'][0] in 'ae' else 'a'} {row['kind']}"
+              for name in kinds if (row := looks.get(name))}
+    spoken: dict[str, str] = {}
+    if not kinds.keys() - ids.keys() - people.keys() - {time}:      # a problem about texts, and somebody wrote an address into one
+        spoken = {name: f"guessed: {looks[name]['share']:.2%} of the texts hold {'an' if looks[name]['kind'][0] in 'ae' else 'a'} {looks[name]['kind']}, and there is nothing else to learn from"
+                  for name in people if kinds[name][0] == "text" and (looks[name]["share"] or 1) < FEW_TEXTS}
+        people = {name: why for name, why in people.items() if name not in spoken}
     group = next((name for name in kinds if name not in ids and name != time and _repeats_like_id(frame[name])), None)
-    return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable, year)
+    return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable, year, spoken)
 
 # %% ../../nbs/lib/data/13_starter.ipynb #a82992b2
 def _guess_time(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]]) -> tuple[str | None, str]:
@@ -224,6 +231,7 @@ def _column_lines(found: Guess, notes: tuple[str, ...]) -> list[str]:
             by_kind.setdefault(kind, []).append(name)
     lines += [f"  # {kind}: {_c(', '.join(names[:20]))}{f' and {len(names) - 20:,} more' if len(names) > 20 else ''}" for kind, names in by_kind.items()]
     declared = [f"    {_q(name)}: {{role: id, why: {_q(why)}}}" for name, why in list(found.ids.items())[:200]]
+    declared += [f"    {_q(name)}: {{pii: false, why: {_q(why)}}}   # goes into the audit trail in your name: is it right? else mend the texts" for name, why in found.spoken.items()]
     declared += [f"    {_q(name)}: {{role: drop, why: {_q(why)}}}" for name, why in list(found.unusable.items())[:200]]
     lines.append("  # what is known only after the outcome must be declared here: {role: outcome, known_at: …}")
     return [*lines, *(["  columns:", *declared] if declared else ["  columns: {}"])]
@@ -376,4 +384,6 @@ def _try(problem: Problem, table: pl.DataFrame) -> None:
     unseen = [c for c in target.classes if parts.ordered and (parts.train[target.values.name] == c).sum() < 10 <= target.counts[c]]
     if unseen:
         raise InputError(f"class '{unseen[0]}' hardly occurs before the holdout")
-    learn(parts.train, kinds, target, problem, unusable)
+    features = learn(parts.train, kinds, target, problem, unusable).features
+    if not set(features) - set(problem.comply.pii):
+        raise InputError(f"no feature is left: {', '.join(features[:5])} look{'s' if len(features) == 1 else ''} personal and would be hidden; give the table a column that names nobody")

@@ -27,9 +27,10 @@ from ..core.store import digest, digest_file, disk_errors, locked, write_whole
 from .package import LOCK, MANIFEST, verify_package
 
 # %% auto #0
-__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'OWN', 'LIVE', 'KEPT', 'PATIENCE_S', 'assemble', 'check_release',
-           'public_key_of', 'serve_release', 'write_serving', 'read_serving', 'plain_row', 'smoke', 'ask', 'read_live',
-           'run_door', 'Deployed', 'deploy', 'go_back', 'stop_all', 'Standing', 'standing', 'history']
+__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'OWN', 'LIVE', 'CAME', 'KEPT', 'PATIENCE_S', 'NOBODY', 'assemble',
+           'check_release', 'public_key_of', 'serve_release', 'write_serving', 'read_serving', 'plain_row', 'smoke',
+           'ask', 'read_live', 'run_door', 'Deployed', 'deploy', 'go_back', 'stop_all', 'Standing', 'standing',
+           'history']
 
 # %% ../../nbs/lib/deploy/31_deployment.ipynb #465207f1
 PACKAGE, PUBLIC, PROGRAM, TOLD = "package", "package.pub", "app", "release.json"
@@ -251,8 +252,11 @@ def _same(release: Path, told: dict[str, Any], expected: dict[str, Any], version
 
 # %% ../../nbs/lib/deploy/31_deployment.ipynb #5453f782
 LIVE = "live.json"
+CAME = ("live", "back")     # events after which a release answers
 KEPT = 5            # releases that one can go back to
 PATIENCE_S = 5.0
+NOBODY = (b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 5\r\nconnection: close\r\ncontent-length: 73\r\n\r\n"
+          b'{"title": "Nobody answers here now", "status": 503, "retry_after_s": 5.0}')
 
 
 def read_live(
@@ -299,6 +303,8 @@ def run_door(
         if inner is not None:
             await asyncio.gather(copy(reader, inner[1]), copy(inner[0], writer))
             inner[1].close()
+        else:
+            writer.write(NOBODY)
         writer.close()
 
     async def main() -> None:
@@ -333,7 +339,7 @@ def deploy(
     place: Path,                    # a folder of this deployment's own
     package: Path,                  # a signed package
     public_key: Any,
-    port: int | None = None,        # where callers ask, on this machine; 0: a free one; None: where they ask already, else 8000
+    port: int | None = None,        # where callers ask, on this machine; 0: a free one; None: where they asked before, else 8000
     how: Mapping[str, Any] | None = None,   # fields of `service.Serving`: tokens, a store, workers
     files: Path | None = None,      # infrastructure files for the release
     within_s: float = 300.0,        # until a new release must be ready: the first start compiles
@@ -359,21 +365,27 @@ def go_back(
     with locked(place / "deploy.lock"):
         now = read_live(place)
         assert now
-        before = [e["release"] for e in history(place) if e["event"] == "live" and e["release"] != now["release"] and (place / "releases" / e["release"]).is_dir()]
+        before = [name for name in _trodden(place) if name != now["release"] and (place / "releases" / name).is_dir()]
         if not before:
-            raise InputError(f"release {now['release']} is the first that was live in {place.name}; there is nothing older to go back to")
-        how = read_serving(place / now["serving"]) if now.get("serving") else None
-        return _bring(place, place / "releases" / before[-1], None, how, within_s, by, back=True)
+            raise InputError(f"there is nothing older than release {now['release']} to go back to in {place.name}; put another one live with: pilothouse deploy up RUN --to {place}")
+        return _bring(place, place / "releases" / before[-1], None, read_serving(place / now["serving"]), within_s, by, back=True)
 
 
-def stop_all(place: Path) -> bool:     # False: nothing was ever deployed there
+def stop_all(
+    place: Path,
+    by: str = "",
+) -> bool:     # False: nothing was ever deployed there
     "Stop the door and the live release, the callers' side first."
     if read_live(place) is None:
         return False
     with locked(place / "deploy.lock"):
-        for told in (_read(place / "door.json"), read_live(place)):
-            if told and _alive(told):
-                _stop(told["pid"])
+        live = read_live(place)
+        assert live
+        running = [told for told in (_read(place / "door.json"), live) if told and _alive(told)]
+        for told in running:
+            _stop(told["pid"])
+        if running:
+            _note(place, "stopped", {key: live[key] for key in ("name", "version", "package")}, place / "releases" / live["release"], by)
     return True
 
 
@@ -386,7 +398,7 @@ class Standing:
     answers: int          # the version that answers: with a store, the traffic's plan says which; 0: nobody does
     release: str
     since: str            # UTC
-    service: str          # ready, not ready, gone
+    service: str          # ready, not ready, stopped by somebody, gone: nobody stopped it
     port: int             # of the service itself
     door: int             # where callers ask; 0: shut
     registered: str       # what the registry calls the package; empty: the place has no store
@@ -399,7 +411,7 @@ def standing(
     live = read_live(place)
     if live is None:
         return None
-    state, answers = "gone", 0
+    state, answers = "stopped" if history(place)[-1]["event"] == "stopped" else "gone", 0
     if _alive(live):
         try:
             status, told = ask(live["port"], "GET", "/ready", timeout_s=10)
@@ -415,6 +427,18 @@ def history(place: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 # %% ../../nbs/lib/deploy/31_deployment.ipynb #11cf4aa8
+def _trodden(place: Path) -> list[str]:
+    "The releases that led to what is live, which is the last; one that was left by going back is none of them: going back twice must not bring it back."
+    path: list[str] = []
+    for entry in history(place):
+        name = entry["release"]
+        if entry["event"] == "back" and name in path:
+            path = path[:path.index(name) + 1]
+        elif entry["event"] in CAME:
+            path = [other for other in path if other != name] + [name]
+    return path
+
+
 def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] | None, within_s: float, by: str, downgrade: str = "", back: bool = False) -> Deployed:
     from pipeline.core.run import clock
     from pipeline.core.settings import secret
@@ -422,10 +446,10 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
 
     told, now, how = check_release(release), read_live(place), dict(how or {})
     Serving(str(release / PACKAGE), b"", **_known(how, "how it is served")).check()
-    door = _door_port(place)
+    door, known = _door_port(place), _read(place / "door.json")
     if port is not None and door and port not in (0, door):
         raise InputError(f"the door of {place.name} is at port {door}, {port} was asked; stop it first (pilothouse deploy stop), or leave --port out")
-    port = door or (8000 if port is None else port)
+    port = door or (port if port is not None else int(known["port"]) if known else 8000)      # a door that was shut opens where callers know it
     if not door:
         free_port("127.0.0.1", port)
     serving, guarded = write_serving(place, how), bool(how.get("token_ref") or how.get("tokens"))
@@ -450,7 +474,7 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
         raise fault from error
     live = {**told, "release": release.name, "port": inner, **_born(process.pid), "since": clock().isoformat(timespec="seconds"), "serving": serving.name}
     write_whole(place / LIVE, json.dumps(live))
-    _note(place, "live", told, release, by)
+    _note(place, CAME[back], told, release, by)
     if now and _alive(now):
         _stop(now["pid"])
     _forget(place)
@@ -613,7 +637,7 @@ def _stop(pid: int) -> None:
 
 def _forget(place: Path) -> None:
     "Releases that were live longest ago, beyond those that one may want to go back to."
-    lived = list(dict.fromkeys(e["release"] for e in reversed(history(place)) if e["event"] == "live"))
+    lived = list(dict.fromkeys(e["release"] for e in reversed(history(place)) if e["event"] in CAME))
     for name in lived[KEPT:]:
         shutil.rmtree(place / "releases" / name, ignore_errors=True)
     now = read_live(place)

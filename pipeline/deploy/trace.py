@@ -20,6 +20,7 @@ from ..core.errors import InputError, IntegrityError
 from ..core.run import phase_folders, read_receipt
 from ..core.store import Artifact, read_artifact
 from ..data.features import derived_in, needs_of
+from .further import explain
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -222,10 +223,10 @@ def _adds(predictor: Predictor, frame: Any, told: int, withheld: Collection[str]
     model = predictor.model
     score = np.ravel(model.score(frame))
     total = float(score[told] if len(score) > 1 else score[0])
-    parts = model.contributions(frame)
+    parts = explain(predictor, [told], frame)
     found = []
     if parts is not None:
-        one = parts[0, told] if parts.ndim == 3 else parts[0]
+        one = parts[1][0]
         found = [Step("contribution", "base", float(one[-1]))]
         order = [i for i in np.argsort(-np.abs(one[:-1]), kind="stable") if one[i] and model.features[i] not in withheld]
         found += [Step("contribution", model.features[i], float(one[i])) for i in order]

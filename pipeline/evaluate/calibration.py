@@ -335,7 +335,11 @@ def _calibration_displays(curve: pl.DataFrame, ece: float, floor: float, was: fl
     said = f"The calibration error is {ece:.3f}; a perfect forecast would show {floor:.3f} on so many rows by chance."
     if repair and was is not None:
         said += f" Without the repair by {IN_WORDS[repair['kind']]} it would be {was:.3f}."
-    return [chart, note(said, "warn" if was is not None and was < ece else "info")]
+    off = within < 0.75 * curve.height          # of ten true bins at 95 %, seven or fewer agree once in ninety times
+    if off:
+        side = "too high" if curve["stated"].to_numpy().mean() > curve["observed"].to_numpy().mean() else "too low"
+        said += f" Too few bins agree for chance: on these rows stated probabilities are {side} on the whole."
+    return [chart, note(said, "warn" if off or was is not None and was < ece else "info")]
 
 
 def _check_coverage(run: Run, y: np.ndarray, p: np.ndarray, block: np.ndarray | None, level: float) -> Html:

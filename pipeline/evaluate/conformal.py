@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from ..core.bounds import share_interval
-from ..core.display import Html, note, stack, table
+from ..core.display import Html, note, number, stack, table
 from ..core.intervals import units_of
 from ..core.metrics import predictions_of
 from ..core.run import Estimate
@@ -30,7 +30,7 @@ __all__ = ['LEVEL', 'FEW', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'inte
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #ecae7a84
 LEVEL = 0.9
-FEW = 50       # rows of a group below which it has no cut of its own
+FEW = 30       # rows of a group below which it has no cut of its own
 
 
 def strangeness(
@@ -187,13 +187,16 @@ def check_promise(
     found = pl.concat(tables) if tables else pl.DataFrame(schema={"by": pl.String, "cohort": pl.String})
     run.save("evaluate/conformal", found)
     said = (f"{LEVEL:.0%} are promised; {claim.value:.1%} of {predictions.height:,} hold the truth ({claim.low:.1%} to {claim.high:.1%}). "
-            + (f"Intervals are {size.mean():.3g} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
+            + (f"Intervals are {number(float(size.mean()))} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
     parts: list[Any] = [note(said, "go" if (claim.high or 1.0) >= LEVEL else "warn")]
     if tables:
-        parts += [note(_whose(found, served, groupings, max(FEW, least))), _shown(found, least, "mean width" if numbers else "classes left")]
+        parts += [note(_whose(found, served, groupings, max(FEW, least))), _shown(found, least, WIDTH if numbers else "classes left")]
     return stack(*parts)
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #964a6993
+WIDTH = "mean width"
+
+
 def _cohorts(run: Run, holdout: Holdout, validation: pl.DataFrame) -> tuple[pl.DataFrame, list[Grouping]]:
     "Validation rows with the declared cohort columns, and how each becomes groups."
     train = run.load("data/train")
@@ -238,4 +241,4 @@ def _shown(found: pl.DataFrame, least: int, size: str) -> Any:
     shown = known.head(8).select("by", "cohort", "n", cut, pl.col("one_covered").alias("held with one cut"), pl.col("covered").alias("held"), "low", "high",
                                  pl.col("one_size").alias(f"{size}, one cut"), pl.col("size").alias(size))
     return table(shown, f"Groups with the lowest coverage: {said}", counts="n", least=least,
-                 formats=dict.fromkeys(("held with one cut", "held", "low", "high"), ".1%") | dict.fromkeys((size, f"{size}, one cut"), ".3g"))
+                 formats=dict.fromkeys(("held with one cut", "held", "low", "high"), ".1%") | ({} if size == WIDTH else dict.fromkeys((size, f"{size}, one cut"), ".2f")))

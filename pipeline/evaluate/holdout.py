@@ -13,6 +13,7 @@ import polars as pl
 
 from ..core import audit
 from ..core.display import Html, facts, note, stack, table
+from ..core.errors import InputError
 from ..core.metrics import metrics_for
 from ..core.store import digest
 from ..data.contract import target_values
@@ -165,6 +166,9 @@ def open_holdout(
 ) -> Holdout:
     "Open the sealed rows, note the look, let every model answer, save evaluate/predictions."
     contract, folder = run.load("data/contract"), run.load(shipped(run))
+    stored = {"y", "prediction", "low", "high", *(f"p_{c}" for c in contract["classes"])}
+    if clash := sorted(stored & set(run.problem.evaluate.cohorts)):
+        raise InputError(f"evaluate.cohorts: column {clash[0]!r} has the name of a column of the stored answers; rename it in the source, or name another cohort")
     model, plan = load_model(folder), run.load("scope/plan") if run.has("scope/plan") else {}
     name = digest(folder)
     rows = run.digest_of("data/holdout")

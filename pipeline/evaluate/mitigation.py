@@ -99,7 +99,7 @@ def choose_mitigation(
     asked, contract = run.problem.evaluate.mitigation, run.load("data/contract")
     if asked.method == "thresholds" and contract["task"] != "binary":
         raise InputError(f"evaluate.mitigation.method: thresholds need a yes or no, this is a {contract['task']} problem; use reweigh or none")
-    column = asked.by or _first_cohort(run, contract)
+    column = asked.by or _first_cohort(run)
     rows = None if column is None or contract["task"] != "binary" else _rows(run, contract, column)
     if rows is None:
         return _without_options(run, column)
@@ -132,10 +132,10 @@ def choose_mitigation(
     return _shown(told, options, chose)
 
 # %% ../../nbs/lib/evaluate/21_mitigation.ipynb #d60c7fef
-def _first_cohort(run: Run, contract: dict[str, Any]) -> str | None:
+def _first_cohort(run: Run) -> str | None:
     "The first declared cohort that training rows hold."
     declared = list(run.problem.evaluate.cohorts)
-    return next((c for c in declared if c in run.load("data/train").columns), None) if declared and contract["task"] == "binary" else None
+    return next((c for c in declared if c in run.load("data/train").columns), None) if declared else None
 
 
 def _rows(run: Run, contract: dict[str, Any], column: str) -> Rows | None:
@@ -158,7 +158,7 @@ def _thinned(rows: Rows, every: int) -> Rows:
 def _without_options(run: Run, column: str | None, why: str = "") -> Html:
     "Nothing to compare on validation rows: said, and kept."
     asked = run.problem.evaluate.mitigation
-    because = asked.reason or (why or ("no cohorts are declared (evaluate.cohorts)" if column is None else f"options are compared for a yes or no alone, by {column}"))
+    because = asked.reason or (why or ("no cohorts are declared (evaluate.cohorts)" if column is None else f"groups by {column} are levelled for a yes or no alone"))
     run.save("evaluate/mitigation", {"method": asked.method, "by": column, "criterion": asked.criterion, "reason": asked.reason, "approver": asked.approver,
                                      "legal": LEGAL[asked.method], "options": [], "because": because, "limit": run.problem.evaluate.cohort_gap})
     run.decide("mitigation", [{"option": asked.method}], asked.method, because, by=asked.approver or "nobody yet" if asked.method != "none" else "rule")

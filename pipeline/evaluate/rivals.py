@@ -74,8 +74,8 @@ def check_rivals(
     train, contract = run.load("data/train"), holdout.contract
     label, frame = LABELS[holdout.main], _sample(holdout, run)
     parts = [frame.select(c for c in frame.columns if c in holdout.predictions.columns and not c.startswith(("s0_", "s1_", "s2_", "raw_", "current_")))]
-    features = frame.join(holdout.frame.with_row_index("__at").select("__at", *holdout.model.features), on="__at", how="left", maintain_order="left")
-    ages, simpler = old_and_new(train, len(holdout.model.features)), None
+    features = holdout.frame[frame["__at"]].select(holdout.model.features)      # a feature may be called y or prediction
+    ages, learned = old_and_new(train, len(holdout.model.features)), 0
     if ages and contract["task"] != "regression" and any(rows[contract["target"]].n_unique() < 2 for rows in ages):
         ages = None       # nothing can be learned from one class
     for prefix, rows in zip(("old_", "new_"), ages or ()):
@@ -83,10 +83,11 @@ def check_rivals(
     if holdout.model.family not in ("linear", "dummy"):
         some = min(train.height, MOST, CELLS // max(len(holdout.model.features), 1))
         newest = train.sort("__time", maintain_order=True) if "__time" in train.columns else train
-        simpler = _answers(run, "linear", newest.tail(max(some, min(FEWEST, train.height))), contract, features, "simple_", {})
-        parts.append(simpler)
+        known = newest.tail(max(some, min(FEWEST, train.height)))
+        learned = known.height
+        parts.append(_answers(run, "linear", known, contract, features, "simple_", {}))
     run.save("evaluate/rivals", pl.concat(parts, how="horizontal"))
-    return stack(_tell_age(run, holdout, ages, label), _tell_simplicity(run, holdout, simpler is not None, label))
+    return stack(_tell_age(run, holdout, ages, label), _tell_simplicity(run, holdout, learned, label))
 
 # %% ../../nbs/lib/evaluate/26_rivals.ipynb #3122d8a3
 def _sample(holdout: Holdout, run: Run) -> pl.DataFrame:
@@ -129,9 +130,9 @@ def _tell_age(run: Run, holdout: Holdout, ages: tuple[pl.DataFrame, pl.DataFrame
     return note(said, "warn" if sure else "info")
 
 
-def _tell_simplicity(run: Run, holdout: Holdout, tried: bool, label: str) -> Any:
+def _tell_simplicity(run: Run, holdout: Holdout, learned: int, label: str) -> Any:
     title = "no simpler model is better beyond doubt"
-    if not tried:
+    if not learned:
         run.not_applicable(title, f"the model is {holdout.model.family}: there is nothing simpler to try", ["M5"])
         return note(f"The model is {holdout.model.family}, so there is nothing simpler to try.")
     gain = _claim(run, holdout, "gain_over_simple", "", "simple_", f"{label} won over a small linear model")
@@ -140,8 +141,8 @@ def _tell_simplicity(run: Run, holdout: Holdout, tried: bool, label: str) -> Any
     run.require(title, ok, "it is not" if ok else "not measured" if not known else "a linear model is", "ship the linear family (train.families)", answers=["M5"])
     if not known:
         return note(f"A simpler model cannot be compared: {label} is not defined on these rows.", "warn")
-    rows = [{"rival": "linear model on at most 20,000 newest rows", "gain": gain.value, "low": gain.low, "high": gain.high}]
+    rows = [{"rival": f"linear model of {learned:,} {'newest ' if '__time' in holdout.frame.columns else ''}rows", "gain": gain.value, "low": gain.low, "high": gain.high}]
     verdict = "go" if (gain.low or 0.0) > 0 else "warn"
     said = "is worth its complexity" if verdict == "go" else "cannot be told from it" if ok else "is worse: the simpler one should be shipped"
     return stack(note(f"Against a simpler model on the same rows, this one {said}.", verdict),
-                 table(rows, f"{label} won over the simpler model", formats=dict.fromkeys(("gain", "low", "high"), "+.4f")))
+                 table(rows, f"{label[:1].upper()}{label[1:]} won over the simpler model", formats=dict.fromkeys(("gain", "low", "high"), "+.4f")))

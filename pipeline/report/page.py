@@ -155,7 +155,7 @@ input,select{font:inherit;height:2.5rem;color:inherit;background:var(--ph-paper)
 .wrap{padding:0 1rem}
 h1{font-size:1.5625rem}.eyebrow{margin-top:1.6rem}
 .lede{font-size:1.0625rem}
-.strip{grid-template-columns:repeat(5,minmax(0,1fr));gap:.7rem 2px}
+.strip{grid-template-columns:repeat(auto-fill,minmax(6.2rem,1fr));gap:.7rem 2px}
 .answers li{grid-template-columns:minmax(0,1fr)}
 .ph.ph-verdict{padding:.9rem 1rem}
 input,select{min-width:0;width:100%}.tools>div{flex:1 1 100%}

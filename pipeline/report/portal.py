@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..core.display import VERDICTS, badge, clean, esc
+from ..core.display import VERDICTS, badge, clean, esc, number
 from ..core.errors import PilothouseError
 from ..core.run import phase_folders
 from ..core.store import write_whole
@@ -123,7 +123,7 @@ def render_portal(
     for row in rows:
         row["badge"], row["took"] = badge(row["verdict"]), esc(duration(row["wall_s"]))
         row["rank"] = list(VERDICTS).index(row["verdict"]) if row["verdict"] in VERDICTS else 9
-        row["cost"] = "–" if row["money"] is None else f"{row['money']:.3f} {row['currency']}"
+        row["cost"] = "–" if row["money"] is None else f"{number(row['money'], '.3f')} {row['currency']}"
     counts = {state: sum(r["verdict"] == state for r in rows) for state in VERDICTS}
     said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     problems = len({r["problem"] for r in rows})

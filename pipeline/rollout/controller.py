@@ -216,7 +216,7 @@ class Steering:
             try:
                 return self.take_back(seen, by or who(), reason, _numbers(seen.state))
             except InputError:
-                if tried == TRIES - 1 or revision is not None:
+                if tried == TRIES - 1:
                     raise
         raise AssertionError
 
@@ -242,12 +242,13 @@ class Steering:
             seen = self.rollouts.active(name)
             if seen is None:
                 raise InputError(f"no rollout of {name} goes on; start one with: pilothouse rollout start {name} --version N --reason '…'")
+            seen = self.settle(seen)               # a plan that somebody wrote since is theirs, not this person's
             _check_seen(seen, revision)
             try:
                 return self.settle(act(seen))
             except InputError:
                 fresh = self.rollouts.get(seen.number)
-                if tried == TRIES - 1 or revision is not None or fresh.revision == seen.revision:
+                if tried == TRIES - 1 or fresh.revision == seen.revision:
                     raise                      # it was not a quicker one
         raise AssertionError
 
@@ -292,7 +293,7 @@ def _not(rollout: Rollout, wanted: str, word: str) -> Rollout:
 
 
 def _check_seen(rollout: Rollout, revision: int | None) -> None:
-    if revision is not None and rollout.revision != revision:
+    if revision is not None and not rollout.moved <= revision <= rollout.revision:      # reviews that changed nothing do not stand in a person's way
         raise InputError(f"the rollout of {rollout.name} is at revision {rollout.revision}, not {revision}: {rollout.by} changed it ({rollout.reason}); look again")
 
 
@@ -344,7 +345,8 @@ class Controller:
         told: Callable[[Decision], None] = lambda decision: None,
         failed: Callable[[str], None] = lambda why: None,
     ) -> None:
-        "Lead until told to stop; where disk or database fail it says so and tries again."
+        "Lead until told to stop; where disk or database fail it says so, each reason once, and tries again."
+        why = ""
         try:
             while not stop.is_set():
                 try:
@@ -353,8 +355,11 @@ class Controller:
                         told(decision)
                     if once and self.steering.rollouts.active(self.name) is None:
                         break
+                    why = ""
                 except EnvironmentFault as error:
-                    failed(str(error))
+                    if str(error) != why:
+                        why = str(error)
+                        failed(why)
                 stop.wait(every_s)
         finally:
             seen = self.steering.rollouts.current(self.name)
@@ -407,7 +412,7 @@ def describe(
     return {
         "number": rollout.number, "name": rollout.name, "version": rollout.version, "status": rollout.status, "share": rollout.share, "stages": list(rules.stages),
         "why": rollout.reason, "by": rollout.by, "revision": rollout.revision, "started": rollout.started.isoformat(timespec="seconds"),
-        "changed": rollout.changed.isoformat(timespec="seconds"), "leads": rollout.holder, "reviews": len(state.shares), "reviews_of_stage": len(state.shares) - state.since,
+        "changed": rollout.changed.isoformat(timespec="seconds"), "leads": rollout.leader, "reviews": len(state.shares), "reviews_of_stage": len(state.shares) - state.since,
         "reviews_a_stage": rules.windows_per_stage, "served": state.served, "outcomes": state.outcomes, "outcomes_due": state.due, "outcomes_known": state.known,
         "difference": state.mean, "tests": standing(state, rules),
     }

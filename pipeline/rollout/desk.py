@@ -100,7 +100,8 @@ class Office:
         now = self.clock()
         log = self.recent.look(now)
         told = None if rollout is None else {"version": rollout.version, "status": rollout.status, "share": rollout.share, "stages": list(rollout.rules.stages),
-                                             "why": rollout.reason, "revision": rollout.revision}
+                                             "why": rollout.reason, "revision": rollout.revision,
+                                             "alone": rollout.active and not rollout.leader}
         return {"problem": self.name, "subject": plan.subject if plan else None, "rollout": told, "plan": _shown(plan, versions), "traffic": traffic_rows(log, now),
                 "minutes": traffic_path(log, now), "tests": tests_of(rollout) if rollout is not None and rollout.state.shares else [], "events": self._events()}
 

@@ -46,7 +46,7 @@ svg text{fill:var(--muted)}svg .axis{stroke:var(--line)}svg .live{stroke:var(--s
 svg .canary{stroke:var(--s2);fill:none;stroke-width:2;stroke-dasharray:6 3}
 svg .bar{fill:var(--band)}svg .limit{stroke:var(--no-go);stroke-width:2}svg .fill{fill:var(--accent)}
 figure{margin:0}figcaption{color:var(--muted);font-size:.875rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.4rem 1rem}.charts svg{width:100%;max-width:24rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.4rem 1rem}.charts svg{width:100%;max-width:18rem}
 .key{display:flex;gap:1.5rem;font-size:.8125rem;color:var(--muted)}
 form,.box{border:1px solid var(--line);border-radius:6px;padding:.8rem 1rem 1rem;margin:.6rem 0}
 label{display:block;font-size:.875rem;color:var(--muted);margin:.5rem 0 .2rem}
@@ -61,11 +61,11 @@ button[aria-disabled=true]{border-style:dashed;border-color:var(--muted);color:v
 :focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 dialog{border:1px solid var(--muted);border-radius:8px;background:var(--paper);color:var(--ink);max-width:34rem;padding:1.2rem 1.4rem}
 dialog::backdrop{background:rgb(0 0 0 / .45)}dialog h2{margin:0 0 .4rem}
-.said{min-height:1.5em;font-weight:600}
+.said{min-height:1.5em;font-weight:600}#alone,#link{color:var(--no-go);font-weight:600}
 .foot{border-top:1px solid var(--line);color:var(--muted);font-size:.875rem;margin-top:2.5rem;padding:1rem 0 2rem}
 .unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 [hidden]{display:none!important}
-@media (max-width:900px){.grid{grid-template-columns:minmax(0,1fr)}.wrap{padding:0 1rem}.stages li[aria-current]::after{content:" \\25c0" / " now"}}
+@media (max-width:900px){.scroll table{min-width:40rem}.grid{grid-template-columns:minmax(0,1fr)}.wrap{padding:0 1rem}.stages li[aria-current]::after{content:" \\25c0" / " now"}}
 @media (prefers-reduced-motion:no-preference){.stages li{transition:border-color .3s}}
 """
 
@@ -84,7 +84,7 @@ const headers = () => token ? {authorization: 'Bearer ' + token} : {};
 const make = (kind, text, cls) => { const e = document.createElement(kind); if (text !== undefined) e.textContent = text; if (cls) e.className = cls; return e; };
 const draw = (kind, attributes, text) => { const e = document.createElementNS('http://www.w3.org/2000/svg', kind);
   for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v); if (text !== undefined) e.textContent = text; return e; };
-const num = (v, digits) => v === null || v === undefined ? '–' : Number(v).toLocaleString('en', {maximumFractionDigits: digits === undefined ? 4 : digits});
+const num = (v, digits) => v === null || v === undefined ? '–' : Number(v).toLocaleString('en', {maximumFractionDigits: digits === undefined ? 4 : digits}).replace('-', '−');
 const share = v => v === null || v === undefined ? '–' : num(100 * v, 2) + ' %';
 const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
 const fill = (id, rows) => { const text = JSON.stringify(rows); const body = $(id); if (body.dataset.held === text) return; body.dataset.held = text;
@@ -101,7 +101,7 @@ function bar(c) {
 function chart(id, what, key, minutes, least, tell) {
   const place = $(id), live = minutes.map(m => m['live_' + key]), canary = minutes.map(m => m['canary_' + key]);
   const text = JSON.stringify([minutes.map(m => m.at), live, canary]); if (place.dataset.held === text) return; place.dataset.held = text;
-  const tried = canary.some(v => v), most = Math.max(least, ...live, ...canary), w = 280, h = 120, left = 42;
+  const tried = canary.some(v => v), most = Math.max(least, ...live, ...canary), w = 220, h = 110, left = 38;
   const x = i => left + (w - left - 6) * (minutes.length > 1 ? i / (minutes.length - 1) : 0), y = v => 12 + (h - 32) * (1 - v / most);
   const path = values => values.map((v, i) => v === null ? '' : (i && values[i - 1] !== null ? 'L' : 'M') + x(i).toFixed(1) + ' ' + y(v).toFixed(1) + 'h.1').join('');
   const now = minutes.length ? `live ${tell(live.at(-1))}` + (tried ? `, canary ${tell(canary.at(-1))}` : '') + ` now; at most ${tell(Math.max(...live, ...canary))} in the time shown` : 'no traffic yet';
@@ -122,6 +122,7 @@ function show(s) {
   const icon = {go: '✔', open: '❚❚', 'no-go': '✖'}[kind];
   const status = $('status'); if (status.className !== 'status ' + kind) status.className = 'status ' + kind;
   put('word', icon + ' ' + word); put('why', r ? r.why : 'start one with: pilothouse rollout start');
+  put('alone', r && r.alone ? `Nobody reviews this rollout: it goes neither forward nor back by itself. Start: pilothouse rollout run ${s.problem}` : '');
   const said = word + (r ? ` at ${num(r.share)} %` : '');
   if (last !== said) { put('announce', `Rollout ${said}. ${r ? r.why : ''}`); last = said; }
   const stages = r ? r.stages : []; const text = JSON.stringify([stages, r && r.share]);
@@ -148,7 +149,7 @@ async function look() {
     if (answer.status === 401) { if (token) { put('denied', 'This token is not known.'); token = ''; } }
     else if (answer.status === 403) { $('login').hidden = false; put('denied', 'This token may not look; one of role observer or operator may.'); token = ''; }
     else if (!answer.ok) throw new Error('the service answers ' + answer.status);
-    else { show(await answer.json()); put('link', ''); put('denied', ''); }
+    else { const entered = $('denied').textContent; show(await answer.json()); put('link', ''); put('denied', ''); if (entered) $('title').focus(); }
   } catch (error) { put('link', 'No answer from the service (' + error.message + '); the numbers below are old.'); }
   if (!paused && $('login').hidden) timer = setTimeout(look, 1000);
 }
@@ -176,7 +177,7 @@ $('sure-yes').addEventListener('click', async () => {
   } catch (error) { said('No answer from the service: ' + error.message); }
   $('do-' + chosen).focus(); look();
 });
-$('login').addEventListener('submit', event => { event.preventDefault(); token = $('token').value.trim(); $('token').value = ''; look(); });
+$('login').addEventListener('submit', event => { event.preventDefault(); token = $('token').value.trim(); $('token').value = ''; put('denied', 'Looking …'); look(); });
 $('pause').addEventListener('change', event => { paused = event.target.checked; clearTimeout(timer); if (!paused) look(); });
 look();
 """
@@ -186,7 +187,7 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <header><div class="wrap"><span class="brand">pilothouse</span><span class="muted">rollout of @NAME@</span>
 <label class="inline"><input type="checkbox" id="pause"> Pause updates</label><span id="at" class="muted"></span></div></header>
 <main class="wrap">
-<h1 id="title">@NAME@</h1>
+<h1 id="title" tabindex="-1">@NAME@</h1>
 <p id="link" role="alert"></p>
 <div id="announce" role="status" class="unseen"></div>
 <form id="login" hidden><h2>Token</h2><label for="token">Bearer token of role observer (look) or operator (look and act)</label>
@@ -194,6 +195,7 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <div class="buttons"><button class="main" type="submit">Look</button></div></form>
 <div id="board">
 <div class="status" id="status"><b id="word">…</b><span id="why"></span></div>
+<p id="alone" role="alert"></p>
 <ol class="stages" id="stages" aria-label="Stages: share of subjects that the new version answers"></ol>
 <p id="plan" class="muted"></p>
 <div class="grid"><section aria-labelledby="h-traffic"><h2 id="h-traffic">Traffic</h2>

@@ -52,6 +52,16 @@ class Rollout:
         return self.status in ACTIVE
 
     @property
+    def moved(self) -> int:
+        "The revision at which something changed last; those after it only looked."
+        return int(self.facts.get("moved", 1))
+
+    @property
+    def leader(self) -> str:
+        "The controller whose lease has not ended; empty: nobody reviews it."
+        return self.holder if self.until is not None and self.until > clock() else ""
+
+    @property
     def share(self) -> float:
         "Percent of subjects that the new version answers."
         return self.rules.stages[self.state.stage] if self.active else 100.0 if self.status == "promoted" else 0.0
@@ -179,7 +189,8 @@ class Rollouts:
             raise InputError(f"{status!r} is no status of a rollout; statuses: {', '.join(STATUSES)}")
         table, now = self.rollouts, clock()
         same = (table.c.number == seen.number) & (table.c.revision == seen.revision)
-        values = {"status": status, "state": to_json(state), "facts": json.dumps(dict(seen.facts if facts is None else facts)),
+        kept = dict(seen.facts if facts is None else facts) | {"moved": seen.moved if event == "looked" else seen.revision + 1}
+        values = {"status": status, "state": to_json(state), "facts": json.dumps(kept),
                   "revision": seen.revision + 1, "changed": now, "by": by, "reason": reason}
         with self.registry.transaction(seen.name) as connection:
             done = connection.execute(table.update().where(same if holder is None else same & (table.c.holder == holder)).values(**values))

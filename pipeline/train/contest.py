@@ -23,21 +23,22 @@ from ..data.synthetic import learning_rows
 from .backbone import check_folder
 from .budget import Plan, dearness, plan_fits, start_clock
 from .checkpoints import Checkpoints
-from .choice import Choice, Cost, Limits, choose, goal_of, granted, leaderboard, newest_rows, rows_of
+from .choice import Beside, Choice, Cost, Limits, choose, goal_of, granted, leaderboard, newest_rows, rows_of
 from .features import Encoder, learn_encoder
 from .final import Final, fit_finally, folder_mb, read_configuration, save_seeds, seeds_table, validation_frame
 from .frontier import frontier, measure_costs, measure_model, shorten
 from .hindsight import TOO_FEW, compared, optimism, sensitivity, tell_optimism
 from .reweighing import mitigation_weights
 from .search import Found, Goal, Recorded, Rows, run_search
-from .students import add_candidates, compare_students
+from .students import add_candidates, compare_students, price_later
 from .workers import Cluster, Workers
 
 # %% auto #0
 __all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest', 'show_plan',
-           'hold_contest', 'measure_answers', 'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds',
-           'draw_costs', 'show_frontier', 'settle', 'show_choice', 'show_hindsight', 'fit_models', 'check_answers',
-           'costs_of', 'show_costs', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+           'hold_contest', 'measure_answers', 'answer_costs', 'recorded_costs', 'show_trials', 'rank', 'draw_board',
+           'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle', 'show_choice', 'show_hindsight',
+           'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds', 'score_beside', 'claim_quality',
+           'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -147,9 +148,10 @@ def hold_contest(
     contest: Contest,
 ) -> Found:
     "Fit the plan, with checkpoints, keep every trial, and measure what each candidate's answers cost."
-    found = run_search(contest.rows, contest.plan, contest.goal, run.seed, run.settings.threads, Checkpoints(run.checkpoints),
-                       contest.clock, "portfolio" in {step.family for step in contest.plan.steps}, run.problem.train.ensemble, contest.recorded, contest.workers)
     train, spent = run.problem.train, contest.plan.budget_s - contest.plan.refit_price
+    found = run_search(contest.rows, contest.plan, contest.goal, run.seed, run.settings.threads, Checkpoints(run.checkpoints),
+                       contest.clock, "portfolio" in {step.family for step in contest.plan.steps}, train.ensemble, contest.recorded, contest.workers,
+                       price_later(contest.rows, train.distill, train.interpretable))
 
     def late(name: str) -> Callable[[], bool]:
         return contest.recorded.stopped(name, "full") if contest.recorded else lambda: contest.clock() > 0.9 * spent
@@ -166,15 +168,40 @@ def measure_answers(
     found: Found,
 ) -> Found:   # with the shorter models that a limit asks for
     "Ask every candidate, sweep the sizes of the best boosted one, and save the frontier."
-    about = contest.contract, contest.encoder, contest.frame
-    contest.costs.update(measure_costs(found, *about))
+    contest.costs.update(answer_costs(run, contest, found))
     found, sweep = shorten(found, contest.rows, contest.limits, contest.costs)
-    contest.costs.update(measure_costs(replace(found, trials=sweep), *about))
+    contest.costs.update(answer_costs(run, contest, replace(found, trials=sweep)))
     settings = run.settings
     prices = {name: getattr(settings, name) for name in ("core_hour", "watts_per_core", "gram_co2e_per_kwh")}
     batch = run.problem.problem.mode == "batch"
     run.save("train/frontier", frontier(found, sweep, contest.rows, contest.costs, contest.limits, prices, batch, run.seed), timing=True)
     return found
+
+
+def answer_costs(
+    run: Any,
+    contest: Contest,
+    found: Found,
+) -> dict[str, Cost]:   # by candidate
+    "What answers cost, measured; a run that repeats another decides by what that one measured."
+    known = recorded_costs(run.recorded("train/frontier"), run.recorded("train/students"))
+    asked = {t.name for t in found.trials if t.stage == "full" and t.status == "done" and t.models}
+    if asked <= known.keys():
+        return {name: known[name] for name in asked}
+    return measure_costs(found, contest.contract, contest.encoder, contest.frame)
+
+
+def recorded_costs(
+    measured: pl.DataFrame | None,   # train/frontier of the run that is repeated
+    students: pl.DataFrame | None,   # its train/students
+) -> dict[str, Cost]:
+    "What that run measured: empty where none is repeated."
+    if measured is None:
+        return {}
+    taught = {} if students is None else {
+        r["student"]: Beside(r["teacher"], r["size_share"], r["time_share"], r["time_low"], r["time_high"]) for r in students.iter_rows(named=True)}
+    return {r["candidate"]: Cost(r["row_ms"], r["batch_ms"], r["size_mb"], taught.get(r["candidate"]))
+            for r in measured.drop_nulls("row_ms").iter_rows(named=True)}
 
 
 def show_trials(found: Found) -> Html:
@@ -218,7 +245,7 @@ def show_board(contest: Contest, board: pl.DataFrame) -> Html:
 
 def draw_folds(contest: Contest, found: Found) -> Any:
     "The metric fold by fold: does the order of candidates hold?"
-    done = [t for t in found.trials if t.stage == "full" and t.status == "done"]
+    done = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.family != "dummy"]
     frame = pl.DataFrame({"fold": list(range(1, len(contest.rows.folds) + 1)), **{t.name: [None if v is None else float(v) for v in t.by_fold] for t in done}},
                          schema_overrides={t.name: pl.Float64 for t in done})
     if frame.height < 2:
@@ -244,12 +271,14 @@ def show_frontier(run: Any, contest: Contest) -> Html:
     table_of, currency = run.load("train/frontier"), run.problem.problem.currency
     needed = table_of.filter(pl.col("dominated_by").is_null() & (pl.col("family") != "dummy"))
     first = f"{needed.height} of {table_of.height} models are worth their cost; the others are beaten by one that is no dearer"
-    shown = table_of.rename({"metric": contest.label, "noise_loss": "lost under noise", "row_ms": "one row", "batch_ms": "of many", "size_mb": "size",
-                             "money_per_1000": "1,000 answers", "gram_co2e_per_1000": "CO₂e of 1,000", "dominated_by": "dominated by", "why_not": "kept out"})
+    million = table_of.with_columns(pl.col("money_per_1000", "gram_co2e_per_1000") * 1000)   # a thousand answers cost less than people read
+    shown = million.rename({"metric": contest.label, "noise_loss": "lost under noise", "row_ms": "one row", "batch_ms": "of many", "size_mb": "size",
+                             "money_per_1000": "a million answers", "gram_co2e_per_1000": "their CO₂e", "dominated_by": "dominated by", "why_not": "kept out"})
+    columns = ["candidate", contest.label, "one row", "size", "a million answers", "their CO₂e", "dominated by", "kept out", "lost under noise", "of many"]
     return stack(note(first + ". Times are CPU time on this machine."), table(
-        shown.drop("family"), f"Quality beside what an answer costs, best {contest.label} first",
-        formats={"one row": ".3f", "of many": ".4f", "size": ".2f", "1,000 answers": ".2g", "CO₂e of 1,000": ".2g", "lost under noise": ".4f"},
-        units={"one row": "ms", "of many": "ms", "size": "MB", "1,000 answers": currency, "CO₂e of 1,000": "g"}, rows=30))
+        shown.select(columns), f"Quality beside what an answer costs, best {contest.label} first",
+        formats={"one row": ".3f", "of many": ".4f", "size": ".2f", "a million answers": ".5f", "their CO₂e": ".3f", "lost under noise": ".4f"},
+        units={"one row": "ms", "of many": "ms", "size": "MB", "a million answers": currency, "their CO₂e": "g"}, rows=30))
 
 # %% ../../nbs/lib/train/11_contest.ipynb #6bbdb365
 def settle(

@@ -21,7 +21,7 @@ class Dummy:
     "One answer for every row."
 
     shape: Shape
-    answer: tuple[float, ...]   # a share for each class, or the median
+    answer: tuple[float, ...]   # a share for each class, the median or the mean
     steps: int = 0
 
     def predict(self, matrix: np.ndarray, steps: int | None = None) -> np.ndarray:
@@ -39,10 +39,10 @@ class Dummy:
 
 
 def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) -> Dummy:
-    "Class shares (with half a count each, so that none is impossible) or the median, each row for what it counts."
+    "Class shares (half a count each, so that none is impossible), the median or `constant: mean`; each row for what it counts."
     weights = even_weights(fitting.weights, len(target))
     if not shape.classes:
-        return Dummy(shape, (_median(target, weights),))
+        return Dummy(shape, (float(np.average(target, weights=weights)) if fitting.config.get("constant") == "mean" else _median(target, weights),))
     counts = np.bincount(target.astype(int), weights, minlength=shape.classes) + 0.5
     return Dummy(shape, tuple((counts / counts.sum()).tolist()))
 

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,10 @@ class Recorded:
     trials: pl.DataFrame   # its train/trials
     seeds: tuple[int, ...] = ()   # seeds that its model was fitted with
 
+    def began(self, name: str, stage: str) -> bool:
+        "Was this candidate tried, whatever came of it?"
+        return self.trials.filter((pl.col("candidate") == name) & (pl.col("stage") == stage)).height > 0
+
     def stopped(self, name: str, stage: str) -> Callable[[], bool]:
         "Was the clock there before this candidate was?"
         known = self.trials.filter((pl.col("candidate") == name) & (pl.col("stage") == stage) & (pl.col("status") != "stopped"))
@@ -174,6 +178,7 @@ class Meter:
     spent: float = 0.0
     stretch: float = 1.0   # rounds that the default needed, against the usual
     floor: float = 0.0     # under the rounds of last fits, times their learning rate
+    later: float = 0.0     # kept for candidates that are made from these
 
     def charge(self, trial: Trial) -> None:
         "Book a trial as it turned out."
@@ -213,7 +218,7 @@ class Meter:
 
     def left(self, trials: Sequence[Trial]) -> float:
         "Seconds for further candidates."
-        return self.planned - self.spent - self.reserve(trials)
+        return self.planned - self.spent - self.reserve(trials) - self.later
 
     @property
     def planned(self) -> float:
@@ -282,13 +287,14 @@ def run_search(
     ensemble: bool = False,                           # weigh the candidates together in the end
     recorded: Recorded | None = None,                 # of a run that is repeated: it, not the clock, says what was stopped
     workers: Workers | None = None,                   # who fits; this process by default
+    later_s: float = 0.0,                             # by the price list, kept for candidates that are made from these
 ) -> Found:
     "Fit every step of the plan; raises `InputError` for rows that no family can learn from."
     check_rows(rows.shape, rows.matrix, rows.target, rows.target_name)
     clock = clock or Stopwatch(threads)
     trials: list[Trial] = []
     workers = workers or Here(rows, threads)
-    meter = Meter(rows, plan)
+    meter = Meter(rows, plan, later=later_s)
 
     worked: list[tuple[float, float]] = []   # of the candidates that have ended: seconds on the clock, and by the price list
 
@@ -296,7 +302,7 @@ def run_search(
         taken, priced = (sum(column) for column in zip(*worked)) if worked else (0.0, 0.0)
         pace = max(1.0, taken / priced) if priced > 1 else 1.0
         closing = CLOSING * plan.budget_s if plan.refit_price else 0.0
-        return plan.budget_s - closing - min(0.6 * plan.budget_s, meter.reserve(trials) * pace) - clock()
+        return plan.budget_s - closing - min(0.6 * plan.budget_s, (meter.reserve(trials) + later_s) * pace) - clock()
 
     def ends(name: str, stage: str) -> Callable[[], float]:
         if name in ALWAYS or recorded is not None and not recorded.stopped(name, stage)():   # without the first, nothing could be shipped
@@ -358,7 +364,7 @@ def run_search(
             continue
         attempt(step, plan.steps[place + 1:])
     if further:
-        _go_on(trials, rows, plan, goal, seed, meter, attempt, ends)
+        _go_on(trials, rows, plan, goal, seed, meter, attempt, ends, recorded)
     workers.ahead(())
     if ensemble:
         joined = _join(trials, rows, goal, meter)
@@ -367,8 +373,8 @@ def run_search(
 
 # %% ../../nbs/lib/train/09_search.ipynb #4099a3a2
 def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, meter: Meter, attempt: Callable[[Step, Sequence[Step]], None],
-           ends: Callable[[str, str], Callable[[], float]]) -> None:
-    "Proposals, one after the other, while the meter says that they can be paid."
+           ends: Callable[[str, str], Callable[[], float]], recorded: Recorded | None) -> None:
+    "Proposals, one after the other, while the meter says that they can be paid; of a run that is repeated, those that it began."
     long = meter.left(trials) >= LONG
     most = FURTHER_LONG if long else 2 * FURTHER if len(rows.valid) >= TELLING else FURTHER
 
@@ -382,9 +388,11 @@ def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, m
 
     for place in range(most):
         step = proposed(place)
-        if ends(step.name, step.stage)() < 0 or any(t.status == "stopped" for t in trials):
+        paid = meter.expect(step) <= meter.left(trials)
+        over = ends(step.name, step.stage)() < 0 if recorded is None else paid and not recorded.began(step.name, step.stage)
+        if over or any(t.status == "stopped" for t in trials):
             break
-        if meter.expect(step) <= meter.left(trials):
+        if paid:
             attempt(step, [] if long else [proposed(later) for later in range(place + 1, most)])   # Optuna learns from each before it asks again
 
 
@@ -437,7 +445,9 @@ def _join(trials: Sequence[Trial], rows: Rows, goal: Goal, meter: Meter) -> Tria
 
 
 def _with_config(step: Step, trials: Sequence[Trial], goal: Goal) -> Step | None:
-    "The step itself, or with the configuration that was best where it was screened."
+    "The step itself, or with the configuration that was best where it was screened; the dummy gives the constant that the metric asks for."
+    if step.family == "dummy" and goal.metric in ("rmse", "r2"):
+        return replace(step, config={"constant": "mean"})
     if step.config or step.name != "portfolio":
         return step
     screened = [t for t in trials if t.family == step.family and t.stage == "screen" and t.value is not None]

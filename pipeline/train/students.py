@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from . import trees
+from .budget import price
 from .choice import SIZE, Cost, teacher_of, why_not_student
 from .frontier import cut_to_rounds, size_with_rounds
 from .protocol import Fitting, OutOfTime, Shape, never
@@ -21,8 +22,8 @@ from .protocol import fit as fit_family
 from .search import Found, Goal, Rows, Trial
 
 # %% auto #0
-__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'add_candidates',
-           'compare_students']
+__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'price_later',
+           'add_candidates', 'compare_students']
 
 # %% ../../nbs/lib/train/20_students.ipynb #4b5256b0
 LEAST = 0.02   # weight of a class below which its copy of a row is left out
@@ -92,6 +93,16 @@ def try_candidate(
         trial.status, trial.error, trial.rows = "stopped", "the budget was spent; raise train.budget_s", 0
     trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
     return trial
+
+
+def price_later(
+    rows: Rows,
+    distill: bool = False,           # train.distill
+    interpretable: bool = False,     # train.interpretable
+) -> float:                          # seconds, by the price list
+    "What `add_candidates` will take."
+    configs = [ADDITIVE] if interpretable else [STUDENT, STUDENT] if distill else []
+    return sum(price("student", len(train), rows.shape, config) for config in configs for train, _ in rows.folds)
 
 
 def add_candidates(

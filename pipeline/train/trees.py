@@ -53,7 +53,7 @@ def patience(
     return int(config.get("patience", max(20, round(2 / config.get("learning_rate", 0.1)))))
 
 
-FEW_CELLS = 50_000   # so small a matrix keeps threads waiting for each other: the same trees cost twice the computing
+FEW_CELLS = 100_000   # so small a matrix keeps threads waiting for each other: the same trees cost twice the computing
 
 
 def parameters(

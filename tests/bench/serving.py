@@ -3,6 +3,7 @@
     python -m tests.bench.serving install            # the peers, in .venv-peers/serving
     python -m tests.bench.serving                    # everything but fuzz and soak, at most 15 minutes
     python -m tests.bench.serving [speed] [swaps] [kill] [kill_two_workers] [--rounds 3] [--only pilothouse,FastAPI]
+    python -m tests.bench.serving tls                # with and without TLS, in turn
     python -m tests.bench.serving fuzz
     python -m tests.bench.serving soak --soak 600    # ten minutes at the promised rate, three times kill -9
 
@@ -10,6 +11,7 @@
          half of what the best peer got (arrivals drawn beforehand, latency from when a request was due)
 `swaps`  10,000 requests through 20 hot swaps and 10 blue-green switches; every answer held against its version's
 `kill`   kill -9 of the worker under load; `kill_two_workers` of one of two
+`tls`    ours alone, with and without TLS, in turn: single rows at 1 and 16 clients on open connections, and a connection for each request
 `fuzz`   schemathesis makes 10,000 bodies from the service's own OpenAPI document
 `soak`   the promised rate, every answer held against the model's, three kills
 
@@ -29,6 +31,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -39,7 +42,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,7 @@ for line in io.lines(os.getenv("BENCH_BODIES")) do bodies[#bodies + 1] = line en
 local n, made = 0, {}
 init = function()
   wrk.headers["content-type"] = "application/json"
+  if os.getenv("BENCH_CLOSE") == "1" then wrk.headers["connection"] = "close" end
   if os.getenv("BENCH_TOKEN_SENT") ~= "" then wrk.headers["authorization"] = "Bearer " .. os.getenv("BENCH_TOKEN_SENT") end
   for i, body in ipairs(bodies) do made[i] = wrk.format("POST", os.getenv("BENCH_PATH"), nil, body) end
 end
@@ -175,10 +179,16 @@ class Running:
     folder: Path
     start_s: float = 0.0
     sent: dict[str, str] = field(default_factory=dict)
+    certificate: str = ""      # of a server that speaks TLS
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
 
     def ask(self, path: str, body: bytes | None = None) -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, self.sent)
-        with urllib.request.urlopen(request, timeout=30) as response:   # noqa: S310
+        request = urllib.request.Request(f"{self.url}{path}", body, self.sent)   # noqa: S310
+        context = ssl.create_default_context(cafile=self.certificate) if self.certificate else None
+        with urllib.request.urlopen(request, timeout=30, context=context) as response:   # noqa: S310
             return json.loads(response.read())
 
     def tree(self) -> list[psutil.Process]:
@@ -239,7 +249,7 @@ def servers(world: Path) -> list[Server]:
 def running(server: Server, world: Path, *more: str) -> Iterator[Running]:
     "Started on its core, asked until its answers are the model's, stopped afterwards."
     ports = free_ports(3)
-    peer = server.name != "pilothouse"
+    peer = not server.name.startswith("pilothouse")
     place = HANDLERS if peer else world
     environment = {**os.environ, **server.environment, "BENCH_WORLD": str(world), "BENCH_TOKEN": TOKEN, "DO_NOT_TRACK": "1", "BENTOML_DO_NOT_TRACK": "true", "PYTHONDONTWRITEBYTECODE": "1",
                    "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_HOME": str(world / "bentoml"), "PYTHONPATH": "" if peer else str(ROOT),
@@ -250,7 +260,8 @@ def running(server: Server, world: Path, *more: str) -> Iterator[Running]:
     begun = time.monotonic()
     process = subprocess.Popen(["taskset", "-c", str(SERVER_CORE), *server.command(world, ports), *more], cwd=place, env=environment, stdout=log, stderr=log,
                                start_new_session=True)
-    found = Running(server, ports[0], process, world, sent={"content-type": "application/json"} | ({"authorization": f"Bearer {server.token}"} if server.token else {}))
+    found = Running(server, ports[0], process, world, sent={"content-type": "application/json"} | ({"authorization": f"Bearer {server.token}"} if server.token else {}),
+                    certificate=more[more.index("--tls-cert") + 1] if "--tls-cert" in more else "")
     try:
         asked, wanted = pl.read_parquet(world / "asked.parquet").head(100).to_dicts(), np.load(world / "p1.npy")[:100]
         await_answers(found, json.dumps(server.body(asked)).encode(), wanted)
@@ -303,15 +314,14 @@ def bodies(world: Path, server: Server, size: int, n: int) -> list[bytes]:
     return [json.dumps(server.body([some[(i * size + k) % len(some)] for k in range(size)])).encode() for i in range(n)]
 
 
-def wrk(server: Running, some: Sequence[bytes], clients: int, seconds: float) -> dict[str, float]:
+def wrk(server: Running, some: Sequence[bytes], clients: int, seconds: float, close: bool = False) -> dict[str, float]:
     "A closed loop of so many clients."
     script, file = server.folder / "wrk.lua", server.folder / "bodies.txt"
     script.write_text(WRK)
     file.write_bytes(b"\n".join(some) + b"\n")
-    environment = {**os.environ, "BENCH_BODIES": str(file), "BENCH_PATH": server.server.path, "BENCH_TOKEN_SENT": server.server.token}
+    environment = {**os.environ, "BENCH_BODIES": str(file), "BENCH_PATH": server.server.path, "BENCH_TOKEN_SENT": server.server.token, "BENCH_CLOSE": str(int(close))}
     spent = server.cpu_s()
-    done = subprocess.run(["taskset", "-c", str(LOAD_CORE), "wrk", "-t1", f"-c{clients}", f"-d{max(round(seconds), 1)}s", "--timeout", "10s", "-s", str(script),
-                           f"http://127.0.0.1:{server.port}"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(["taskset", "-c", str(LOAD_CORE), "wrk", "-t1", f"-c{clients}", f"-d{max(round(seconds), 1)}s", "--timeout", "10s", "-s", str(script), server.url], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return {"rps": found["requests"] / found["us"] * 1e6, "p50_ms": found["p50_ms"], "p99_ms": found["p99_ms"], "errors": found["errors"],
             "cpu_ms": 1000 * (server.cpu_s() - spent) / max(found["requests"], 1)}
@@ -391,6 +401,28 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         table[[r["server"] for r in table].index("pilothouse")] |= {
             "peer_rate": found["pilothouse"][-1]["peer_rate"], "peer_rate_p99_ms": median("pilothouse", "at_peer_rate", "p99_ms")}
     return {"table": table}
+
+
+def certificate(place: Path) -> list[str]:
+    "Options of a server with a certificate of its own (P-256)."
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(place / "key.pem"), "-out", str(place / "cert.pem")], check=True, capture_output=True)
+    return ["--tls-cert", str(place / "cert.pem"), "--tls-key", str(place / "key.pem")]
+
+
+def tls(world: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    "Both servers stand on one core and are asked in turn; medians over rounds."
+    ours = servers(world)[-1]
+    found: dict[str, list[dict[str, Any]]] = {"plain": [], "tls": []}
+    with running(ours, world) as plain, running(replace(ours, name="pilothouse TLS"), world, *certificate(world)) as secret:
+        some = bodies(world, ours, 1, 500)
+        for number in range(rounds):
+            for name, server in [("plain", plain), ("tls", secret)][:: 1 if number % 2 else -1]:
+                wrk(server, some, 4, 1)
+                found[name].append({"one": wrk(server, some, 1, seconds), "sixteen": wrk(server, some, 16, seconds), "anew": wrk(server, some, 16, seconds, close=True)})
+    table = {what: {name: {key: statistics.median(r[what][key] for r in rows) for key in ("rps", "p50_ms", "cpu_ms", "errors")} for name, rows in found.items()}
+             for what in ("one", "sixteen", "anew")}
+    return {"rounds": found, "of_rounds": rounds, "table": table}
 
 
 # -- what must not fail
@@ -556,6 +588,11 @@ def show(found: dict[str, Any]) -> None:
                 print(f"| {name} | {us['rps_16'] / r['rps_16']:.1f} × | {us['p50_1_ms'] / r['p50_1_ms']:.2f} × | {us['rps_100'] / r['rps_100']:.1f} × | {us['half_p99_ms'] / r['half_p99_ms']:.2f} × |")
             print("\nRequests a second by our own generator instead of wrk, 16 clients: " + ", ".join(f"{r['server']} {r['own_rps_16'] / r['rps_16']:.2f} ×" for r in found["speed"]["table"]))
             print(f"\nAt half of the best peer's capacity ({us['peer_rate']:,.0f} a second): p99 {us['peer_rate_p99_ms']:.2f} ms.")
+    if "tls" in found:
+        print("| with and without TLS | requests/s | p50 ms | CPU ms a request |\n|---|---|---|---|")
+        for what, said in (("one", "1 client, open connection"), ("sixteen", "16 clients, open connections"), ("anew", "16 clients, a connection for each request")):
+            with_it, without = (found["tls"]["table"][what][name] for name in ("tls", "plain"))
+            print(f"| {said} | " + " | ".join(f"{with_it[key]:,.{digits}f} / {without[key]:,.{digits}f} ({with_it[key] / without[key]:.2f} ×)" for key, digits in (("rps", 0), ("p50_ms", 2), ("cpu_ms", 3))) + " |")
     for name in ("swaps", "kill", "kill_two_workers", "fuzz", "soak"):
         if name in found:
             print(f"\n{name}: " + json.dumps(found[name], default=str))
@@ -600,6 +637,7 @@ def main() -> None:
     content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "speed": lambda: speed(place, [n for n in given.only.split(",") if n], given.rounds, given.seconds, given.most),
+        "tls": lambda: tls(place, given.rounds, given.seconds),
         "swaps": lambda: swaps(place),
         "kill": lambda: kill(place, given.rate),
         "kill_two_workers": lambda: kill(place, given.rate, workers=2),
