@@ -94,6 +94,8 @@ def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> N
         ("Memory of the service (deploy.rss_mb)", "≤ 1"),
     ):
         assert (found[title]["verdict"], found[title]["limit"]) == ("no-go", limit) and float(found[title]["found"].split(" ")[0]) > 0
+    failed = [title for title, check in found.items() if check["verdict"] == "no-go"]
+    assert json.loads((run / "06_deploy/answer.json").read_text())["answer"].endswith(f"; not met: {failed[0]} and {len(failed) - 1} more.")
 
 
 def test_the_price_of_a_core_hour_is_the_price_of_answers(tmp_path: Path) -> None:

@@ -396,7 +396,11 @@ def test_the_documentation_page_needs_nothing_from_outside(service: Service) -> 
     assert status == 200 and "default-src 'none'" in dict(headers)["content-security-policy"]
     assert "<script" not in page and "http" not in page.replace("http://127.0.0.1:8000/predict", "") and all(name in page for name in GOOD)
     sent = json.loads(page.split("-d '")[1].split("' \\")[0].replace("&quot;", '"'))
-    assert ask(service, json.dumps(sent))[0] == 200      # the example may be copied as it stands
+    told = json.loads(page.split("It is answered with")[1].split("<code>")[1].split("</code>")[0].replace("&quot;", '"'))
+    answered, answer = ask(service, json.dumps(sent))      # the example may be copied as it stands, and is answered so
+    assert answered == 200 and told["predictions"] == answer["predictions"] and told.keys() == answer.keys()
+    elsewhere = service.handle("GET", "/docs", {"host": "<b>:1"})[2].decode() + service.handle("GET", "/docs", {"host": "localhost:99"})[2].decode()
+    assert "http://localhost:99/predict" in elsewhere and "<b>" not in elsewhere
 
 
 def test_prometheus_reads_latency_and_predictions_by_version(service: Service) -> None:
@@ -557,7 +561,7 @@ def test_a_client_of_the_inference_protocol_is_understood(service: Service) -> N
             assert [str(v) for v in answer.as_numpy("prediction")] == expected["prediction"].to_list() and answer.get_response()["id"] == "r-9"
         with pytest.raises(Exception, match="rows refused|not known|hour"):
             client.infer("tiny", inputs[1:])
-        with pytest.raises(Exception, match="added_hour.*Prefer: explain"):
+        with pytest.raises(httpclient.InferenceServerException, match="422. output 'added_hour' is not answered here.*Prefer: explain"):     # as the client's own error
             client.infer("tiny", inputs, outputs=outputs)
     finally:
         server.shutdown()

@@ -188,6 +188,23 @@ def test_a_killed_service_is_called_gone_and_taken_over(place: Place, monkeypatc
     assert stop_all(place.folder, by="bob") and [(e["event"], e["by"]) for e in history(place.folder)][-2:] == [("live", "ann"), ("stopped", "ann")]
 
 
+def test_the_log_of_a_place_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, kept = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.1"
+    deployment.cut_log(file)
+    with file.open("ab", buffering=0) as service:
+        for number in range(20):
+            service.write(b"%09d\n" % number)
+            deployment.cut_log(file, 64)
+            assert file.stat().st_size <= 64, "a service that appends goes on at the beginning"
+        assert (kept.read_bytes() + file.read_bytes()).split() == [b"%09d" % n for n in range(7, 20)], "the newest lines, in their order"
+        kept.unlink()
+        kept.mkdir()
+        service.write(b"x" * 70)
+        deployment.cut_log(file, 64)
+        assert not file.stat().st_size and "could not be kept" in capsys.readouterr().err
+        kept.rmdir()
+
+
 def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:
     from pipeline.deploy.deployment import read_serving
 

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from pipeline.core.errors import InputError
+from pipeline.train import trees
 from pipeline.train.fast import prepare
 from pipeline.train.features import Coded, Encoder, learn_encoder
 from pipeline.train.models import load_model, retrain, train_model
@@ -228,8 +229,9 @@ def test_the_clock_stops_every_slow_family(family: str, quick: dict[str, Any]) -
         fit(family, shape, matrix, target, Fitting(quick, late=lambda: True))
 
 
-def test_one_thread_or_two_is_declared(family: str, quick: dict[str, Any]) -> None:
+def test_one_thread_or_two_is_declared(family: str, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     "Trees, terms and constants are equal; what a matrix product touches may differ by rounding, at most 1e-6 in an answer."
+    monkeypatch.setattr(trees, "FEW_CELLS", 0)   # otherwise so small a matrix has one thread anyway
     _, shape, matrix, target = encoded("binary")
     one, two = (fit(family, shape, matrix, target, Fitting(quick, 3, threads)).predict(matrix) for threads in (1, 2))
     assert np.array_equal(one, two) if family in ("dummy", "trees", "portfolio", "additive") else np.abs(one - two).max() <= 1e-6

@@ -258,6 +258,7 @@ BROKEN = [
     ("prometheus/scrape.yml", "role: pod", "role: pad", "schema"),
     ("late-flights.service", "NoNewPrivileges=yes", "NoNewPrivileges=no", "hardened"), ("late-flights.service", "DynamicUser=yes", "User=root", "non-root"),
     ("late-flights.service", "MemoryMax=641M", "", "limits"), ("late-flights.service", "Restart=on-failure", "Restart=no", "restarts"),
+    ("late-flights.service", "KillMode=mixed", "KillMode=control-group", "drains"),
     ("late-flights.service", "Environment=PYTHON", "Environment=API_TOKEN=x PYTHON", "no-secrets"), ("late-flights.service", "[Service]", "[Servant]", "schema"),
     ("deploy.sh", "set -euo pipefail", "set -e", "stops-at-errors"), ("deploy.sh", "#!/usr/bin/env bash\n", "", "shebang"), ("deploy.sh", "; fi\n", "; f\n", "syntax"),
     ("deploy.sh", 'cd "$(dirname', 'eval "$1"; cd "$(dirname', "no-piped-shell"),
@@ -297,7 +298,7 @@ def test_rules_that_need_more_than_a_word(files: dict[str, str]) -> None:
     assert rules("argo/rollout.yml", lambda told: canary(told).update(steps=[step for step in canary(told)["steps"] if "pause" not in step])) == {"stages-wait"}
     assert rules("argo/rollout.yml", lambda told: canary(told).pop("analysis")) == {"judged"}
     if shutil.which("systemd-analyze"):
-        bare = "[Service]\nExecStart=/bin/true\nDynamicUser=yes\n" + "".join(f"{k}={v}\n" for k, v in UNIT.items()) + "MemoryMax=1M\nRestart=always\n"
+        bare = "[Service]\nExecStart=/bin/true\nDynamicUser=yes\n" + "".join(f"{k}={v}\n" for k, v in UNIT.items()) + "MemoryMax=1M\nRestart=always\nKillMode=mixed\n"
         assert {flaw.rule for flaw in inspect({"x.service": bare})} == {"exposure"}
 
 

@@ -16,6 +16,7 @@ from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
 from pipeline.deploy.package import Contents, release
 from pipeline.deploy.registry import EVENT, Registry
 from pipeline.deploy.schema import make_schema
+from pipeline.deploy.versions import Plans
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 from tests.servers.postgres import PASSWORD, postgres, programs
@@ -46,7 +47,7 @@ def world(request, tmp_path):
 
         admin = sqlalchemy.create_engine(fill_secrets(running.url)[0], isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
-            connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS packages, moves"))
+            connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS packages, moves, plans"))
         admin.dispose()
         url = running.url
     hour = np.random.default_rng(5).uniform(5, 23, 200)
@@ -188,6 +189,37 @@ def test_a_crash_before_the_trail_is_made_good(world, monkeypatch):
     Registry(registry.store, url).close()
     last = audit.entries(registry.store)[-1]
     assert last["event"] == EVENT and last["details"]["to"] == "staging" and len(audit.entries(registry.store)) == told + 1
+
+
+def test_what_answers_and_what_is_called_production_move_together(world, monkeypatch):
+    registry, _, _ = world
+    plans, digests = Plans(registry), {e.version: e.digest for e in registry.entries("late")}
+
+    def both() -> tuple[dict[int, str], int, int]:
+        plan = plans.current("late")
+        return {e.version: e.state for e in registry.entries("late")}, plan.revision, next(v for v, d in digests.items() if d == plan.live)
+
+    plans.go_live("late", 0, digests[1], "deployed to the shop", "ann")
+    plans.go_live("late", 1, digests[2], "deployed to the shop", "ann")
+    before = both()
+    assert before == ({1: "retired", 2: "production", 3: "candidate"}, 2, 2)
+    with pytest.raises(InputError, match="revision 2 and not 1; look again"):      # somebody was quicker with the traffic
+        plans.go_live("late", 1, digests[3], "deployed to the shop")
+    with pytest.raises(IntegrityError, match="v1 is older than v2"):               # the registry says no
+        plans.go_live("late", 2, digests[1], "deployed to the shop")
+    with pytest.raises(InputError, match="is not registered"):
+        plans.go_live("late", 2, "0" * 64, "deployed to the shop")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):       # killed between the two
+        patched.setattr(plans, "_next", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt()))
+        plans.go_live("late", 2, digests[3], "deployed to the shop")
+    assert both() == before
+    assert plans.roll_back("late", "errors since noon", "bob").version == 1 and both() == ({1: "production", 2: "retired", 3: "candidate"}, 3, 1)
+    for state in ("staging", "canary"):
+        plans.move("late", 3, state, "better on validation", "ann")
+    assert both()[1:] == (3, 1), "a trial is the rollout's business"
+    plans.move("late", 3, "production", "the owner has decided", "ann")
+    assert both() == ({1: "retired", 2: "retired", 3: "production"}, 4, 3)
+    assert audit.verify(registry.store) == len(registry.moves()) + len(plans.history("late"))
 
 
 def test_a_database_that_is_not_there(tmp_path):

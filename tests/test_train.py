@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import InputError, IntegrityError
 from pipeline.data.contract import Contract, Rule
+from pipeline.train import trees
 from pipeline.train.budget import plan_fits
 from pipeline.train.checkpoints import Checkpoints
 from pipeline.train.choice import Limits, choose, leaderboard, rows_of
@@ -108,7 +109,8 @@ def test_another_seed_gives_another_model(family: str) -> None:
     assert not np.array_equal(one.predict(frame), two.predict(frame))
 
 
-def test_one_thread_or_two_make_the_same_trees() -> None:
+def test_one_thread_or_two_make_the_same_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "FEW_CELLS", 0)   # otherwise so small a matrix has one thread anyway
     random = np.random.default_rng(0)
     coded = np.column_stack([random.normal(size=(3000, 5)), random.integers(0, 9, 3000)])
     target = (coded[:, 0] + coded[:, 5] > 4).astype(int)

@@ -345,6 +345,14 @@ def audit_log(
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #d126df57
+def _known_problem(name: str, settings: Any) -> None:
+    "Nothing to show is one thing, a slip in the name another."
+    from pipeline.cli.run import problem_file
+
+    if not (settings.outputs / name).is_dir():
+        problem_file(name, settings)
+
+
 def _show_rows(rows: list[dict[str, Any]]) -> None:
     "A table; on a terminal long cells wrap, elsewhere every row is a line."
     from rich.box import SIMPLE_HEAD
@@ -396,6 +404,8 @@ def models(
         rows = [vars(e) for e in (registry.moves(problem or None) if history else registry.entries(problem or None))]
     finally:
         registry.close()
+    if problem and not rows:
+        _known_problem(problem, settings)
     rows = [{k: f"{v:%Y-%m-%d %H:%M:%S}" if hasattr(v, "strftime") else v[:12] if k == "digest" else v for k, v in row.items()} for row in rows]
     told = f"{moved.name} v{moved.version} is {moved.state}" if moved else "nothing is registered yet; a deploy phase registers its package"
     shown = [{k: v for k, v in row.items() if k not in ("digest", "revision", "number")} for row in rows]
@@ -959,8 +969,9 @@ def deploy_status(to: Place, as_json: Json = False, debug: Debug = False) -> int
 def deploy_stop(to: Place, as_json: Json = False, debug: Debug = False) -> int:
     "Stop what is live at a place; its releases stay."
     from pipeline.deploy.deployment import stop_all
+    from pipeline.deploy.registry import who
 
-    if not stop_all(to):
+    if not stop_all(to, by=who()):
         raise InputError(f"nothing was ever deployed to {to}; name the place that was given to: pilothouse deploy up")
     say({"stopped": to.name}, f"{to.name} is stopped", as_json)
     return 0

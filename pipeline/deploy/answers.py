@@ -46,7 +46,7 @@ def counted(
     if not rows:
         raise Refused(422, "no rows", "rows is empty; send at least one", [Finding(0, "rows", "is empty", None, "at least one row")])
     if rows > most:
-        raise Refused(413, "too many rows", f"{rows:,} rows were sent, {most:,} are taken at once; send them in parts")
+        raise Refused(413, "too many rows", f"{rows:,} rows were sent, {most:,} are taken at once ({MAX_EXPLAINED} where they are explained); send them in parts")
 
 # %% ../../nbs/lib/deploy/08_answers.ipynb #e74b1dde
 class Answerer:

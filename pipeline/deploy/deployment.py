@@ -29,8 +29,8 @@ from .package import LOCK, MANIFEST, verify_package
 # %% auto #0
 __all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'OWN', 'LIVE', 'CAME', 'KEPT', 'PATIENCE_S', 'NOBODY', 'assemble',
            'check_release', 'public_key_of', 'serve_release', 'write_serving', 'read_serving', 'plain_row', 'smoke',
-           'ask', 'read_live', 'run_door', 'Deployed', 'deploy', 'go_back', 'stop_all', 'Standing', 'standing',
-           'history']
+           'ask', 'read_live', 'cut_log', 'run_door', 'Deployed', 'deploy', 'go_back', 'stop_all', 'Standing',
+           'standing', 'history']
 
 # %% ../../nbs/lib/deploy/31_deployment.ipynb #465207f1
 PACKAGE, PUBLIC, PROGRAM, TOLD = "package", "package.pub", "app", "release.json"
@@ -267,6 +267,19 @@ def read_live(
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def cut_log(
+    file: Path,
+    most_bytes: int = 50_000_000,
+) -> None:
+    "A line a request would fill the disk: past its most, a log that a service goes on appending to becomes FILE.1 and starts anew."
+    if file.is_file() and file.stat().st_size > most_bytes:
+        try:
+            shutil.copyfile(file, file.with_name(f"{file.name}.1"))
+        except OSError as error:          # of a full disk, say: then the space counts more than the lines
+            print(f"{file.name} could not be kept ({error})", file=sys.stderr, flush=True)
+        os.truncate(file, 0)
+
+
 def run_door(
     place: Path | str,
     port: int,          # 127.0.0.1 only
@@ -307,6 +320,11 @@ def run_door(
             writer.write(NOBODY)
         writer.close()
 
+    async def tidy() -> None:
+        while True:
+            await asyncio.to_thread(cut_log, place / "log" / "answers.jsonl")
+            await asyncio.sleep(PATIENCE_S)
+
     async def main() -> None:
         server = await asyncio.start_server(guest, "127.0.0.1", port, reuse_address=True, backlog=1024)
         if announce:
@@ -314,7 +332,9 @@ def run_door(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        tidying = asyncio.create_task(tidy())
         await stop.wait()
+        tidying.cancel()
         server.close()
 
     asyncio.run(main())

@@ -43,6 +43,7 @@ __all__ = ['MAX_FINDINGS', 'PREDICTS', 'Answer', 'Call', 'Recorder', 'Ids', 'Sha
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #8bdde095
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}")
 
 
 @dataclass(slots=True)
@@ -219,10 +220,10 @@ class Service:
                     raise Refused(405, "method not allowed", f"{path} is asked with {wanted}", headers=[("allow", wanted)])
                 status, extra, out = answer(call)
         except Refused as refused:
-            status, extra, out = self.problem(refused, call.request)
+            status, extra, out = self.problem(refused, call.request, path)
         except (Exception, PanicException) as error:  # a fault of ours: said without its insides, logged with its kind
             status, extra, out = self.problem(
-                Refused(500, "internal error", "this request met a fault of the service; it is logged"), call.request
+                Refused(500, "internal error", "this request met a fault of the service; it is logged"), call.request, path
             )
             self.fault(error, request_id=call.request)
         self._note(method, route, call, status, time.perf_counter() - start, out)
@@ -231,8 +232,8 @@ class Service:
             told.append(("x-model-version", str(call.version)))
         return status, told, out
 
-    def problem(self, refused: Refused, request: str) -> Reply:
-        "A refusal as a problem document (RFC 9457)."
+    def problem(self, refused: Refused, request: str, path: str = "") -> Reply:
+        "A refusal as a problem document (RFC 9457); under /v2 with the member that the Open Inference Protocol's clients read."
         document: dict[str, Any] = {
             "type": f"urn:pilothouse:problem:{refused.title.replace(' ', '-')}",
             "title": refused.title,
@@ -241,6 +242,8 @@ class Service:
             "instance": f"urn:pilothouse:request:{request}",
             "request_id": request,
         }
+        if path.startswith("/v2"):
+            document["error"] = refused.detail
         if refused.findings:
             document["errors"] = [_shown(f) for f in refused.findings[:MAX_FINDINGS]]
             document["errors_found"] = len(refused.findings)
@@ -333,7 +336,7 @@ class Service:
             return self._predict_table(call, wishes)
         answerer, shadow = self._pick(call, None)
         beside = _beside(answerer, wishes) if wishes else []
-        found = answerer.json(call.body, self.limits.rows, lenient, bool(beside))
+        found = answerer.json(call.body, self._most(beside), lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
             self._in_shadow(call, shadow, partial(shadow.json, call.body, self.limits.rows, lenient))
@@ -346,10 +349,12 @@ class Service:
             extra = [_JSON, *_applied(lenient, [wish for wish, one in told.items() if one is not None])]
         return 200, extra, answerer.writer.document(call.request, answerer.writer.predictions(found.chosen, found.scores), more)
 
+    def _most(self, beside: Sequence[str]) -> int:
+        "Rows of a request: it is refused before it is answered."
+        return min(MAX_EXPLAINED, self.limits.rows) if "explain" in beside else self.limits.rows
+
     def _told(self, form: Callable[..., Any], answerer: Answerer, found: Found, beside: Sequence[str]) -> dict[str, Any]:
         "What is preferred beside the answers, as `say` or `say_columns` tells it."
-        if "explain" in beside and len(found.scores) > MAX_EXPLAINED:
-            raise Refused(413, "too many rows", f"{len(found.scores):,} rows were sent, {MAX_EXPLAINED} are explained at once; send them in parts")
         if not beside or found.checked is None:
             return {}
         frame, told = found.checked.frame, {}
@@ -369,7 +374,7 @@ class Service:
         columns = read_arrow(call.body, self.limits.rows)
         answerer, shadow = self._pick(call, columns)
         lenient, beside = "handling=lenient" in wishes, _beside(answerer, wishes)
-        found = answerer.columns(columns, self.limits.rows, lenient, bool(beside))
+        found = answerer.columns(columns, self._most(beside), lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
             self._in_shadow(call, shadow, partial(shadow.columns, columns, self.limits.rows, lenient))
@@ -436,7 +441,10 @@ class Service:
         return self._json(openapi(self.predictor, self.outcomes is not None))
 
     def _docs(self, call: Call) -> Reply:
-        out = page(openapi(self.predictor, self.outcomes is not None), example_row(self.predictor))
+        predictor, host, row = self.predictor, call.headers.get("host", ""), example_row(self.predictor)
+        found = predictor.predict_rows([row], lenient=True).frame
+        answer = None if found is None else {"model": predictor.name, "version": predictor.version, "request_id": call.request, "predictions": predictions(found)}
+        out = page(openapi(predictor, self.outcomes is not None), row, answer, host if _HOST.fullmatch(host) else "127.0.0.1:8000", bool(self.tokens))
         return 200, [("content-type", "text/html; charset=utf-8"), ("content-security-policy", CSP), ("referrer-policy", "no-referrer")], out
 
     # -- Open Inference Protocol
@@ -464,7 +472,7 @@ class Service:
         wishes = _wishes(call.headers)
         answerer, shadow = self._pick(call, columns)
         lenient, beside = "handling=lenient" in wishes, _beside(answerer, wishes)
-        found = answerer.columns(columns, self.limits.rows, lenient, bool(beside))
+        found = answerer.columns(columns, self._most(beside), lenient, bool(beside))
         self._count(call, answerer, found)
         if shadow is not None:
             self._in_shadow(call, shadow, partial(shadow.columns, columns, self.limits.rows, lenient))

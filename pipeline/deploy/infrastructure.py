@@ -178,6 +178,8 @@ echo "$NAME:$TAG is live; before: ${{OLD:-nothing}}"
 # %% ../../nbs/lib/deploy/24_infrastructure.ipynb #16225b83
 def _unit(b: Blueprint) -> str:
     return f"""\
+# To install: a release (a folder below releases/ of a place, see “pilothouse deploy up”) as /opt/{b.service}/release, its requirements.lock
+# installed into /opt/{b.service}/venv, SERVICE_TOKEN=… in /etc/{b.service}/environment (mode 0600); then: systemctl enable --now {b.service}
 [Unit]
 Description={b.service} prediction service
 After=network-online.target
@@ -193,6 +195,7 @@ Environment=PYTHONPATH=/opt/{b.service}/release/app PYTHONDONTWRITEBYTECODE=1 OM
 WorkingDirectory=/opt/{b.service}/release
 Restart=on-failure
 RestartSec=2
+KillMode=mixed
 TimeoutStopSec=30
 MemoryMax={_memory(b)}M
 TasksMax=512

@@ -401,6 +401,8 @@ def _unit(text: str) -> Iterator[tuple[str, str]]:
         yield "limits", "the service may take all memory"
     if service.get("Restart") not in ("on-failure", "always"):
         yield "restarts", "a service that fell stays down"
+    if service.get("KillMode") != "mixed":
+        yield "drains", "the workers would be ended together with their parent, in the middle of requests: KillMode=mixed"
     if re.search(r"(?im)^Environment=.*(password|secret|token|api_?key)\w*=\S", text):
         yield "no-secrets", "a secret stands in the unit; use EnvironmentFile="
     yield from _asked(["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSED}", "--no-pager"], "unit.service", text, "exposure",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['CSP', 'tensor_type', 'openapi', 'page', 'example_row']
+__all__ = ['REFUSED', 'PREFERRED', 'CSP', 'tensor_type', 'openapi', 'page', 'example_row']
 
 # %% ../../nbs/lib/deploy/07_openapi.ipynb #dfc855af
 def tensor_type(spec: Field) -> str:
@@ -27,18 +27,23 @@ def tensor_type(spec: Field) -> str:
     return {"number": "INT64" if whole else "FP64", "bool": "BOOL"}.get(spec.type, "BYTES")
 
 
+REFUSED = {"400": "the body cannot be read", "401": "no token, or one that nobody knows", "403": "the token's role may not ask this", "413": "too many bytes or rows",
+           "422": "values, fields or columns that cannot be answered, each named with its row", "429": "too often; Retry-After says when to come back"}
+PREFERRED = {"explain": "explain: what each column added to the score (JSON: explanations; tensors and tables: explain_of, explain_score, explain_base, added_COLUMN)",
+             "sets": "sets: what cannot be ruled out (JSON: sets; tensors and tables: set_CLASS, or set_low and set_high)",
+             "targets": "targets: answers to further questions (JSON: targets; tensors and tables: target_NAME, target_NAME_p_CLASS)"}
+
+
 def openapi(
     predictor: Predictor,
     outcomes: bool = False,     # whether late outcomes are taken
 ) -> dict[str, Any]:
     "The service as OpenAPI 3.1."
-    problem = {"description": "what was wrong, by row and field", "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
-    wrong = dict.fromkeys(("400", "401", "403", "413", "422", "429"), problem)
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    wrong = {code: {"description": said, "content": problem} for code, said in REFUSED.items()}
     prefer = {"name": "Prefer", "in": "header", "schema": {"type": "string", "examples": ["handling=lenient", "explain", "sets", "targets"]},
-              "description": "handling=lenient: answer what training never saw, with a warning; explain: add what each column contributed; "
-                             "sets: add what cannot be ruled out; targets: add answers to further questions. Members of a JSON answer; tensors and tables get columns: "
-                             "explain_of, explain_score, explain_base, added_COLUMN; set_CLASS, or set_low and set_high; target_NAME, target_NAME_p_CLASS. "
-                             "What this version can add: " + (", ".join(wish for wish in WISHES if can_say(predictor, wish))) + "; Preference-Applied says what was added"}
+              "description": "handling=lenient: answer what training never saw, with a warning; " + "; ".join(PREFERRED[wish] for wish in WISHES if can_say(predictor, wish))
+                             + ". Preference-Applied says what was served"}
     known = {"name": "X-Request-Id", "in": "header", "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}, "description": "comes back in the answer; made where it is missing"}
     table = {"type": "string", "format": "binary", "description": "a table as an Arrow IPC stream, without compression; answered likewise"}
     schemas = _schemas(predictor)
@@ -50,7 +55,7 @@ def openapi(
             "responses": {"200": {"description": "predictions in the order of the rows", "content": {
                 "application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}, "application/vnd.apache.arrow.stream": {"schema": table}}}, **wrong}}},
         f"/v2/models/{predictor.name}/infer": {"post": {
-            "operationId": "infer", "summary": "The same by the Open Inference Protocol", "parameters": [prefer, known],
+            "operationId": "infer", "summary": "The same by the Open Inference Protocol, a tensor a column, JSON or binary; a missing number is NaN, a missing text is empty", "parameters": [prefer, known],
             "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Tensors"}}}},
             "responses": {"200": {"description": "a tensor for each column of the answer", "content": {"application/json": {"schema": {"type": "object"}}}}, **wrong}}},
     }
@@ -104,32 +109,42 @@ CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-acti
 _STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}h1,h2,h3{line-height:1.2}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid color-mix(in srgb,currentColor 20%,transparent);vertical-align:top}
 pre,code{font:14px/1.4 ui-monospace,monospace}pre{overflow-x:auto;padding:.8rem;border:1px solid color-mix(in srgb,currentColor 25%,transparent);border-radius:.4rem}
-.verb{font-weight:700}:focus-visible{outline:2px solid}"""
+code{overflow-wrap:anywhere}pre code,.wide code{overflow-wrap:normal}.kind{white-space:nowrap}.verb{font-weight:700}:focus-visible{outline:2px solid}"""
 
 
 def page(
     document: Mapping[str, Any],     # of `openapi`
     example: Mapping[str, Any],      # a row
+    answer: Mapping[str, Any] | None = None,    # to it
+    host: str = "127.0.0.1:8000",    # under which it was asked
+    token: bool = False,             # whether one is needed
 ) -> bytes:                          # HTML
     "The description as one page without a script."
     schemas, info = document["components"]["schemas"], document["info"]
     row, required = schemas["Row"]["properties"], set(schemas["Row"]["required"])
-    told = [f"<tr><th scope='row'><code>{_safe(name)}</code></th><td>{_safe(_kind(spec))}</td><td>{_safe(_allowed(spec))}</td><td>{'yes' if name in required else 'no'}</td></tr>"
+    told = [f"<tr><th scope='row'><code>{_safe(name)}</code></th><td class='kind'>{_safe(_kind(spec))}</td><td>{_safe(_allowed(spec))}</td><td>{'yes' if name in required else 'no'}</td></tr>"
             for name, spec in row.items() if "type" in spec]
     idle = [name for name, spec in row.items() if "type" not in spec]
     parts = [f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'><title>{_safe(info['title'])}</title>",
              f"<style>{_STYLE}</style></head><body><main><h1>{_safe(info['title'])}, version {_safe(info['version'])}</h1>",
              "<p>For machines: <a href='openapi.json'>openapi.json</a>.</p><h2>Ask for a prediction</h2>",
-             f"<pre tabindex='0'><code>curl -X POST -H 'content-type: application/json' \\\n  -d '{_safe(json.dumps({'rows': [dict(example)]}, ensure_ascii=False).replace(chr(39), chr(39) + chr(92) + chr(39) * 2))}' \\\n  http://127.0.0.1:8000/predict</code></pre>",
+             f"<pre tabindex='0'><code>curl -X POST -H 'content-type: application/json' \\\n{_BEARER if token else ''}  -d '{_in_quotes(example)}' \\\n"
+             f"  {'https' if token else 'http'}://{_safe(host)}/predict</code></pre>",
+             f"<p>It is answered with</p><pre tabindex='0'><code>{_safe(json.dumps(dict(answer), indent=1, ensure_ascii=False))}</code></pre>" if answer else "",
              "<h2>A row</h2><div class='wide' tabindex='0' role='region' aria-label='Fields of a row'><table><thead><tr><th scope='col'>Field</th><th scope='col'>Type</th>"
              f"<th scope='col'>Allowed</th><th scope='col'>Required</th></tr></thead><tbody>{''.join(told)}</tbody></table></div>",
              f"<p>Accepted and not used: {_safe(', '.join(idle))}.</p>" if idle else "", "<h2>Paths</h2>"]
     for path, verbs in document["paths"].items():
         for verb, what in verbs.items():
-            answers = "".join(f"<li>{code}: {_safe(answer['description'])}</li>" for code, answer in what["responses"].items())
+            if verb == "get":
+                continue
             heads = "".join(f"<li><code>{_safe(p['name'])}</code>: {_safe(p.get('description', ''))}</li>" for p in what.get("parameters", []))
             parts.append(f"<h3><span class='verb'>{verb.upper()}</span> <code>{_safe(path)}</code></h3><p>{_safe(what.get('summary', ''))}</p>"
-                         + (f"<p>Headers</p><ul>{heads}</ul>" if heads else "") + f"<p>Answers</p><ul>{answers}</ul>")
+                         + (f"<p>Headers</p><ul>{heads}</ul>" if heads else ""))
+    refused = "".join(f"<tr><th scope='row'>{code}</th><td>{_safe(said)}</td></tr>" for code, said in REFUSED.items())
+    asked = "".join(f"<tr><th scope='row'><code>{_safe(path)}</code></th><td>{_safe(verbs['get'].get('summary', ''))}</td></tr>" for path, verbs in document["paths"].items() if "get" in verbs)
+    parts += [f"<h3>What is refused, and why</h3><p>As a problem document (RFC 9457).</p><table><tbody>{refused}</tbody></table>",
+              f"<h3>To be asked with <span class='verb'>GET</span></h3><table><tbody>{asked}</tbody></table>"]
     return "".join([*parts, "</main></body></html>"]).encode()
 
 
@@ -146,13 +161,23 @@ def example_row(predictor: Predictor) -> dict[str, Any]:
     return {spec.name: value(spec) for spec in predictor.schema.fields}
 
 # %% ../../nbs/lib/deploy/07_openapi.ipynb #93949af5
+_BEARER = "  -H \"authorization: Bearer $TOKEN\" \\\n"
+
+
+def _in_quotes(row: Mapping[str, Any]) -> str:
+    "A request of one row, a few fields a line, between a shell's quotes."
+    fields = [f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}" for name, value in row.items()]
+    text = '{"rows": [{' + ",\n    ".join(", ".join(fields[i:i + 4]) for i in range(0, len(fields), 4)) + "}]}"
+    return _safe(text.replace("'", "'\\''"))
+
+
 def _safe(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
 def _kind(spec: Mapping[str, Any]) -> str:
     kinds = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
-    return " or ".join(("missing (null)" if kind == "null" else kind) for kind in kinds) + (f", {spec['format']}" if "format" in spec else "")
+    return " or ".join(kinds) + (f", {spec['format']}" if "format" in spec else "")
 
 
 def _allowed(spec: Mapping[str, Any]) -> str:

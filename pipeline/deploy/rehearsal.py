@@ -119,12 +119,12 @@ def validation_rows(
     "Rows on which the model was chosen, answered by the model as it was trained, in this process and without the package."
     from pipeline.train.models import load_model
 
-    found = run.load("train/validation").select("__row", "y").drop_nulls().unique("__row", keep="first", maintain_order=True)
+    found = run.load("train/validation").select("__row", pl.col("y").alias("__outcome")).drop_nulls().unique("__row", keep="first", maintain_order=True)
     frame = found.gather_every(max(-(-found.height // VALIDATED), 1)).join(run.load("data/train"), on="__row", maintain_order="left")
     if frame.is_empty():
         return None
     model = load_model(run.load(shipped(run)))
-    return frame, pl.concat([frame.select("__row", "y"), model.answers(model.predict(frame))], how="horizontal")
+    return frame, pl.concat([frame.select("__row", y="__outcome"), model.answers(model.predict(frame))], how="horizontal")
 
 
 def affordable(

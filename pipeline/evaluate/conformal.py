@@ -100,7 +100,8 @@ def learn_promise(
 ) -> dict[str, Any]:                       # level, cut (None: too few rows), groups
     "The cut of all rows and those of every group that is large enough."
     cut = cut_for(strange, level)
-    groups = [{"grouping": one.to_dict(), "cuts": cuts_by(strange, one.of(frame[one.by]).to_numpy(), level, few)} for one in groupings]
+    found = [(one, cuts_by(strange, one.of(frame[one.by]).to_numpy(), level, few)) for one in groupings]
+    groups = [{"grouping": one.to_dict(), "cuts": {name: own for name, own in cuts.items() if math.isfinite(own)}} for one, cuts in found]
     return {"level": level, "cut": cut if math.isfinite(cut) else None, "groups": [one for one in groups if one["cuts"]]}
 
 

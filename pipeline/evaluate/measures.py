@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pipeline.train.models import Model
 
 # %% auto #0
-__all__ = ['PERCENT', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure', 'beside_validation',
-           'measure_over_seeds']
+__all__ = ['PERCENT', 'ALIKE', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure',
+           'beside_validation', 'measure_over_seeds']
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #d7d0ee4e
 PERCENT = ("accuracy", "balanced_accuracy", "precision_at_recall", "coverage_90")
@@ -124,14 +124,17 @@ def measure(
     return Measured(claims, stack(*parts))
 
 
+ALIKE = ("roc_auc", "average_precision", "log_loss", "brier", "ece")      # of yes or no, those that no threshold moves
+
+
 def beside_validation(
     run: Run,
     holdout: Holdout,
     found: Claim,       # the main metric on the holdout
-) -> list[Html]:        # one box; none where training claimed nothing
+) -> list[Html]:        # one box; none where training claimed nothing that can be compared
     "What training saw on its validation rows, and whether unseen rows are worse beyond chance."
     seen = next((c for c in run.claims("train") if c.name == f"validation_{holdout.main}"), None)
-    if seen is None or None in (seen.low, seen.high, found.low, found.high):
+    if seen is None or holdout.task == "binary" and holdout.main not in ALIKE or None in (seen.low, seen.high, found.low, found.high):
         return []
     worse = found.high < seen.low if BETTER[holdout.main] == "higher" else found.low > seen.high       # type: ignore[operator]
     said = f"On the validation rows that chose the model, training saw {number(seen.value)} ({number(seen.low)} to {number(seen.high)})"

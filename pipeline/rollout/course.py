@@ -248,7 +248,7 @@ def claim_rollout(
             [
                 (
                     "difference to the live model",
-                    f"{quality.value:+.4f}" if math.isfinite(quality.value) else "not measured",
+                    f"{quality.value:+.4f}".replace("-", "−") if math.isfinite(quality.value) else "not measured",
                     quality,
                     trial.rules.worse_by,
                 )

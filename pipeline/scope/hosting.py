@@ -190,7 +190,8 @@ def read_answers(
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InputError(f"no answers file {path}; write one with at least data_must_stay and operations") from error
+        must = [f"{key}: {' | '.join(get_args(told.annotation))} ({told.description})" for key, told in Answers.model_fields.items() if told.is_required()]
+        raise InputError(f"no answers file {path}; write one with at least these lines: {', '.join(must)}; more may be said: {', '.join(key for key, told in Answers.model_fields.items() if not told.is_required())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"answers file {path} cannot be read as UTF-8 text ({error}); check the path and its encoding") from error
     values, places = read_yaml(text, path.name)

@@ -78,7 +78,7 @@ def ask(systems: list[str], data: Path, names: list[str], budget: float, seeds: 
                     continue
                 command = [str(PEER), str(ROOT / "tests/bench/automl_peer.py"), system] if system != "ours" else [sys.executable, "-m", "tests.bench.models", "one"]
                 rest = [told["train"], told["test"], told["target"], told["task"], budget, seed, out]
-                done = subprocess.run([*command, *map(str, rest)], cwd=ROOT, env=environment, capture_output=True, text=True)
+                done = subprocess.run([*command, *map(str, rest)], cwd=ROOT if system == "ours" else KEPT, env=environment, capture_output=True, text=True)
                 if done.returncode:
                     print(f"{system} on {name}: {done.stderr[-600:]}", flush=True)
                     continue
