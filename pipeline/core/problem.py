@@ -202,7 +202,7 @@ class TrainSection(Section):
     families: list[Family] = ["dummy", "linear", "trees", "portfolio"]
     rows_max: int = Field(1_000_000, ge=100)
     interpretable: bool = False
-    tolerance: NotNegative = Field(0.002, description="loss of the main metric that simplicity may cost")
+    tolerance: NotNegative = Field(0.002, description="loss of the main metric that simplicity may cost; one standard error where the rows tell less; 0: the best number wins")
     latency_ms: Positive | None = Field(None, description="most CPU milliseconds that the model may take for one row")
     ensemble: bool = Field(True, description="weigh several candidates together, where the limits allow it")
     distill: bool = Field(False, description="try a small student of the best candidate")

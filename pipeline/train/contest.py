@@ -258,7 +258,9 @@ def draw_folds(contest: Contest, found: Found) -> Any:
 
 def draw_costs(contest: Contest, found: Found, board: pl.DataFrame) -> Any:
     "Quality against the computing it took."
-    spent = found.costs().group_by("candidate").agg(pl.col("cpu_s").sum())
+    own = dict(found.costs().group_by("candidate").agg(pl.col("cpu_s").sum()).iter_rows())
+    took = {t.name: own[t.name] + sum(own[member["name"]] for member in t.config.get("members", [])) for t in found.trials}   # who weighs others needs their fits
+    spent = pl.DataFrame({"candidate": list(took), "cpu_s": list(took.values())})
     shown = board.filter(pl.col("metric").is_not_null() & (pl.col("family") != "dummy")).join(spent, on="candidate", how="left")
     if shown.is_empty():
         return note("No candidate has an answer, so there is no price to compare.", "warn")
