@@ -4183,6 +4183,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'pipeline/evaluate/threshold.py'),
                                              'pipeline.evaluate.threshold.choose_threshold': ( 'lib/evaluate/threshold.html#choose_threshold',
                                                                                                'pipeline/evaluate/threshold.py'),
+                                             'pipeline.evaluate.threshold.closest': ( 'lib/evaluate/threshold.html#closest',
+                                                                                      'pipeline/evaluate/threshold.py'),
                                              'pipeline.evaluate.threshold.draw_value': ( 'lib/evaluate/threshold.html#draw_value',
                                                                                          'pipeline/evaluate/threshold.py'),
                                              'pipeline.evaluate.threshold.gain_of_tuning': ( 'lib/evaluate/threshold.html#gain_of_tuning',

@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 
 from pipeline.core import audit
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, IntegrityError
 from pipeline.deploy.package import Contents, release
 from pipeline.deploy.registry import Registry
 from pipeline.deploy.schema import make_schema
@@ -432,6 +432,17 @@ def test_what_cannot_be_started_is_said(steering: Steering) -> None:
     with pytest.raises(InputError, match="v3 is on trial already"):
         begin(steering)
     assert steering.rollouts.active("late") is None and live(steering) == (1, None, 0)
+
+
+def test_an_older_version_is_tried_only_by_somebody_who_says_so(steering: Steering) -> None:
+    steering.registry.move("late", 3, "canary", "tried", "eve")
+    steering.plans.move("late", 3, "production", "better", "eve")
+    with pytest.raises(IntegrityError, match="v2 is older than v3, which was in production"):
+        begin(steering)
+    assert steering.rollouts.current("late") is None and steering.plans.current("late") is None and steering.registry.entry("late", 2).state == "staging"
+    steering.registry.move("late", 2, "canary", "v3 is too slow", "eve", downgrade=True)
+    begin(steering)
+    assert live(steering) == (3, 2, 5.0)
 
 
 def test_a_start_that_somebody_thwarts_leaves_nothing_behind(steering: Steering, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['acted_across_folds', 'gain_of_tuning', 'pick_threshold', 'choose_threshold', 'share_reviewed', 'check_review',
-           'draw_value', 'thinned']
+__all__ = ['acted_across_folds', 'gain_of_tuning', 'closest', 'pick_threshold', 'choose_threshold', 'share_reviewed',
+           'check_review', 'draw_value', 'thinned']
 
 # %% ../../nbs/lib/evaluate/00_threshold.ipynb #c840987c
 def acted_across_folds(
@@ -56,6 +56,23 @@ def gain_of_tuning(
     return paired("value_per_1000", y, acted, p, threshold=0.5, threshold_q=break_even(costs), costs=costs, seed=seed, draws=draws)
 
 # %% ../../nbs/lib/evaluate/00_threshold.ipynb #30053046
+def closest(
+    p: np.ndarray,        # (n,) scores
+    threshold: float,
+    fold: np.ndarray,     # (n,)
+    share: float,         # planned, of all rows
+) -> np.ndarray:          # rows, nearest first
+    "As many rows around the threshold as leave no fold with more than its share; the share of all, where folds are too small to have one."
+    order = np.argsort(np.abs(p - threshold), kind="stable")
+    most = len(p)
+    for one in np.unique(fold):
+        places = np.flatnonzero(fold[order] == one)
+        room = int(share * len(places) + 1e-9)
+        if room < len(places):
+            most = min(most, int(places[room]))
+    return order[:most or round(share * len(p))]
+
+
 def pick_threshold(
     frame: pl.DataFrame,                # validation predictions: y, fold, p_…
     costs: dict[str, float],
@@ -77,7 +94,7 @@ def pick_threshold(
          "acts_on": float(np.mean(p >= t))}
         for name, t in [("break-even", even), ("tuned on validation", tuned), ("one half", 0.5)]
     ]
-    close = np.argsort(np.abs(p - chosen), kind="stable")[: round(review * len(p))]
+    close = closest(p, chosen, frame["fold"].to_numpy(), review)
     return {
         "threshold": chosen, "rule": rule, "break_even": even, "tuned": tuned, "costs": costs,
         "value_per_1000": metric("value_per_1000", y, p, threshold=chosen, costs=costs), "measured_on": "validation",

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import EnvironmentFault, InputError
+from ..core.errors import EnvironmentFault, InputError, IntegrityError
 from ..core.run import clock
 from ..deploy.registry import Registry, who
 from ..deploy.versions import Plan, Plans
@@ -105,7 +105,7 @@ class Steering:
         maintenance: Sequence[str] = (),
         review_s: float = 3600.0,
     ) -> Rollout:
-        "Start a rollout of a version that is in staging or on trial already; raises `InputError`."
+        "Start a rollout of a version that is in staging or on trial already; raises `InputError`, `IntegrityError` for an older one."
         by, entry, plan = by or who(), self.registry.entry(name, version), self.plans.current(name)
         if entry.state not in ("staging", "canary"):
             raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging (pilothouse models {name} --move {version} --to staging --reason '…')")
@@ -120,6 +120,9 @@ class Steering:
             raise InputError(f"nothing of {name} is live, so there is nothing to compare v{version} with; bring a version to production first (pilothouse models {name} --move …)")
         if old == entry.digest:
             raise InputError(f"{name} v{version} answers everything already; there is nothing to roll out")
+        newest = self.registry.newest(name)
+        if entry.state == "staging" and version < newest:
+            raise IntegrityError(f"{name} v{version} is older than v{newest}, which was in production; to try it all the same: pilothouse models {name} --move {version} --to canary --downgrade --reason '…'")
         facts = {"reading": asdict(replace(reading, stage=unsettled(review_s))), "subject": subject, "maintenance": list(maintenance), "review_s": review_s, "looked": ""}
         first = start(rules)
         if reading.kpi != "none":
@@ -127,7 +130,7 @@ class Steering:
         rollout = self.rollouts.start(name, version, entry.digest, old, rules, facts, plan.revision if plan else 0, by, reason, first)
         try:
             return self.settle(rollout)
-        except InputError as error:      # somebody was quicker in the registry or with the traffic: nothing has begun
+        except (InputError, IntegrityError) as error:      # somebody was quicker in the registry or with the traffic: nothing has begun
             self._withdraw(rollout, by, str(error))
             self.rollouts.change(self.rollouts.get(rollout.number), "aborted", by, str(error), None, "aborted", replace(first, status="rolled back"))
             raise
