@@ -3514,6 +3514,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'pipeline/engine/runner.py'),
                                         'pipeline.engine.runner._Work.close': ( 'lib/engine/runner.html#_work.close',
                                                                                 'pipeline/engine/runner.py'),
+                                        'pipeline.engine.runner._Work.note_left': ( 'lib/engine/runner.html#_work.note_left',
+                                                                                    'pipeline/engine/runner.py'),
                                         'pipeline.engine.runner._Work.outcome': ( 'lib/engine/runner.html#_work.outcome',
                                                                                   'pipeline/engine/runner.py'),
                                         'pipeline.engine.runner._Work.wave': ( 'lib/engine/runner.html#_work.wave',

@@ -50,7 +50,7 @@ def kill_all(
     mark: str,
 ) -> None:
     "Kill a kernel, its group and every marked process, again until none is left; for at most five seconds."
-    until = time.monotonic() + 5
+    until, quiet = time.monotonic() + 5, 0
     while True:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
@@ -58,7 +58,8 @@ def kill_all(
         for pid in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if not alive or time.monotonic() > until:
+        quiet = 0 if alive else quiet + 1
+        if quiet == 2 or time.monotonic() > until:     # who is just becoming another program shows no mark: a second look
             return
         time.sleep(0.01)
 

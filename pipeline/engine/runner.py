@@ -189,6 +189,7 @@ def run_pipeline(
     with holding(run):
         work = _Work(wish, settings, resolved, phases, run, tell, pages, executor)
         try:
+            work.note_left([phase for phase in phases if phase.number < chosen[0].number])
             for wave in waves(chosen):
                 work.wave(wave)
             return work.outcome()
@@ -275,6 +276,12 @@ class _Work:
                 self.tell("phase_fresh", phase=phase.name)
         if stale:
             self._run_side_by_side(stale)
+
+    def note_left(self, before: list[Phase]) -> None:
+        "Say which phases before those that were asked for are not up to date: what they found earlier is built upon."
+        for phase in before:
+            if self.facts.receipt(phase.name) is not None and (reasons := why_stale(phase, self.facts)):
+                self.notes.append(f"{phase.name} is older than what it rests on ({reasons[0]}) and was left as it is; run without --only or --from to bring it up to date")
 
     def _first(self) -> Phase:
         return named_phase(self.wish.start or "", self.phases)
