@@ -81,5 +81,5 @@ def test_a_wrong_answer_is_one_sentence(text: str, words: str, tmp_path: Path) -
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     values: Any = tmp_path / "nothing.yml"
-    with pytest.raises(InputError, match="data_must_stay and operations"):
+    with pytest.raises(InputError, match="write one with at least these lines: .*data_must_stay.*operations"):
         advise_hosting(values)

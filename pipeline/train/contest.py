@@ -34,11 +34,11 @@ from .students import add_candidates, compare_students, price_later
 from .workers import Cluster, Workers
 
 # %% auto #0
-__all__ = ['OVERSHOOT', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest', 'show_plan',
-           'hold_contest', 'measure_answers', 'answer_costs', 'recorded_costs', 'show_trials', 'rank', 'draw_board',
-           'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle', 'show_choice', 'show_hindsight',
-           'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds', 'score_beside', 'claim_quality',
-           'check_quality', 'tell_contest']
+__all__ = ['OVERSHOOT', 'IN_WORDS', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest',
+           'show_plan', 'hold_contest', 'measure_answers', 'answer_costs', 'recorded_costs', 'show_trials', 'rank',
+           'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle', 'show_choice',
+           'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds', 'score_beside',
+           'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -461,6 +461,12 @@ def check_quality(
     return headline([(c.title, number(c.value), c, 0.0 if c is gain else None) for c in shown])
 
 
+IN_WORDS = {
+    "dummy": "one answer for all", "linear": "a linear model", "additive": "an additive model", "text": "a linear model of words", "trees": "LightGBM's default", "student": "a distilled model",
+    "portfolio": "gradient boosting", "nets": "a neural net", "backbone": "a pretrained backbone", "ensemble": "an ensemble",
+}
+
+
 def tell_contest(
     contest: Contest,
     found: Found,
@@ -475,6 +481,7 @@ def tell_contest(
               for name, words in (("default", "LightGBM's default"), ("dummy", "the dummy")) if f"validation_{metric}_{name}" in by_name]
     early = "; the clock stopped the search early" if found.stopped_early else ""
     against = f", against {' and '.join(beside)}" if beside else ""
-    name = "LightGBM's default (trees)" if choice.name == "trees" else choice.name
+    word = IN_WORDS[next(t.family for t in found.trials if t.name == choice.name)]
+    name = word if choice.name in word else f"{word} ({choice.name})"
     return (f"{name} earns its cost: {contest.label} {number(main.value)}{ends} on {len(contest.rows.valid):,} rows it had not seen"
             f"{against}; {by_name['model_mb'].value:.3g} MB{early}.")
