@@ -286,12 +286,11 @@ def _opened(file: Path, key: bytes) -> list[bytes]:
             end = at + 4 + int.from_bytes(held[at:at + 4], "big")
             frames.append(cipher.decrypt(len(frames).to_bytes(12, "big"), held[at + 4:end], LAST if end >= len(held) else b""))
             at = end
-        if frames:
-            return frames
-        problem: Exception | None = None
+        if not frames:
+            raise ValueError("it is empty")
     except (InvalidTag, ValueError) as error:
-        problem = error
-    raise IntegrityError(f"{file.name} of the inference log does not open: it was changed, or the store's pseudonym key is another; move it away to go on without its rows") from problem
+        raise IntegrityError(f"{file.name} of the inference log does not open: it was changed, or the store's pseudonym key is another; move it away to go on without its rows") from error
+    return frames
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #940ecc71
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
