@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/engine/12_lineage.ipynb #800710b8
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from ..core.errors import InputError, IntegrityError, suggest
 from ..core.run import phase_folders, read_claims, read_receipt
-from ..core.store import Artifact, read_artifact
+from ..core.store import Artifact, digest_file, read_artifact
 from .manifest import read_manifest
 
 # %% auto #0
@@ -73,8 +72,8 @@ class Receipts:
         room, _, file = name.partition("/")
         told = next((phase for phase in self.phases if phase.partition("_")[2] == room and file in TOLD), None)
         if told is not None:      # what a phase says about itself stands beside its artifacts
-            sha256 = hashlib.sha256((self.run / told / file).read_bytes()).hexdigest()
-            return self._once("artifact", name, lambda: Step("artifact", name, {"file": f"{told}/{file}", "sha256": sha256}, (self.phase(told),)))
+            facts = {"file": f"{told}/{file}", "sha256": digest_file(self.run / told / file)}
+            return self._once("artifact", name, lambda: Step("artifact", name, facts, (self.phase(told),)))
         if name not in self.artifacts:
             raise IntegrityError(f"{self.run.parent.name}/{self.run.name}: {name} was loaded, but no phase wrote it; run the pipeline again")
         phase, artifact = self.artifacts[name]
