@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 export UV_LINK_MODE = copy
 
-.PHONY: run test check lab edit sync lock schema outputs bench setup clean help
+.PHONY: run test smoke check lab edit sync lock schema outputs bench setup clean help
 
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -19,6 +19,9 @@ test: $(SETUP)   ## every lesson and every test
 	@$(BIN)/python tools/setup.py browser
 	$(BIN)/nbdev-test nbs --skip-folder-re '^([_.]|phases)' --n-workers 2
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+
+smoke: $(SETUP)  ## one table from CSV to verdict, served, verified and reproduced: minutes
+	$(BIN)/python -m pytest tests/test_end_to_end.py -n 0 -k binary_table
 
 check: $(SETUP)  ## notebooks and modules one thing, lint, types, layers, README
 	$(BIN)/python tools/house.py check

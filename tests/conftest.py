@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples in every run, so that a red run is about the change; FUZZ=1 draws new ones.
+settings.register_profile("same", derandomize=not os.environ.get("FUZZ"))
+settings.load_profile("same")
 
 
 LONG = ("test_end_to_end", "test_label_studio", "test_cluster", "test_deploy_server", "test_privacy", "test_own_table", "test_runbook", "test_batch")

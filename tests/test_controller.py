@@ -517,3 +517,23 @@ def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path
     code, told = say(tmp_path, "back", "late", "--reason", "the drill")
     assert code == 0 and told["status"] == "rolled back" and live(steering) == (1, None, 0) and time.monotonic() - begun < 30
     registry.close()
+
+
+def test_somebody_who_is_quicker_with_the_traffic_does_not_end_the_controller(steering: Steering, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A killed one had moved the row and not the traffic; while another one catches up, a person changes the traffic."
+    begin(steering)
+    seen = steering.rollouts.active("late")
+    steering.rollouts.change(seen, "advanced", "a killed one", "enough", state=replace(seen.state, stage=1))
+    real, quicker = steering.plans.change, ["eve"]
+
+    def change(name: str, revision: int, *told, **changes) -> Plan:
+        if quicker:
+            real(name, revision, "by hand", quicker.pop(), share=1.0)
+        return real(name, revision, *told, **changes)
+
+    monkeypatch.setattr(steering.plans, "change", change)
+    world = World()
+    world.serve(steering.plans.current("late"), 100)
+    controller(steering, world).step()
+    held = steering.rollouts.current("late")
+    assert held.status == "held" and "by hand" in held.reason and live(steering)[2] == held.share == 5.0

@@ -273,7 +273,7 @@ def guarded(package: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     place = tmp_path_factory.mktemp("guarded")
     cert, key = certificate(place)
     tokens = {who: make_token(place / "tokens", who, [role], rate) for who, role, rate in [
-        ("shop", "caller", 0.0), ("grafana", "observer", 0.0), ("ann", "operator", 0.0), ("greedy", "caller", 2.0), ("steady", "caller", 20.0)]}
+        ("shop", "caller", 0.0), ("grafana", "observer", 0.0), ("ann", "operator", 0.0), ("greedy", "caller", 2.0), ("steady", "caller", 5.0)]}
     predictor = load_package(package[1], audit.public_key(package[0], KEY))
     body = json.dumps({"rows": as_rows(world.rows("binary", 20, seed=5), predictor.schema.names)[:1]}).encode()
     with running(package[0], package[1], cert, host="::1", tls_cert=str(cert), tls_key=str(key), tokens=str(place / "tokens"),
@@ -320,7 +320,7 @@ def test_a_caller_is_held_to_his_rate_and_told_when_to_come_back(guarded: Guarde
     refused, let_in = [f for f in found if f[0] == 429], sum(f[0] == 200 for f in found)
     assert 2 <= let_in <= 3 + 2 * (time.monotonic() - begun) and len(refused) + let_in == 40 and all(f[1]["retry-after"].isdecimal() for f in refused)
     connection, steady = guarded.server.connect(), {"authorization": f"Bearer {guarded.tokens['steady']}"}
-    for _ in range(20):             # all of it through one connection, and so through one worker
+    for _ in range(5):              # all of it through one connection, and so through one worker
         connection.request("POST", "/predict", guarded.body, steady)
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import deploy_world as world
 from serving_kit import in_a_table, in_tensors, tensors_of
-from pipeline.core.errors import InputError, IntegrityError
+from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
 from pipeline.data.contract import target_values
-from pipeline.deploy.answers import answerer_of
+from pipeline.deploy.answers import LARGE, answerer_of
 from pipeline.deploy.batch import predict_all, read_rows, write_rows
 from pipeline.deploy.predict import Predictor
 from pipeline.deploy.frames import check_frame
@@ -170,6 +170,17 @@ def test_no_body_is_ever_a_fault_of_ours(service: Service, rows: list[dict[str, 
         assert len(answer["predictions"]) == len(full)
     elif full:
         assert answer["errors"] and all(e["field"] in full[e["row"]] for e in answer["errors"])
+
+
+def test_too_many_rows_are_refused_before_they_are_read(service: Service) -> None:
+    "A large body that is wrong from its first row on: what is said is that it is too long; a small one's faults are named."
+    wrong = {**GOOD, next(iter(GOOD)): ["no", "such", "value"]}
+    many = json.dumps({"rows": [wrong] * 10_001}).encode()
+    assert len(many) > LARGE
+    status, _, out = service.handle("POST", "/predict", {}, many)
+    assert status == 413 and "10,001 rows were sent" in json.loads(out)["detail"]
+    assert service.handle("POST", "/predict", {}, json.dumps({"rows": [wrong]}).encode())[0] == 422
+    assert service.handle("POST", "/predict", {}, many[:-1])[0] == 400 and service.handle("POST", "/predict", {}, json.dumps([wrong] * 10_001).encode())[0] == 422
 
 
 def test_mutated_bytes_are_never_a_fault_of_ours(service: Service) -> None:
@@ -496,6 +507,18 @@ def test_requests_in_flight_keep_their_version_through_swaps(two: tuple[Served, 
             wrong.append(answer)
     worker.join()
     assert not wrong and asked >= 200
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device", "/srv/store/spool"), EnvironmentFault("database /srv/store/registry.db is away")])
+def test_what_cannot_be_kept_now_may_be_sent_again_later(service: Service, fault: Exception) -> None:
+    "A full disk is no fault of the program: 503 with Retry-After, nothing of the machine told, the fault in the log."
+    def take(_: Any) -> int:
+        raise fault
+    logged: list[Any] = []
+    told = Service(service.predictor, outcomes=take, log=logged.append)
+    status, headers, body = told.handle("POST", "/outcomes", {}, b'{"outcomes": [{"request_id": "abc", "row": 0, "value": "true"}]}')
+    assert status == 503 and dict(headers)["retry-after"] == "5" and "sent again later" in json.loads(body)["detail"] and b"/srv" not in body
+    assert any(type(fault).__name__ in str(one) for one in logged)
 
 
 def test_late_outcomes_are_handed_over(service: Service) -> None:

@@ -205,6 +205,26 @@ def test_the_log_of_a_place_is_bounded(tmp_path: Path, capsys: pytest.CaptureFix
         kept.rmdir()
 
 
+def test_a_token_that_the_command_made_ends_on_its_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli.main import main
+    from pipeline.deploy.requests import Refused
+    from pipeline.deploy.tokens import Tokens
+
+    file, words = tmp_path / "tokens.jsonl", ["serve", "--tokens", str(tmp_path / "tokens.jsonl"), "--json"]
+    made = []
+    for who, day in (("old", "2026-01-01"), ("new", "2999-01-01")):
+        assert main([*words, "--new-token", f"{who}=caller", "--until", day]) == 0
+        made.append(json.loads(capsys.readouterr().out)["token"])
+    tokens = Tokens(file=file)
+    assert tokens.holder(f"Bearer {made[1]}").name == "new"
+    with pytest.raises(Refused, match="the token of old ended at 2026-01-01"):
+        tokens.holder(f"Bearer {made[0]}")
+    before = file.read_bytes()
+    assert main([*words, "--new-token", "third=caller", "--until", "tomorrow"]) == 2 and "a date such as" in capsys.readouterr().out
+    assert main([*words, "--until", "2999-01-01"]) == 2 and "is about a new token" in capsys.readouterr().out
+    assert file.read_bytes() == before
+
+
 def test_how_a_place_answers_is_read_strictly(tmp_path: Path) -> None:
     from pipeline.deploy.deployment import read_serving
 

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 import tables
 
-from pipeline.core.run import phase_folders, read_receipt
+from pipeline.core.run import phase_folders, read_claims, read_receipt
+from pipeline.engine.lineage import Receipts
 
 QUICK = ["--set", "train.budget_s=15", "--set", "train.seeds=2", "--set", "evaluate.bootstrap=100"]
 BY_NAME = {table.name: table for table in tables.RUNS}
@@ -27,7 +28,8 @@ def begin(pilothouse, project: Path, name: str) -> None:
 
 def test_a_binary_table_from_csv_to_verdict_served_verified_and_reproduced(pilothouse, project):
     begin(pilothouse, project, "binary")
-    done = pilothouse("run", "params/binary.yml", *QUICK)
+    asked = ["run", "params/binary.yml", *QUICK, "--set", "train.distill=true"]
+    done = pilothouse(*asked)
     assert done.returncode in (0, 1, 5), tell(done)
     run = project / "outputs/binary/main"
     assert [p.name[:2] for p in phase_folders(run)] == [f"{n:02}" for n in range(1, 11)]
@@ -37,12 +39,16 @@ def test_a_binary_table_from_csv_to_verdict_served_verified_and_reproduced(pilot
     verdict = json.loads((run / "10_report/answer.json").read_text())["verdict"]
     assert done.returncode == {"go": 0, "no-go": 1, "inconclusive": 5}[verdict]
 
-    again = pilothouse("run", "params/binary.yml", *QUICK, "--json")
+    again = pilothouse(*asked, "--json")
     assert again.returncode == done.returncode, tell(again)
     assert '"phase_started"' not in again.stdout and again.returncode == done.returncode
 
     verified = pilothouse("verify", "outputs/binary/main")
     assert verified.returncode == 0, tell(verified)
+    receipts = Receipts(run)
+    told = [(phase, claim.name) for phase in receipts.phases for claim in read_claims(run / phase)]
+    ends = [{step.kind for step in receipts.claim(phase, name).walk()} for phase, name in told if phase != "01_scope"]   # scope reads no rows
+    assert len(ends) > 50 and all({"claim", "artifact", "phase", "file"} <= kinds for kinds in ends)
 
     pl.read_csv(project / "binary.csv").drop("churned").head(50).write_csv(project / "new.csv")
     scored = pilothouse("predict", "outputs/binary/main", "--data", "new.csv", "--out", "scored.csv")
@@ -55,6 +61,7 @@ def test_a_binary_table_from_csv_to_verdict_served_verified_and_reproduced(pilot
 
     reproduced = pilothouse("reproduce", "outputs/binary/main")
     assert reproduced.returncode == 0, tell(reproduced)
+    assert read_receipt(run / "04_train")["outputs"]["train/students"]["timing"]      # a choice by measured times, and yet the same
 
     model = next((run / "04_train/model").glob("*.txt"), None) or next((run / "04_train/model").glob("*.json"))
     content = bytearray(model.read_bytes())

@@ -236,6 +236,52 @@ def test_phases_that_end_together_share_one_process_that_draws(tmp_path: Path) -
     pages.stop()
 
 
+def test_a_killed_run_takes_the_process_that_draws_with_it(tmp_path: Path) -> None:
+    "Also in the midst of a page: here of a notebook that never ends, so that nothing else ends the drawing."
+    import signal
+    from contextlib import suppress
+
+    import psutil
+    from serving_kit import until
+
+    os.mkfifo(tmp_path / "notebook.ipynb")
+    code = ("import signal, sys; from pathlib import Path; from pipeline.cli.pages import DrawnBehind\n"
+            "pages = DrawnBehind(); pages.phase(Path(sys.argv[1])); print(pages.process.pid, flush=True); signal.pause()")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        drawing = psutil.Process(int(run.stdout.readline()))
+
+        held: list[int] = []
+
+        def reads() -> bool:
+            with suppress(OSError):     # refused while nobody has it open to read
+                held.append(os.open(tmp_path / "notebook.ipynb", os.O_WRONLY | os.O_NONBLOCK))
+            return bool(held)
+
+        assert until(reads, 60)
+        run.send_signal(signal.SIGKILL)
+    assert until(lambda: not drawing.is_running() or drawing.status() == psutil.STATUS_ZOMBIE, 20)
+    os.close(held[0])
+
+
+def test_a_run_that_fails_has_the_pages_of_what_finished(tmp_path: Path) -> None:
+    root = write_project(tmp_path, phases=2, leaves=())
+    write_notebook(root / "nbs" / "phases" / "02_p2.ipynb", "raise ValueError('no')")
+    assert call(root, "run", "tiny").returncode not in (0, 1, 5)
+    assert (root / "outputs" / "tiny" / "main" / "01_p1" / "report.html").is_file()
+
+
+def test_status_tells_whole_answers_and_the_verdict_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli.verbs import _show_status
+
+    answer = "Inconclusive: " + "all criteria hold, " * 30 + "see: pilothouse rollout start income --version N\x1b[2J"
+    phase = {"phase": "10_report", "state": "fresh", "reasons": [], "verdict": "inconclusive", "answer": answer}
+    _show_status({"problem": "tiny", "run": "main", "state": "finished", "pid": None, "phases": [phase], "verdict": "inconclusive"})
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "inconclusive: all criteria hold" in line and line.lower().count("inconclusive") == 1
+    assert "--version N" in line and "\x1b" not in line
+
+
 def test_a_phase_that_took_more_than_last_time_is_told(tmp_path: Path) -> None:
     "The manifest keeps what the phase took before, also in another run of the problem; the run's page says where it rose."
     from pipeline.report.cost import Prices, phase_costs, risen
@@ -251,5 +297,8 @@ def test_a_phase_that_took_more_than_last_time_is_told(tmp_path: Path) -> None:
     assert "before" not in phases["01_p1"]
     told = risen(phase_costs(read_run(run / "main").phases, Prices(0.04, 350, 10)))
     assert len(told) == 1 and told[0].startswith("02 p2 took ") and told[0].split(" (")[0] in (run / "main" / "index.html").read_text()
+    manifest, measured = json.loads((run / "main" / "manifest.json").read_text()), phase_costs(read_run(run / "main").phases, Prices(0.04, 350, 10))
+    assert measured["cpu_s"].sum() == pytest.approx(manifest["cpu_s"]) and measured["wall_s"].sum() == pytest.approx(manifest["wall_s"])
+    assert measured["peak_rss_mb"].max() == manifest["peak_rss_mb"]
     assert call(root, "run", "tiny", "--run", "second").returncode == 0
     assert json.loads((run / "second" / "manifest.json").read_text())["phases"]["01_p1"]["before"]["run"] == "main"

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from engine_project import chain_cells, write_notebook, write_project
 
+from pipeline.engine.lock import holding
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -129,6 +131,26 @@ def test_reproduce_compares_all_but_times(copy: Path) -> None:
     write_notebook(copy / "nbs/phases/01_p1.ipynb", *claiming("01_p1", None, step=7))
     again = call(copy, "reproduce", "tiny/main", "--as", "third")
     assert again.returncode == 3 and "01_p1: p1/value came out differently" in again.stderr
+
+
+def test_reproduce_replaces_no_other_run(copy: Path) -> None:
+    "Every refusal comes before anything is run or written."
+    from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
+    from pipeline.core.settings import load_settings
+    from pipeline.engine.verify import reproduce_run
+
+    run = copy / "outputs/tiny/main"
+    shutil.copytree(run, run.with_name("other"))
+    run.with_name("link").symlink_to(copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with holding(run.with_name("third")):
+        for name, kind, words in [("..", InputError, "is not a name"), ("../x", InputError, "is not a name"), ("a\\b", InputError, "is not a name"),
+                                  ("main", InputError, "into itself"), ("link", IntegrityError, "tiny/link is a link; remove it, or choose"),
+                                  ("other", InputError, "tiny/other is a run of its own, and reproducing into it would replace it; choose another name"),
+                                  ("third", EnvironmentFault, f"run tiny/third is being worked on by process {os.getpid()}")]:
+            with pytest.raises(kind, match=words):
+                reproduce_run(run, name, load_settings(copy), lambda file, overrides: pytest.fail("it ran"))
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != ".lock" or path in before}
 
 
 def test_a_changed_artifact_makes_its_phase_run_again(copy: Path) -> None:

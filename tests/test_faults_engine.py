@@ -191,6 +191,21 @@ def test_a_full_disk_leaves_the_earlier_run(tmp_path: Path) -> None:
     assert finish(root)[0] == 0
 
 
+def test_a_notebook_that_a_full_disk_cut_short_is_not_kept(tmp_path: Path) -> None:
+    "What failed/ holds can be opened, and is of the last failure."
+    from types import SimpleNamespace
+
+    from pipeline.engine.phases import Phase
+    from pipeline.engine.runner import _Work
+
+    run, kept = tmp_path / "main", tmp_path / "kept.ipynb"
+    run.mkdir()
+    for content, held in ((json.dumps({"cells": []}), ["01_p1.ipynb"]), ('{"cells": [', []), ("", [])):
+        kept.write_text(content)
+        _Work._keep_failed(SimpleNamespace(run=run), Phase("01_p1", 1, tmp_path), kept)  # type: ignore[arg-type]
+        assert [p.name for p in (run / "failed").iterdir()] == held and not kept.exists()
+
+
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     root = write_project(tmp_path, phases=1, leaves=())
     (root / "outputs").write_text("a file, not a folder")

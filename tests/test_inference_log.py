@@ -424,3 +424,27 @@ def test_the_age_of_what_is_kept_counts_answers_by_their_time(tmp_path: Path) ->
         recorder.add((now - dt.timedelta(days=40)).timestamp(), "old", 1, "live", 422, 1.0, b"{}", b"{}")
     read_inferences(tmp_path, "late")
     assert days_kept(tmp_path, "late", now) == 40
+
+
+def test_late_outcomes_open_no_file_that_they_are_not_about(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A log of months, and an outcome of one answer: of the other files not a byte is read, and the keys of each once."
+    from pipeline.deploy import growing
+
+    for start in range(0, 60, 10):
+        note(recorder, start, start + 10)
+        recorder.flush()
+        note_outcomes(tmp_path, "tiny", [{"request_id": f"r{start + i}", "value": "no"} for i in range(3)], ["no", "yes"])
+        collect(tmp_path, "tiny")
+    answers, outcomes = inference_tables(tmp_path, "tiny")
+    known = int(read_outcomes(tmp_path, "tiny")["outcome_number"].max())      # type: ignore[arg-type]
+    assert len(answers.parts()) == 6 == len(outcomes.parts()) and known == 17
+    read: list[tuple[str, int]] = []
+    part = growing._part
+    monkeypatch.setattr(growing, "_part", lambda file, table, columns=None: read.append((f"{table} {int(file.name.split('-')[1])}", len(columns or ()))) or part(file, table, columns))
+    note_outcomes(tmp_path, "tiny", [{"request_id": "r21", "value": "yes"}, {"request_id": "r22", "value": "no"}, {"request_id": "r47", "value": "yes"}, {"request_id": "nobody", "value": "yes"}], ["no", "yes"])
+    news = read_outcomes(tmp_path, "tiny", known)
+    assert news.select("request_id", "outcome", "again").rows() == [("r21", "yes", True), ("r47", "yes", False)]      # r22 was said before
+    whole = [name for name, columns in read if columns > 2]
+    assert sorted(whole) == ["tiny.inferences 20", "tiny.inferences 40", "tiny.outcomes 18", "tiny.outcomes 18", "tiny.outcomes 6"], read
+    assert [name for name, columns in read if columns == 2] == ["tiny.outcomes 18"]      # all other keys are known
+    assert read_outcomes(tmp_path, "tiny", 21).is_empty() and read_inferences(tmp_path, "tiny").filter(pl.col("outcome").is_not_null()).height == 19

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,38 @@ def test_guesses_are_explained(tmp_path: Path) -> None:
     assert "born" not in [line.split("time:")[1] for line in text.splitlines() if line.startswith("  time:")][0]
 
 
+def test_what_is_left_as_text_is_told_in_the_file(tmp_path: Path) -> None:
+    from tables import binary
+
+    def as_people_write(rng: np.random.Generator) -> pl.DataFrame:
+        days, ways = [date(2024, 1, 1 + i % 28) for i in range(600)], ("%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y")
+        return binary(rng).with_columns(paid=pl.Series([f"{1000 + i:,}.50 €" for i in range(600)]), day=pl.Series([day.strftime(ways[i % 3]) for i, day in enumerate(days)]))
+
+    file = begin(tmp_path, Runs("written", "churned", "binary", as_people_write))
+    told = [line for line in file.read_text().splitlines() if line.startswith("  # note: written.csv: column ")]
+    assert len(told) == 2 and "'day' holds dates written in several ways" in told[0] and "('1,000.50 €')" in told[1]
+
+
+def test_rows_of_one_thing_are_kept_together_from_the_first_run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tables import binary
+
+    def visits(rng: np.random.Generator) -> pl.DataFrame:
+        frame = binary(rng)
+        of = pl.Series(rng.integers(0, 120, 600))
+        return frame.with_columns(frame.select("age", "income", "churned")[of.to_list()], patient=of.cast(pl.String) + "P")
+
+    file = begin(tmp_path, Runs("visits", "churned", "binary", visits))
+    problem = load_problem(file)
+    assert (problem.data.group, problem.data.split.kind) == ("patient", "group")
+    run = run_data(tmp_path, "visits", monkeypatch)
+    assert records(run, "02_data", "answer")["verdict"] == "go"
+    train, holdout = (pl.read_parquet(run / f"02_data/{part}.parquet") for part in ("train", "holdout"))
+    assert not set(train["__group"]) & set(holdout["__group"])
+    file.write_text(file.read_text().replace("kind: group", "kind: random"))
+    with pytest.raises(Exception, match="whose rows may not stand on two sides; set kind: group, or name no group"):
+        run_data(tmp_path, "visits", monkeypatch)
+
+
 def test_classes_named_one_and_two_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(tmp_path, next(t for t in RUNS if t.name == "ones_and_twos"))
     run = run_data(tmp_path, "ones_and_twos", monkeypatch)
@@ -159,6 +192,7 @@ def test_an_undeclared_leak_is_a_no_go_until_someone_answers_for_it(tmp_path: Pa
     file = begin(tmp_path, leaky)
     run = run_data(tmp_path, "leaky", monkeypatch)
     failed = [check for check in records(run, "02_data", "checks") if check["verdict"] != "go" and check["verdict"] != "not applicable"]
+    assert records(run, "02_data", "answer")["answer"].endswith("1 feature leaks; not met: No feature knows the outcome too early.")
     assert len(failed) == 1 and "refund" in failed[0]["why"] and records(run, "02_data", "answer")["verdict"] == "no-go"
     file.write_text(file.read_text().replace("  split:", "  waive: [{check: leak, column: refund, reason: it is booked before the customer leaves}]\n  split:"))
     run_data(tmp_path, "leaky", monkeypatch)

@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_run import make_run, write_phase
 
-from pipeline.core.display import clean, number, table
+from pipeline.core.display import clean, note, number, table
 from pipeline.core.errors import IntegrityError
 from pipeline.core.problem import load_problem
 from pipeline.report.evidence import QUESTIONS, Evidence, Phase, read_run
@@ -79,7 +81,8 @@ def test_numbers_never_read_as_something_else(value: float) -> None:
     elif value in (float("inf"), float("-inf")):
         assert "∞" in shown
     else:
-        assert abs(float(shown) - value) <= max(abs(value) * 0.06, 1e-12) and (float(shown) == 0) == (value == 0)
+        read = Decimal(shown)    # a float would overflow where the largest one is rounded up
+        assert abs(read - Decimal(value)) <= max(abs(Decimal(value)) * Decimal("0.06"), Decimal("1e-12")) and (read == 0) == (value == 0)
 
 
 def test_numbers_stay_numbers_whatever_a_column_holds() -> None:
@@ -102,6 +105,36 @@ def test_pages_are_small_equal_and_whole(run: Path) -> None:
     for heading in ("The evidence", "The criteria", "The decisions", "What is not known", "Where this comes from"):
         assert f"<h2>{heading}</h2>" in text
     assert not [p for p in run.rglob(".*") if p.is_file()], "a temporary file was left behind"
+
+
+def test_what_does_not_apply_is_said_once(run: Path) -> None:
+    folder = run / "07_rollout"
+    why = {"output_type": "execute_result", "metadata": {}, "execution_count": 1, "data": {"text/html": note("Not applicable: no rows play production.")._repr_html_()}}
+    told = {"output_type": "execute_result", "metadata": {}, "execution_count": 1, "data": {"text/html": note("Each alert has an owner.", "go")._repr_html_()}}
+    cells = [{"cell_type": "markdown", "source": "# Is it better?"}]
+    for words, output in (("Production is replayed.", why), ("Is traffic divided as asked?", why), ("Can we go back?", why), ("Who acts?", told)):
+        cells += [{"cell_type": "markdown", "source": words}, {"cell_type": "code", "source": "look(run)", "metadata": {}, "outputs": [output]}]
+    (folder / "notebook.ipynb").write_text(json.dumps({"cells": cells}))
+    (folder / "answer.json").write_text(json.dumps({"answer": "No rows play production.", "verdict": "not applicable"}))
+    text = render_phase(folder / "notebook.ipynb", folder).read_text()
+    assert text.count("no rows play production") == 1 and "Production is replayed." in text and "Who acts?" in text and "Each alert has an owner." in text
+    assert "divided as asked" not in text and "Can we go back" not in text       # words that lead to nothing new
+    assert "ph-verdict ph-not-applicable" in text and "Not applicable.</span> No rows play production." in text
+    page = render_run(run).read_text()
+    assert '<li class="ph-not-applicable"><a href="#07_rollout">' in page and "Not applicable" not in render_portal(run.parent.parent).read_text()
+
+
+def test_a_phase_that_does_not_apply_ends_well_and_is_named_in_the_end(run: Path) -> None:
+    from pipeline.report.gate import final_sentence
+
+    records = {"answer": {"answer": "No rows.", "verdict": "not applicable"}, "checks": [{"title": "Rollout", "verdict": "not applicable", "found": "no rows", "limit": "–"}]}
+    for name, record in records.items():
+        (run / "07_rollout" / f"{name}.json").write_text(json.dumps(record))
+    (run / "05_evaluate/checks.json").write_text("[]")
+    evidence = read_run(run, before="10_report")
+    criteria = criteria_of(evidence).filter(pl.col("verdict") != "inconclusive")
+    assert unmet(criteria, "07_rollout").n == 0
+    assert final_sentence("go", criteria, criteria.head(0), 3.0, evidence).endswith("Not applicable: 07 rollout.")
 
 
 def test_a_huge_notebook_makes_a_page_under_three_megabytes(run: Path) -> None:
@@ -145,6 +178,22 @@ def test_evidence_that_is_removed_lowers_the_score(tmp_path: Path) -> None:
     (folder / "version.json").unlink()
     emptied = score_items(read_run(folder.parent))
     assert ml_test_score(emptied) == 0 and (emptied["score"] <= full["score"]).all() and emptied["score"].sum() < full["score"].sum()
+
+
+def test_the_command_scores_what_is_there_now(project: Path, pilothouse: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    folder = make_run(project / "outputs") / "02_data"
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["outputs"]["data/contract"] = receipt["outputs"]["data/version"]
+    (folder / "receipt.json").write_text(json.dumps(receipt))
+
+    def score(item: str) -> float:
+        done = pilothouse("readiness", "flights/main", "--json")
+        assert done.returncode == 0, done.stderr
+        return next(row["score"] for row in json.loads(done.stdout) if row["item"] == item)
+
+    assert score("D1") == 1
+    (folder / "version.json").unlink()
+    assert score("D1") == 0.5
 
 
 @settings(max_examples=40, deadline=None)

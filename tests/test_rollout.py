@@ -391,6 +391,8 @@ def test_without_production_nothing_is_rolled_out(tmp_path: Path) -> None:
     found = {name: c["verdict"] for name, c in checks(run, "07_rollout").items()}
     drilled = {name for name in found if name.startswith(("Drill", "Each alert"))}       # the service can be drilled without a rollout
     assert {v for name, v in found.items() if name not in drilled} == {"not applicable"} and all(found[name] == "go" for name in drilled)
+    said = json.loads((run / "07_rollout/answer.json").read_text())       # a runbook that is written is no rollout
+    assert drilled and said["verdict"] == "not applicable" and "data.split.production_from" in said["answer"] and "pilothouse rollout start" in said["answer"]
 
 
 def test_a_handful_of_requests_is_inconclusive(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def type_in(office: Office, rules: Rules, reading: Reading) -> None:
         assert app(shlex.split(command)[1:], standalone_mode=False) in (0, None), command
         if key in ("back", "before"):
             gone = stage.versions[{"back": "wrong", "before": "new"}[key]]
-            assert callers.wait(lambda asked, gone=gone: len(asked) > 60 and all(a.version != gone and a.status == 200 for a in asked[-60:]), 60), command
+            assert any(a.version == gone for a in callers.asked), f"{gone} answered nobody before it went"
+            assert callers.wait(lambda asked, gone=gone, since=decided: all(a.version != gone and a.status == 200 for a in asked[-60:]) and sum(a.sent >= since for a in asked) > 60, 60), command
             office.typed[key] = judge(key, "", command, decided, 5.0, callers.since(decided), {v for v in stage.versions.values() if v != gone})
 
 
@@ -203,7 +204,7 @@ def test_what_the_runbook_says_works_when_it_is_typed(office: Office) -> None:
     "A wrong version on trial, then a wrong one in production: back in under five seconds from the key pressed, with no failed request."
     assert set(office.typed) == {"back", "before"}
     for e in office.typed.values():
-        assert e.passed and 0 < e.seconds < 5 and e.failed == 0, e
+        assert e.passed and e.seconds < 5 and e.failed == 0 and e.asked > 60, e
 
 
 def test_every_exercise_is_passed(office: Office) -> None:
@@ -215,7 +216,6 @@ def test_every_exercise_is_passed(office: Office) -> None:
 
 def test_what_is_damaged_or_lost_costs_nobody_else_an_answer(office: Office) -> None:
     done = office.exercises
-    assert done["roll back"].seconds > 0 < done["production back"].seconds, "the wrong version answered for a moment, or nothing was measured"
     assert "differs" in done["bad model"].told and "the same workers" in done["full disk"].told
 
 

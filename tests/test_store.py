@@ -132,13 +132,48 @@ def test_a_crash_between_entry_and_head_heals(tmp_path):
     assert audit.verify(tmp_path) == 2
     with (tmp_path / "audit.jsonl").open("a") as file:
         file.write('{"seq": 3, "cut')
+    assert audit.verify(tmp_path) == 2 and [e["event"] for e in audit.entries(tmp_path)] == ["a", "b"]     # it was never acknowledged
     audit.append(tmp_path, "c", {})
     assert audit.verify(tmp_path) == 3
+
+
+def test_a_full_disk_leaves_no_half_entry(tmp_path):
+    audit.append(tmp_path, "a", {})
+    before = (tmp_path / "audit.jsonl").read_bytes()
+    code = "import resource, signal, sys; from pathlib import Path; from pipeline.core import audit\n" \
+           f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100}, {len(before) + 100}))\n" \
+           "audit.append(Path(sys.argv[1]), 'b', {'note': 'x' * 500})"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "EnvironmentFault: writing the audit trail: File too large" in done.stderr, done.stderr
+    assert (tmp_path / "audit.jsonl").read_bytes() == before and audit.verify(tmp_path) == 1
+
+
+def test_a_damaged_entry_is_named_by_whoever_reads_or_appends(tmp_path):
+    for event in "ab":
+        audit.append(tmp_path, event, {})
+    log = tmp_path / "audit.jsonl"
+    whole = log.read_bytes()
+    for damaged in (whole[:-40] + b"\xff" + whole[-39:-2] + b"\n", whole.rsplit(b"\n", 2)[0] + b"\n[]\n"):
+        log.write_bytes(damaged)
+        for reads in (audit.verify, audit.entries, lambda store: audit.append(store, "c", {})):
+            with pytest.raises(IntegrityError, match="audit trail: entry 2 is not an entry; restore the trail"):
+                reads(tmp_path)
 
 
 def test_control_characters_cannot_forge_a_line(tmp_path):
     audit.append(tmp_path, "x", {"note": 'a\n{"seq":2}\r\x1b[31m\u202e'})
     assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 1 and "\x1b" not in (tmp_path / "audit.jsonl").read_text()
+
+
+def test_a_folder_that_does_not_fit_is_one_sentence_without_paths(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "model" / name).write_bytes(b"x" * 20_000)
+    code = "import resource, signal, sys; from pathlib import Path; from pipeline.core.store import write_artifact\n" \
+           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n" \
+           "write_artifact(Path(sys.argv[1]) / 'work', 'train/model', Path(sys.argv[1]) / 'model')"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("EnvironmentFault: copying model: File too large; free space or choose another outputs folder; nothing was half-written"), done.stderr
 
 
 def test_an_old_folder_gives_way_to_the_new(tmp_path):

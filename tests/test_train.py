@@ -464,6 +464,9 @@ def test_the_phase_runs_for_every_task(task: str, tmp_path: Path, monkeypatch: p
     phase = tmp_path / "outputs/small/main/04_train"
     claims = {c["name"]: c for c in json.loads((phase / "claims.json").read_text())}
     assert any(name.startswith("validation_") for name in claims) and "model_mb" in claims
+    assert claims["fitted_twice_gap"]["value"] == claims["stored_gap"]["value"] == 0
+    checks = {item: c for c in json.loads((phase / "checks.json").read_text()) for item in c["answers"]}
+    assert checks["M3"]["verdict"] == checks["I1"]["verdict"] == checks["I2"]["verdict"] == "go"
     assert json.loads((phase / "answer.json").read_text())["verdict"] == "go"
     assert len(list((phase / "seed_models").iterdir())) == 2
     luck, settings_ranked = pl.read_parquet(phase / "optimism.parquet"), pl.read_parquet(phase / "sensitivity.parquet")

@@ -58,7 +58,12 @@ def main(
         elif sentence:
             print(f"pilothouse: {sentence}", file=sys.stderr)
     if arguments is None:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            from pipeline.cli.progress import speak_to_nobody
+
+            speak_to_nobody(sys.stdout)
         sys.stderr.flush()
         sys.exit(code)
     return code
@@ -99,6 +104,8 @@ def _told(error: BaseException) -> tuple[int, str]:
         asked = type(error).__name__ == "MissingParameter" and example.startswith("Example: ")
         told = " ".join(error.format_message().split()).rstrip(".")
         return 2, f"{told}; {'for e' + example.removeprefix('E') if asked else f'see {verb} --help'}"
+    if isinstance(error, BrokenPipeError):
+        return 4, "who read the output went away before its end"
     if isinstance(error, OSError):
         return 4, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; mend that and run again"
     return 4, f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}; run again with --debug and report it"

@@ -5,9 +5,12 @@
 # %% ../../nbs/lib/cli/00_pages.ipynb #6384e546
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
+import os
+import select
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 # %% auto #0
-__all__ = ['draw', 'serve', 'DrawnBehind']
+__all__ = ['draw', 'serve', 'end_unheard', 'DrawnBehind']
 
 # %% ../../nbs/lib/cli/00_pages.ipynb #803c2bae
 def draw(
@@ -50,6 +53,19 @@ def serve(
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
+
+def end_unheard(
+    pipe: IO[str],    # that this process writes its answers to
+) -> None:
+    "From now on, end this process as soon as nobody reads its answers: one that is drawing does not ask by itself."
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(pipe, 0)     # a pipe whose reader is gone is told without being asked for
+        poll.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../../nbs/lib/cli/00_pages.ipynb #b75c2f65
 class DrawnBehind:
     "Pages drawn by a process of their own."
@@ -65,9 +81,10 @@ class DrawnBehind:
         with self._one:
             if self._started is None:
                 self._started = subprocess.Popen(
-                    [sys.executable, "-c", "import sys; from pipeline.cli.pages import serve; serve(sys.stdin, sys.stdout)"],
+                    [sys.executable, "-c", "import sys; from pipeline.cli.pages import end_unheard, serve; end_unheard(sys.stdout); serve(sys.stdin, sys.stdout)"],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 )
+                atexit.register(self.stop)     # for a run that fails
         return self._started
 
     def phase(self, folder: Path) -> None:
@@ -87,9 +104,11 @@ class DrawnBehind:
         return faults
 
     def stop(self) -> None:
-        "End the process; nothing is half-drawn, because pages are renamed into place."
+        "End the process when what was ordered is drawn."
         if self._started is None:
             return
+        atexit.unregister(self.stop)
+        self._heard()
         if self.process.stdin:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
@@ -99,10 +118,10 @@ class DrawnBehind:
 
     def _ask(self, order: dict[str, str]) -> None:
         assert self.process.stdin
-        with self._one, contextlib.suppress(OSError):
+        with self._one, contextlib.suppress(OSError):     # of a process that ended: told when its answer is missing
+            self.asked += 1
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
-            self.asked += 1
 
     def _heard(self) -> list[str]:
         assert self.process.stdout

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import IO, TYPE_CHECKING, Any
+
+from ..core.display import without_word
 
 if TYPE_CHECKING:
     from pipeline.engine.runner import Outcome
 
 # %% auto #0
-__all__ = ['MARKS', 'plain', 'JsonLines', 'Shown']
+__all__ = ['MARKS', 'plain', 'write_line', 'speak_to_nobody', 'JsonLines', 'Shown']
 
 # %% ../../nbs/lib/cli/01_progress.ipynb #01fa1ef8
 MARKS = {"go": "✔", "no-go": "✘", "inconclusive": "?", "not applicable": "–"}
@@ -24,6 +27,25 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
+def write_line(
+    out: IO[str],
+    text: str,
+) -> None:
+    "Tell a line. Whoever listened may go away, as `head` does: the work goes on and what is left is told to nobody."
+    try:
+        out.write(text + "\n")
+        out.flush()
+    except BrokenPipeError:
+        speak_to_nobody(out)
+
+
+def speak_to_nobody(out: IO[str]) -> None:
+    "Let what is still said into a pipe that nobody reads vanish."
+    hole = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(hole, out.fileno())
+    os.close(hole)
+
+
 class JsonLines:
     "Events as JSON lines."
 
@@ -32,8 +54,7 @@ class JsonLines:
 
     def __call__(self, event: dict[str, Any]) -> None:
         self.seq = event.get("seq", self.seq + 1)
-        self.out.write(json.dumps({"seq": self.seq, **event}, ensure_ascii=True, default=str) + "\n")
-        self.out.flush()
+        write_line(self.out, json.dumps({"seq": self.seq, **event}, ensure_ascii=True, default=str))
 
     def notes(self, notes: list[str]) -> None:
         for note in notes:
@@ -68,7 +89,7 @@ class Shown:
         self.close()
         self.notes(list(outcome.notes))
         did = f"{len(outcome.ran)} phases ran, {len(outcome.fresh)} were fresh" if outcome.ran else f"nothing changed; all {len(outcome.fresh)} phases are fresh"
-        self._line(f"{MARKS.get(outcome.verdict, '')} {outcome.verdict.upper()}  {outcome.answer}")
+        self._line(f"{MARKS.get(outcome.verdict, '')} {outcome.verdict.upper()}  {without_word(outcome.verdict, outcome.answer)}")
         self._line(did + ("" if outcome.complete else "; not all phases are in place yet"))
         page = outcome.run / "index.html"
         self._line(f"report: {page if page.exists() else outcome.run}")
@@ -95,7 +116,7 @@ class Shown:
 
     def _phase_finished(self, event: dict[str, Any]) -> None:
         self._put_away(event["phase"])
-        self._line(f"{MARKS.get(event['verdict'], ' ')} {event['phase']}  {event['wall_s']:.1f} s  {event['verdict']}: {event['answer']}")
+        self._line(f"{MARKS.get(event['verdict'], ' ')} {event['phase']}  {event['wall_s']:.1f} s  {event['verdict']}: {without_word(event['verdict'], event['answer'])}")
 
     def _phase_failed(self, event: dict[str, Any]) -> None:
         self._put_away(event["phase"])
@@ -109,8 +130,7 @@ class Shown:
         if self._bars is not None:
             self._bars.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
         else:
-            self.out.write(plain(text) + "\n")
-            self.out.flush()
+            write_line(self.out, plain(text))
 
     def _shown_bars(self) -> Any:
         if self._bars is None:

@@ -147,10 +147,13 @@ def why(
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #fb205af8
 def _show_status(found: dict[str, Any]) -> None:
+    from pipeline.cli.progress import plain
+    from pipeline.core.display import without_word
+
     print(f"{found['problem']}/{found['run']}: {found['state']}" + (f" (process {found['pid']})" if found["pid"] else ""))
     for phase in found["phases"]:
-        told = f"{phase['verdict']}: {phase['answer']}" if phase["verdict"] else ""
-        print(f"  {phase['phase']:<14} {phase['state']:<12} {'; '.join(phase['reasons'][:2]) or told}"[:240])
+        told = f"{phase['verdict']}: {without_word(phase['verdict'], phase['answer'])}" if phase["verdict"] else ""
+        print(plain(f"  {phase['phase']:<14} {phase['state']:<12} {'; '.join(phase['reasons'][:2]) or told}"))
     print(f"verdict: {found['verdict'] or 'none yet'}")
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #14d31f10
@@ -296,21 +299,23 @@ def report(name: RunName = "", as_json: Json = False, debug: Debug = False) -> i
 
 @app.command(epilog="Example: pilothouse readiness flights/main")
 def readiness(name: RunName = "", as_json: Json = False, debug: Debug = False) -> int:
-    "The readiness score of a run, item by item, from the evidence that exists."
-    from pipeline.core.run import phase_folders, read_receipt
+    "The readiness score of a run, item by item, from the evidence that exists now."
     from pipeline.core.settings import load_settings
-    from pipeline.core.store import Artifact, read_artifact
+    from pipeline.report.evidence import read_run
+    from pipeline.report.readiness import ml_test_score, score_items
 
-    settings = load_settings()
-    run = run_named(name, settings)
-    for folder in phase_folders(run):
-        outputs = read_receipt(folder)["outputs"]
-        if "report/readiness" in outputs:
-            found = read_artifact(folder, Artifact(name="report/readiness", **outputs["report/readiness"]))
-            rows = found.to_dicts() if hasattr(found, "to_dicts") else found
-            say(rows, partial(_show_rows, rows), as_json)
-            return 0
-    raise InputError(f"{run.parent.name}/{run.name} has no readiness score yet; run its report phase")
+    run = run_named(name, load_settings())
+    evidence = read_run(run, before="10_report")
+    if not evidence.phases:
+        raise InputError(f"{run.parent.name}/{run.name} has no finished phase to score; run it first")
+    items = score_items(evidence)
+
+    def show() -> None:
+        print(f"ML Test Score {ml_test_score(items):g} of 7, the least of its four sections")
+        _show_rows(items.to_dicts())
+
+    say(items.to_dicts(), show, as_json)
+    return 0
 
 
 trail = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The audit trail.", epilog="Example: pilothouse audit verify")
@@ -583,7 +588,11 @@ def rollout_run(
         name = found.problem.name
         if once and steering.rollouts.active(name) is None:
             raise InputError(f"no rollout of {name} goes on, so there is none to lead to its end; start one with: pilothouse rollout start {name} --version N --reason '…'")
-        lead(steering.registry, name).run(threading.Event(), once=once, told=told, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
+        def waits(other: str) -> None:
+            say({"event": "waiting", "leads": other}, f"{other} leads this rollout; this controller waits and takes over when that one is gone", as_json)
+            sys.stdout.flush()
+
+        lead(steering.registry, name).run(threading.Event(), once=once, told=told, waits=waits, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
     return 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #a47e4228
@@ -722,6 +731,7 @@ def serve(
     token: Annotated[str, typer.Option("--token", help="env:NAME of one secret with all roles.")] = "",
     tokens: Annotated[str, typer.Option("--tokens", metavar="FILE", help="Tokens by line, with names and roles; see --new-token.")] = "",
     new_token: Annotated[str, typer.Option("--new-token", metavar="NAME=ROLE", help="Add a token to the file (caller, observer or operator), show it once, serve nothing.")] = "",
+    until: Annotated[str, typer.Option("--until", metavar="DATE", help="With --new-token: it is refused from then on, UTC.")] = "",
     tls_cert: Annotated[str, typer.Option("--tls-cert", metavar="FILE", help="PEM certificate: TLS 1.2 or newer is spoken.")] = "",
     tls_key: Annotated[str, typer.Option("--tls-key", metavar="FILE", help="Its PEM key.")] = "",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that answer; one a core.")] = 1,
@@ -739,9 +749,13 @@ def serve(
         who, _, role = new_token.partition("=")
         if not tokens:
             raise InputError("a new token needs the file that keeps its hash; for example: pilothouse serve --tokens tokens.jsonl --new-token shop=caller")
-        made = make_token(tokens, who, [role])
-        say({"name": who, "role": role, "token": made}, f"{made}\nthis is the token of {who} ({role}); it is shown once, {tokens} keeps its hash", as_json)
+        made = make_token(tokens, who, [role], until=until or None)
+        ends = f", refused from {until} on" if until else ""
+        say({"name": who, "role": role, "token": made, **({"until": until} if until else {})},
+            f"{made}\nthis is the token of {who} ({role}{ends}); it is shown once, {tokens} keeps its hash; without that line it is refused", as_json)
         return 0
+    if until:
+        raise InputError(f"--until {until} is about a new token; for example: pilothouse serve --tokens tokens.jsonl --new-token shop=caller --until {until}")
     from pipeline.core.problem import load_problem
     from pipeline.core.settings import load_settings
 

@@ -198,7 +198,8 @@ def look_at_access(run: Run) -> Any:
     promoting = sorted(r for r in roles if allowed(roles, r, "promote"))
     run.require("Not everybody may promote a model", 0 < len(promoting) < len(roles) and not careless, f"{', '.join(promoting) or 'nobody'} may, of {len(roles)} roles",
                 "let some role, but not all, promote (comply.roles)")
-    private = [run.store / "keys", *sorted((run.store / "keys").glob("*.pem")), *sorted((run.store / "keys").glob("*.key")), *_sealed(run)]
+    keys = sorted(p for p in (run.store / "keys").glob("[!.]*") if p.suffix != ".pub")     # also those of subjects
+    private = [run.store / "keys", *keys, *_sealed(run)]
     modes = look_at_modes(private, run.settings.outputs)
     loose = modes.filter(~pl.col("ok"))["path"].to_list()
     run.require("Keys and sealed data are readable by their owner alone", not loose, f"{modes.height - len(loose)} of {modes.height} paths", f"chmod {', '.join(loose[:3])}")

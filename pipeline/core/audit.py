@@ -9,6 +9,7 @@ import base64
 import datetime as dt
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +100,7 @@ def append(
         }
         entry["hash"] = digest_bytes(_canonical(entry))
         entry["signature"] = base64.b64encode(key.sign(entry["hash"].encode())).decode()
-        with log.open("ab") as file:
-            file.write(_canonical(entry) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _write_line(log, _canonical(entry) + b"\n")
         head = {"seq": entry["seq"], "hash": entry["hash"]}
         write_whole(store / "audit.head", json.dumps({**head, "signature": base64.b64encode(key.sign(_canonical(head))).decode()}) + "\n")
     return entry
@@ -110,8 +108,7 @@ def append(
 
 def entries(store: Path) -> list[dict[str, Any]]:
     "Every entry in order, as written; an empty list where there is no trail."
-    log = store / "audit.jsonl"
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return [_parsed(line, number) for number, line in enumerate(_lines(_content(store / "audit.jsonl")), 1)]
 
 
 def head(store: Path) -> dict[str, Any] | None:
@@ -120,16 +117,45 @@ def head(store: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 # %% ../../nbs/lib/core/04_audit.ipynb #aa1a029e
+def _content(log: Path) -> bytes:
+    return log.read_bytes() if log.exists() else b""
+
+
+def _lines(content: bytes) -> list[str]:
+    "Whole lines; one that a crash cut short was never acknowledged, so it is none."
+    return content[: content.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines()
+
+
+def _parsed(line: str, number: int, needed: frozenset[str] = frozenset()) -> dict[str, Any]:
+    with suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict) and needed <= entry.keys():
+            return entry
+    raise IntegrityError(f"audit trail: entry {number} is not an entry; restore the trail and find out who changed it")
+
+
 def _last_entry(log: Path) -> dict[str, Any] | None:
-    "The last whole line; a line that a crash cut short is removed: it was never acknowledged."
-    if not log.exists():
-        return None
-    content = log.read_bytes()
+    "The last whole line; what a crash left behind it is removed."
+    content = _content(log)
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         write_whole(log, whole)
-    lines = whole.splitlines()
-    return json.loads(lines[-1]) if lines else None
+    lines = _lines(whole)
+    return _parsed(lines[-1], len(lines)) if lines else None
+
+
+def _write_line(log: Path, line: bytes) -> None:
+    "The whole line at the end of the file, or nothing of it."
+    with log.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            left = line
+            while left:
+                left = left[file.write(left):]
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
 
 # %% ../../nbs/lib/core/04_audit.ipynb #057bded5
 def verify(
@@ -142,7 +168,7 @@ def verify(
         if signed:
             raise IntegrityError(f"audit trail: the head speaks of {signed['seq']} entries and the file is gone")
         return 0
-    for count, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+    for count, line in enumerate(_lines(_content(log)), 1):
         previous = _check_entry(store, line, count, previous)
         if signed and count == signed.get("seq") and previous != signed.get("hash"):
             raise IntegrityError(f"audit trail: entry {count} is not the one that the signed head names")
@@ -152,11 +178,8 @@ def verify(
 # %% ../../nbs/lib/core/04_audit.ipynb #02626620
 def _check_entry(store: Path, line: str, number: int, previous: str) -> str:
     bad = f"audit trail: entry {number}"
-    try:
-        entry = json.loads(line)
-        found, signature = entry.pop("hash"), entry.pop("signature")
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"{bad} is not an entry") from error
+    entry = _parsed(line, number, frozenset({"hash", "signature"}))
+    found, signature = entry.pop("hash"), entry.pop("signature")
     if entry.get("seq") != number:
         raise IntegrityError(f"{bad} carries the number {entry.get('seq')}: one was deleted, added or moved")
     if entry.get("previous") != previous:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MISSING', 'STYLE', 'INK', 'LEAST_CELL', 'VERDICTS', 'NOTES', 'CHARTS', 'clean', 'esc', 'spec_for', 'number',
-           'limit_of', 'readable', 'Html', 'svg_style', 'data_uri', 'interval_bar', 'interval_text', 'badge', 'table',
-           'region', 'facts', 'note', 'stack', 'part', 'headline', 'estimates', 'verdict']
+           'limit_spec', 'limit_of', 'readable', 'Html', 'svg_style', 'data_uri', 'interval_bar', 'interval_text',
+           'badge', 'table', 'region', 'facts', 'note', 'stack', 'part', 'headline', 'estimates', 'without_word',
+           'verdict']
 
 # %% ../../nbs/lib/core/07_display.ipynb #05af3c84
 def clean(
@@ -83,7 +84,7 @@ def number(
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    spec = spec or spec_for([value])
+    spec = ".2e" if isinstance(value, float) and abs(value) >= 1e15 else spec or spec_for([value])    # nobody reads more digits
     text = format(int(value) if spec.endswith("d") else value, spec) if value or "e" not in spec else "0"
     if value != 0 and not any(c in "123456789" for c in text):
         text = ("<" if value > 0 else "> −") + re.sub(r"0(?=\D*$)", "1", text.replace("-", ""))
@@ -91,14 +92,21 @@ def number(
     return text.replace("-", "−") + (f"\u202f{unit}" if unit and unit != "%" else unit)
 
 
+def limit_spec(
+    value: float,
+) -> str:
+    "How many digits a limit is shown with: as it was written, three of one that was computed."
+    return "g" if float(f"{value:g}") == value else ".3g"
+
+
 def limit_of(
     value: Any,        # a limit that somebody declared, or None
     unit: str = "",
 ) -> str:
-    "A limit as it was written: 0.65 and 10, not 0.650 and 10.0."
+    "A limit as it was written: 0.65 and 10, not 0.650 and 10.0; one that was computed with three digits."
     if not _is_number(value) or not math.isfinite(value):
         return number(value, "", unit)
-    return number(value, ",.0f" if abs(value) >= 10_000 else "g", unit)
+    return number(value, ",.0f" if abs(value) >= 10_000 else limit_spec(value), unit)
 
 
 def readable(
@@ -120,6 +128,7 @@ color:var(--ink);line-height:1.45;margin:.6em 0 1.6em}
 .ph-go{--state:var(--ph-go,#17693f)}
 .ph-no-go{--state:var(--ph-nogo,#b3261e)}
 .ph-inconclusive,.ph-warn{--state:var(--ph-open,#7d5200)}
+.ph-not-applicable{--state:var(--ph-muted,#5a6572)}
 .ph-info{--state:var(--ph-accent,#1f4e8c)}
 .ph-scroll{overflow-x:auto;max-width:100%}
 .ph-scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
@@ -495,6 +504,14 @@ def _estimate_row(claim: Any, limit: float | None, width: str) -> str:
     return f'<tr><th scope="row" class="ph-{width}">{esc(title)}</th>{row}<td class="ph-mid">{esc(part(claim, "on") or MISSING)}</td></tr>'
 
 # %% ../../nbs/lib/core/07_display.ipynb #7989c76d
+def without_word(
+    state: str,       # go, no-go, inconclusive or not applicable
+    sentence: str,    # an answer
+) -> str:
+    "The sentence without the verdict at its beginning, for a place where that word stands already."
+    return re.sub(rf"^{state}\s*[:;,.–—-]\s*", "", sentence, flags=re.IGNORECASE)
+
+
 def verdict(
     state: str,                    # go, no-go or inconclusive
     sentence: str,                 # the answer, with numbers, units and dates
@@ -512,7 +529,7 @@ def verdict(
         told.setdefault(tuple(str(part(check, name)) for name in ("title", "verdict", "found", "limit")), []).append(check)
     listed = "".join(_failing(alike) for alike in list(told.values())[:most])
     listed += f"<li>and {len(told) - most} more</li>" if len(told) > most else ""
-    said = re.sub(rf"^{state}\s*[:;,.–—-]\s*", "", sentence, flags=re.IGNORECASE)    # the word stands there already
+    said = without_word(state, sentence)
     said = said[:1].upper() + said[1:]
     icon = f'<span class="ph-icon" aria-hidden="true">{VERDICTS[state]}</span>'
     return Html(

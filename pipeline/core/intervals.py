@@ -21,11 +21,25 @@ from .metrics import RANKED, Ranking, Settings, checked, from_sums, metric, pred
 from .run import Estimate
 
 # %% auto #0
-__all__ = ['MOST', 'RANGES', 'SHARES', 'CALIBRATION', 'RARE', 'FEW', 'LEFT_OUT', 'LIST', 'units_of', 'draws_of', 'drawn_together',
-           'Redrawn', 'redraw', 'draw_metric', 'block_sums', 'span', 'interval', 'bootstrap', 'paired', 'chance_of',
-           'holm', 'against_margin', 'over_seeds', 'combine_seeds', 'score', 'score_over_seeds', 'score_difference']
+__all__ = ['BLOCKS', 'MOST', 'BY_CASE', 'RANGES', 'SHARES', 'CALIBRATION', 'RARE', 'FEW', 'LEFT_OUT', 'LIST', 'cases_of',
+           'units_of', 'draws_of', 'drawn_together', 'Redrawn', 'redraw', 'draw_metric', 'block_sums', 'span',
+           'interval', 'bootstrap', 'paired', 'chance_of', 'holm', 'against_margin', 'over_seeds', 'combine_seeds',
+           'score', 'score_over_seeds', 'score_difference']
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #66db59b3
+def cases_of(
+    y: np.ndarray,        # (n,) class of each row
+    classes: int,         # 0: y holds numbers
+    block: np.ndarray,    # (n,) block of each row
+) -> tuple[int, int]:     # rows and blocks that the rarest class is seen in; all of them for numbers
+    "What an interval stands on: a hundred rows with six positives know six cases."
+    of = [y == k for k in range(classes)] or [np.ones(len(y), bool)]
+    return min(int(one.sum()) for one in of), min(len(np.unique(block[one])) for one in of)
+
+
+BLOCKS = 10     # days or groups: fewer are too few witnesses to say how much they vary
+
+
 def units_of(
     frame: pl.DataFrame,        # stored predictions
     unit: str | None,           # the column whose values belong together; None: every row for itself
@@ -66,6 +80,7 @@ def drawn_together(
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #89e4cf07
 MOST = 5_000   # blocks that are drawn: more make draws dearer and intervals no better
+BY_CASE = (*RANKED, "f1", "balanced_accuracy", "log_loss", "brier", "value_per_1000")   # of two classes, the rarer one moves them most
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class Redrawn:
     sums: np.ndarray | None = field(default=None, repr=False)          # (units, m) of a summed metric
     ranked: tuple[tuple[Ranking, np.ndarray], ...] = field(default=(), repr=False)   # with the block of each sorted row
     recall: float = 0.8
+    cases: int = 0                                                     # blocks that the rarer of two classes stands in, where the metric hangs on it; else all
 
     def on(
         self,
@@ -112,9 +128,10 @@ def redraw(
     if name in GROUPED:
         unit = _blocks_of_lists(name, unit, group, len(y))
     block, count = _blocks(unit, len(y))
+    cases = _cases(name, y, p, block, count)
     if name in RANKED:
-        return Redrawn(name, count, len(y), ranked=tuple((r, block[r.order]) for r in rankings(y, p)), recall=settings.recall)
-    return Redrawn(name, count, len(y), block_sums(row_parts(name, y, p, settings, group), block, count))
+        return Redrawn(name, count, len(y), ranked=tuple((r, block[r.order]) for r in rankings(y, p)), recall=settings.recall, cases=cases)
+    return Redrawn(name, count, len(y), block_sums(row_parts(name, y, p, settings, group), block, count), cases=cases)
 
 
 def draw_metric(
@@ -143,6 +160,13 @@ def block_sums(
     return np.column_stack([np.bincount(block, column, count) for column in parts.T])
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #9f548bfe
+def _cases(name: str, y: np.ndarray, p: np.ndarray, block: np.ndarray, count: int) -> int:
+    "Blocks that the rarer of two classes stands in, for a metric that hangs on it; all blocks for any other."
+    if name not in BY_CASE or p.ndim > 1:
+        return count
+    return cases_of(y, 2, block)[1]
+
+
 def _blocks(unit: np.ndarray | None, n: int) -> tuple[np.ndarray, int]:
     "Block numbers from 0 and how many there are; a great many blocks are dealt out to a few thousand, which are as independent."
     if unit is not None and len(unit) != n:
@@ -180,7 +204,7 @@ RANGES = {
 SHARES = ("accuracy", "coverage_90")
 CALIBRATION = ("ece", "ece_debiased")
 RARE = 5       # rows of the rarer class below which a ranking is no evidence
-FEW = 10       # blocks below which draws have no tails worth measuring
+FEW = 10       # blocks, or rows of the rarer class, below which draws have no tails worth measuring
 LEFT_OUT = 50  # groups of blocks that are left out in turn
 
 
@@ -190,11 +214,21 @@ def span(
     draws: int = 500,
     level: float = 0.95,
 ) -> tuple[float, float, float]:          # the combination, low, high
-    "A combination of metrics with the interval that its kind needs; raises `InputError` when most draws are undefined."
+    """A combination of metrics with the interval that its kind needs, wider where few blocks hold the rarer class; raises
+    `InputError` when most draws are undefined."""
+    first = terms[0][1]
+    if first.units < 2:
+        raise InputError(f"{first.units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
+    value, low, high = _span(terms, seed, draws, level)
+    if first.cases < first.units:
+        wider = expanded(max(first.cases, 2), level) / expanded(first.units, level)
+        low, high = value + (low - value) * wider, value + (high - value) * wider
+    return value, low, high
+
+
+def _span(terms: list[tuple[float, Redrawn]], seed: int, draws: int, level: float) -> tuple[float, float, float]:
     first = terms[0][1]
     units, one = first.units, np.ones((1, first.units))
-    if units < 2:
-        raise InputError(f"{units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
     if first.name in CALIBRATION:
         return _calibration_span(terms, seed, draws, level)
     value = float(_combined(terms, one)[0])
@@ -310,7 +344,7 @@ def bootstrap(
     value = metric(name, y, p, group=group, settings=settings)
     within = RANGES.get(name, (0.0, 1.0))
     rarest = _rarest(name, *checked(name, y, p))
-    if name in RANKED and rarest < RARE:
+    if _unknown(name, rarest, p):
         return Estimate(value, *within, n=len(y))
     prepared = redraw(name, y, p, unit, settings, group)
     _, low, high = span([(1.0, prepared)], seed, draws, level)
@@ -325,6 +359,11 @@ def _rarest(name: str, y: np.ndarray, p: np.ndarray) -> int:
     if name in GROUPED or not np.isin(y, np.arange(100)).all():
         return len(y)
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 else p.shape[1]).min())
+
+
+def _unknown(name: str, rarest: int, p: Any) -> bool:
+    "So few rows of the rarer class say nothing of how the next ones will be ranked, or how many of them will be found."
+    return name in RANKED and rarest < RARE or name in ("f1", "balanced_accuracy") and np.ndim(p) == 1 and rarest < FEW
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #ba7b67e6
 def paired(
@@ -346,6 +385,8 @@ def paired(
     first = settings.but(**using)
     second = first if threshold_q is None else first.but(threshold=threshold_q)
     value = metric(name, y, p, group=group, settings=first) - metric(name, y, q, group=group, settings=second)
+    if _unknown(name, _rarest(name, *checked(name, y, p)), p):
+        return Estimate(value, -1.0, 1.0, n=len(y))
     terms = [(1.0, redraw(name, y, p, unit, first, group)), (-1.0, redraw(name, y, q, unit, second, group))]
     _, low, high = span(terms, seed, draws, level)
     return Estimate(value, *_inside(value, low, high, (-math.inf, math.inf)), n=len(y))
@@ -411,7 +452,7 @@ def over_seeds(
     settings = settings.but(**using)
     values = [metric(name, y, p, group=group, settings=settings) for p in predictions]
     mean, within = float(np.mean(values)), RANGES.get(name, (0.0, 1.0))
-    if name in RANKED and _rarest(name, *checked(name, y, predictions[0])) < RARE:
+    if _unknown(name, _rarest(name, *checked(name, y, predictions[0])), predictions[0]):
         return Estimate(mean, *within, n=len(y))
     terms = [(1 / k, redraw(name, y, p, unit, settings, group)) for p in predictions]
     units = terms[0][1].units

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['Verdict', 'Bound', 'Estimate', 'Claim', 'Check', 'judge', 'bound_for', 'run_folder', 'phase_folders', 'room_of',
-           'read_receipt', 'read_saved', 'read_claims', 'read_checks', 'function_named', 'as_estimate', 'Run',
-           'open_run', 'commit_phase', 'overall', 'clock']
+__all__ = ['Verdict', 'Bound', 'NOISE', 'Estimate', 'Claim', 'Check', 'judge', 'bound_for', 'run_folder', 'phase_folders',
+           'room_of', 'read_receipt', 'read_saved', 'read_claims', 'read_checks', 'function_named', 'as_estimate',
+           'Run', 'open_run', 'commit_phase', 'overall', 'clock']
 
 # %% ../../nbs/lib/core/06_run.ipynb #aa3597e4
 Verdict = Literal["go", "no-go", "inconclusive", "not applicable"]
@@ -88,11 +88,15 @@ class Check:
     answers: tuple[str, ...] = ()   # what it is evidence for: a key of the problem file, an item of the ML Test Score
 
 
+NOISE = 1e-9    # what sums of floating-point numbers may differ by
+
+
 def judge(
     found: Estimate | None,                            # what was measured
     at_least: float | None,
     at_most: float | None,
     bound: Bound | None = None,                        # what must clear the limit; None: the unfavourable end of the interval, where there is one
+    strict: bool = False,                              # on the limit, but for rounding, is not clear of it
 ) -> Verdict:
     "go, no-go, or inconclusive where the demanded end fails and another would pass."
     if (at_least is None) == (at_most is None):
@@ -105,9 +109,10 @@ def judge(
     sign, limit = (1, at_least) if at_least is not None else (-1, at_most)
     demanded = {"value": found.value, "low": found.low, "high": found.high}[bound]
     best = max(sign * cast(float, end) for end in ends)
-    if sign * cast(float, demanded) >= sign * cast(float, limit):
+    line = sign * cast(float, limit) + (NOISE if strict else 0.0)
+    if sign * cast(float, demanded) >= line:
         return "go"
-    return "inconclusive" if best >= sign * cast(float, limit) else "no-go"
+    return "inconclusive" if best >= line else "no-go"
 
 
 def bound_for(
@@ -220,6 +225,7 @@ class Run:
     _decisions: list[dict[str, Any]] = field(default_factory=list)
     _answer: str = ""
     _finished: bool = False
+    _moot: bool = False
     _started: dt.datetime = field(default_factory=lambda: dt.datetime.now(dt.UTC))
     _clock: float = field(default_factory=time.monotonic)
     _lock: int = -1
@@ -393,20 +399,25 @@ class Run:
         at_least: float | None = None,
         at_most: float | None = None,
         bound: Bound | None = None,               # None: the unfavourable end of the interval, where there is one
+        strict: bool = False,                     # more (or less) than the limit, not as much
         why: str = "",
         answers: Sequence[str] = (),              # what it is evidence for: a key of the problem file, an item of the ML Test Score
     ) -> Check:
         "Hold a measurement against a limit. Missing, NaN or infinite is no-go."
+        from pipeline.core.display import limit_spec
+
         claim = found if isinstance(found, Claim) else None
         estimate = Estimate(claim.value, claim.low, claim.high) if claim else None if found is None else as_estimate(found)
         if claim:
             limit = at_least if at_least is not None else at_most
             self._claims = [replace(c, limit=limit) if c.name == claim.name else c for c in self._claims]
-        symbol, limit = ("≥", at_least) if at_least is not None else ("≤", at_most)
+        symbol, limit = (">" if strict else "≥", at_least) if at_least is not None else ("<" if strict else "≤", at_most)
         demanded = bound_for(estimate, at_least) if bound is None else bound
         end = "" if demanded == "value" else f" ({demanded} end of the interval)"
+        found_so = judge(estimate, at_least, at_most, demanded, strict)
+        declared = format(cast(float, limit), limit_spec(cast(float, limit)))
         return self._checked(Check(
-            title, judge(estimate, at_least, at_most, demanded), _shown(estimate, limit), f"{symbol} {limit:g}{end}", why,
+            title, found_so, _shown(estimate, limit), f"{symbol} {declared}{end}", why,
             claim.name if claim else None, claim.unit if claim else "", tuple(answers),
         ))
 
@@ -418,8 +429,9 @@ class Run:
         "A criterion that waits for a person or for more evidence: inconclusive."
         return self._checked(Check(title, "inconclusive", found, limit, todo, answers=tuple(answers)))
 
-    def not_applicable(self, title: str, why: str, answers: Sequence[str] = ()) -> Check:
-        "A criterion that this problem cannot have; shown, and without weight in the verdict."
+    def not_applicable(self, title: str, why: str, answers: Sequence[str] = (), whole: bool = False) -> Check:
+        "A criterion that this problem cannot have; shown, and without weight in the verdict. `whole`: it is the phase's question, so what held beside it is no go."
+        self._moot = self._moot or whole
         return self._checked(Check(title, "not applicable", why, "–", answers=tuple(answers)))
 
     def decide(self, what: str, options: Any, chose: str, because: str, by: str = "rule") -> None:
@@ -448,8 +460,16 @@ class Run:
 
     @property
     def verdict(self) -> Verdict:
-        "no-go if any check is, else inconclusive if any is, else go."
-        return overall([c.verdict for c in self._checks])
+        "no-go if any check is, else inconclusive if any is; not applicable where no criterion, or not the phase's question, could be asked; else go."
+        worst = overall([c.verdict for c in self._checks])
+        return "not applicable" if worst == "go" and self._moot else worst
+
+    @property
+    def unmet(self) -> str:
+        "What failed, or else what is not settled, to end the answer with; empty where nothing is."
+        open_ = [c.title for c in self._checks if c.verdict == self.verdict and c.verdict in ("no-go", "inconclusive")]
+        more = f" and {len(open_) - 1} more" if len(open_) > 1 else ""
+        return f"; not {'met' if self.verdict == 'no-go' else 'settled'}: {open_[0]}{more}" if open_ else ""
 
     def conclude(self, answer: str) -> Any:
         "The phase's answer in one line, shown with its verdict and the criteria that failed."
@@ -473,7 +493,7 @@ class Run:
             return note(message)
         commit_phase(self.folder, self.phase)
         os.close(self._lock)
-        if "JPY_SESSION_NAME" not in os.environ and self.verdict != "go":
+        if "JPY_SESSION_NAME" not in os.environ and self.verdict in ("no-go", "inconclusive"):
             failed = "; ".join(f"{c.title}: {c.found}, limit {c.limit}" for c in self._checks if c.verdict == self.verdict)
             raise (GateFailed if self.verdict == "no-go" else Inconclusive)(f"{self.phase} is {self.verdict}: {failed}")
         return note(message)
@@ -588,7 +608,9 @@ def commit_phase(
 
 
 def overall(verdicts: Sequence[str]) -> Verdict:
-    "The verdict of several: the worst of them."
+    "The verdict of several: the worst of them; of nothing but what does not apply, that."
+    if verdicts and all(v == "not applicable" for v in verdicts):
+        return "not applicable"
     return "no-go" if "no-go" in verdicts else "inconclusive" if "inconclusive" in verdicts else "go"
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -62,7 +63,15 @@ def disk_errors(
     except PermissionError as error:
         raise EnvironmentFault(f"{doing}: no permission ({error.filename}); make the outputs folder writable") from error
     except OSError as error:
-        raise EnvironmentFault(f"{doing}: {error.strerror or error}; free space or choose another outputs folder; nothing was half-written") from error
+        raise EnvironmentFault(f"{doing}: {_reason(error)}; free space or choose another outputs folder; nothing was half-written") from error
+
+
+def _reason(error: OSError) -> str:
+    "What the disk said, without paths; of a folder's copy, what it said of the first file."
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        told = str(error.args[0][0][2])
+        return re.sub(r"^\[Errno \d+\] ", "", told).partition(": '")[0]
+    return error.strerror or str(error)
 
 
 def sync_path(path: Path) -> None:

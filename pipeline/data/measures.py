@@ -190,4 +190,5 @@ def say_answer(run: Run, parts: Parts, target: Target, features: int) -> str:
     shown = f", {share_of(parts.train, name, target.positive).value:.1%} of them {name} = {target.positive}" if target.positive else ""
     later = f"; {parts.holdout.height:,} are sealed as holdout" + (f", {parts.production.height:,} later ones play production" if parts.production is not None else "")
     leaks = len(unwaived(run.load("data/leaks")))
-    return f"{parts.train.height:,} rows{span} with {features} features to learn from{shown}{later}; {leaks or 'no'} {'features leak' if leaks > 1 else 'feature leaks'}."
+    return (f"{parts.train.height:,} rows{span} with {features} {'feature' if features == 1 else 'features'} to learn from{shown}{later}; "
+            f"{leaks or 'no'} {'features leak' if leaks > 1 else 'feature leaks'}{run.unmet}.")

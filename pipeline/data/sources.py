@@ -310,7 +310,31 @@ def _dated(frame: pl.DataFrame, file: str) -> tuple[pl.DataFrame, list[str]]:
     found = {name: dates for name, kind in frame.schema.items() if kind == pl.String and (dates := parse_dates(frame[name]))}
     notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
              for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and parse_dates(frame[name], [OTHER_ORDER[format_]])]
+    notes += [f"{file}: column '{name}' holds dates written in several ways ({'; '.join(ways)}), so it stays text; write them in one, best as 2024-01-31"
+              for name, kind in frame.schema.items() if kind == pl.String and name not in found and len(ways := _ways(frame[name])) > 1]
+    notes += [f"{file}: column '{name}' holds numbers as people write them ({shown}), so it stays text and nothing can be counted with it; write them plain, such as 1234.5"
+              for name, kind in frame.schema.items() if kind == pl.String and name not in found and (shown := _counted(frame[name]))]
     return frame.with_columns(dates for dates, _ in found.values()), notes
+
+
+FOR_PEOPLE = r"^[-+(]?\s*([$€£¥]|EUR|USD|GBP|CHF)?\s*[-+]?(0|[1-9]\d{0,2}([.,'’\s]\d{3})+|[1-9]\d*)([.,]\d+)?\s*(%|[$€£¥]|EUR|USD|GBP|CHF)?\)?$"
+
+
+def _counted(texts: pl.Series) -> str:
+    "An example of numbers with signs of money, per cent or thousands, where nine in ten of the first values are such; else nothing."
+    some = texts.drop_nulls().head(50).str.strip_chars()
+    plain = some.cast(pl.Float64, strict=False).is_not_null()
+    signed = some.filter(some.str.contains(FOR_PEOPLE) & ~plain)
+    return repr(signed[0]) if len(signed) and len(signed) + plain.sum() >= 0.9 * len(some) else ""
+
+
+def _ways(texts: pl.Series) -> list[str]:
+    "An example of each way in which the first dates of a column are written; none where something else stands between."
+    left, ways = texts.drop_nulls().head(50), list[str]()
+    while len(left) and (read := parse_dates(left, mostly=True)) and read[0].null_count() < len(left):
+        ways.append(str(left.filter(read[0].is_not_null())[0]))
+        left = left.filter(read[0].is_null())
+    return [] if len(left) else ways
 
 # %% ../../nbs/lib/data/00_sources.ipynb #68ad86b4
 DATES = ["%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%b-%Y"]

@@ -21,13 +21,15 @@ from .targets import Target
 from .twins import compared, twin_groups
 
 # %% auto #0
-__all__ = ['TRAIN', 'HOLDOUT', 'PRODUCTION', 'ASIDE', 'Rule', 'TIMELESS', 'split_by_time', 'folds_by_time', 'strata_of',
-           'split_at_random', 'folds_at_random', 'folds_by_labels', 'folds_by_group', 'split_by_group', 'chi2_tail',
-           'chi2_below', 'time_dependence', 'alike_neighbours', 'moves_with_time', 'choose_rule', 'find_time',
-           'repeats', 'Parts', 'take_apart', 'fold_rows', 'each_fold', 'prove_disjoint', 'count_copies']
+__all__ = ['TRAIN', 'HOLDOUT', 'PRODUCTION', 'ASIDE', 'APART', 'APART_WHY', 'Rule', 'TIMELESS', 'split_by_time', 'folds_by_time',
+           'strata_of', 'split_at_random', 'folds_at_random', 'folds_by_labels', 'folds_by_group', 'split_by_group',
+           'give_groups', 'chi2_tail', 'chi2_below', 'time_dependence', 'alike_neighbours', 'moves_with_time',
+           'choose_rule', 'find_time', 'repeats', 'Parts', 'take_apart', 'fold_rows', 'each_fold', 'prove_disjoint',
+           'count_copies']
 
 # %% ../../nbs/lib/data/04_splits.ipynb #7e6310f6
-TRAIN, HOLDOUT, PRODUCTION, ASIDE = 0, 1, 2, -1
+TRAIN, HOLDOUT, PRODUCTION, ASIDE, APART = 0, 1, 2, -1, -2   # APART: of a group that stands in another part
+APART_WHY = "a group of another part"
 
 
 def split_by_time(
@@ -126,14 +128,14 @@ def folds_at_random(
 # %% ../../nbs/lib/data/04_splits.ipynb #41f5b916
 def folds_by_labels(
     labels: np.ndarray,             # bool, (rows, labels); a row may carry none, one or several
-    folds: int,
+    shares: Sequence[float],        # of each fold, together 1
     rng: np.random.Generator,
 ) -> np.ndarray:                    # fold of each row
     "Folds in which every label keeps about its share; the rarest first."
     n, kinds = labels.shape
     found = np.full(n, -1, np.int8)
-    lacking = np.tile(labels.sum(0) / folds, (folds, 1))   # rows of each label that a fold still lacks
-    room = np.full(folds, n / folds)
+    lacking = np.outer(shares, labels.sum(0))   # rows of each label that a fold still lacks
+    room = np.array(shares) * n
     shuffled = rng.permutation(n)
     left = labels.sum(0).astype(np.int64)
     while (left > 0).any():
@@ -189,6 +191,27 @@ def split_by_group(
     if holdout_share > 0.5:
         return np.where(folds_by_group(groups, strata, max(round(1 / (1 - holdout_share)), 2), rng) == 0, TRAIN, HOLDOUT).astype(np.int8)
     return (folds_by_group(groups, strata, parts, rng) == 0).astype(np.int8)
+
+# %% ../../nbs/lib/data/04_splits.ipynb #a7a86b2e
+def give_groups(
+    groups: pl.Series,              # one name a row; null: of no group
+    sides: np.ndarray,              # int, where time puts each row; below 0: on no side
+    shares: Mapping[int, float],    # side -> its weight among those on which a group stands
+    rng: np.random.Generator,
+) -> np.ndarray:                    # the side of each row's group; the row's own where it has no group, or its group no side
+    "Each group on one of the sides on which it has rows."
+    rows = pl.DataFrame({"group": groups.cast(pl.String), "side": pl.Series(sides, dtype=pl.Int64)})
+    known = rows.filter(pl.col("group").is_not_null() & (pl.col("side") >= 0))
+    places = known.group_by("group").agg(mask=(2 ** pl.col("side").unique()).sum().cast(pl.Int64)).sort("group")
+    masks = places["mask"].to_numpy()
+    home = np.full(places.height, -1)
+    for mask in np.unique(masks):
+        on = np.array([side for side in sorted(shares) if int(mask) >> side & 1])
+        ends = np.cumsum([shares[side] for side in on])
+        at = rng.permutation(np.flatnonzero(masks == mask))
+        home[at] = on[np.searchsorted(ends / ends[-1], (np.arange(len(at)) + rng.random()) / len(at), side="right")]
+    found = rows.join(places.select("group", home=pl.Series(home, dtype=pl.Int64)), on="group", how="left", maintain_order="left")
+    return found.select(pl.coalesce("home", "side")).to_series().to_numpy()
 
 # %% ../../nbs/lib/data/04_splits.ipynb #b13f6d5d
 def chi2_tail(
@@ -306,6 +329,8 @@ def choose_rule(
         raise InputError("data.split.kind is time, but data.time names no column; name one or set kind: random")
     if split.kind == "group" and not group:
         raise InputError("data.split.kind is group, but data.group names no column; name one or set kind: random")
+    if split.kind == "random" and group:
+        raise InputError(f"data.split.kind is random, but data.group is '{group}', whose rows may not stand on two sides; set kind: group, or name no group")
     if split.kind != "time" and (split.holdout_from or split.production_from):
         raise InputError(f"data.split has dates (holdout_from, production_from), but its kind is {split.kind}; set kind: time or drop the dates")
     return split.kind, "as the problem file asks"
@@ -365,6 +390,11 @@ class Parts:
     def ordered(self) -> bool:
         return self.rule == "time"
 
+    @property
+    def given(self) -> bool:
+        "Was each group given to one part?"
+        return APART_WHY in self.aside
+
     def named(self) -> dict[str, pl.DataFrame]:
         "Every part that exists by its name."
         parts = {"train": self.train, "holdout": self.holdout, "production": self.production, "unlabelled": self.unlabelled}
@@ -422,12 +452,14 @@ def take_apart(
             why = f"forced: {forced}; {said}"
     if found and rule == "time":
         why = f"no time is declared; {said}, so production is taken to come after training"
-    codes, folds, twins = _codes(rows, known, rule, split, rng, time)
+    codes, folds, twins = _codes(rows, known, rule, problem, rng, time)
+    if (codes == APART).any():
+        why = f"{why}; most of the holdout's rows are of a '{group}' that came before, so each is kept in one part"
     sides = {part: rows.filter(pl.Series(codes == part)) for part in (TRAIN, HOLDOUT, PRODUCTION)}
     if rule == "time" and group:
         sides, aside["a group seen earlier"] = _new_groups(sides, group)
     train = sides[TRAIN].with_columns(pl.Series("__fold", folds, dtype=pl.Int8))
-    aside["close to the holdout"] = int((codes == ASIDE).sum())
+    aside |= {"close to the holdout": int((codes == ASIDE).sum()), APART_WHY: int((codes == APART).sum())}
     _can_learn(train, target)
     return Parts(
         train=train, holdout=sides[HOLDOUT], production=sides[PRODUCTION] if split.production_from else None, unlabelled=unlabelled, rule=rule, why=why,
@@ -455,32 +487,74 @@ def _forced(problem: Problem, said: str) -> str:
 
 
 def _codes(
-    rows: pl.DataFrame, target: Target, rule: Rule, split: Split, rng: np.random.Generator, time: str | None,
+    rows: pl.DataFrame, target: Target, rule: Rule, problem: Problem, rng: np.random.Generator, time: str | None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     "The part of every row, the fold of every training row, and how many rows stand where their twin does."
+    split = problem.data.split
     if rule == "time":
         order = rows["__time"].alias("time")
         moments = {"holdout_from": _moment(split.holdout_from, order, "holdout_from"), "production_from": _moment(split.production_from, order, "production_from")}
         days = split.gap_days
         gap = (dt.timedelta(days=days) if order.dtype == pl.Datetime else days) if days else None
         codes = split_by_time(order, split.holdout_share, **moments, gap=gap)
-        return codes, folds_by_time(order.filter(pl.Series(codes == TRAIN)), split.folds), 0
+        if not problem.data.group or not _come_again(rows["__group"], codes):
+            return codes, folds_by_time(order.filter(pl.Series(codes == TRAIN)), split.folds), 0
+        return *_each_in_one_part(rows["__group"], order, codes, split, rng), 0
     strata = strata_of(target)
     if rule == "group":
         codes = split_by_group(rows["__group"], strata, split.holdout_share, rng)
         inner = codes == TRAIN
         return codes, folds_by_group(rows["__group"].filter(pl.Series(inner)), strata[inner], split.folds, rng), 0
     first = _first_twins(rows, time)
-    codes = split_at_random(strata, split.holdout_share, rng)[first]
+    labels = _labels(strata, rows, problem.problem.further_targets)
+    shares = [1 - split.holdout_share, split.holdout_share]      # TRAIN, HOLDOUT
+    codes = (split_at_random(strata, split.holdout_share, rng) if labels is None else folds_by_labels(labels, shares, rng))[first]
     folds = np.zeros(len(codes), np.int8)
     inner = codes == TRAIN
-    folds[inner] = folds_at_random(strata[inner], split.folds, rng)
+    folds[inner] = folds_at_random(strata[inner], split.folds, rng) if labels is None else folds_by_labels(labels[inner], [1 / split.folds] * split.folds, rng)
     return codes, folds[first][inner], int((first != np.arange(len(first))).sum())
+
+
+MOST_LABELS, MOST_DEALT = 20, 100_000   # classes of a further target; rows beyond which chance keeps shares
+
+
+def _labels(strata: np.ndarray, rows: pl.DataFrame, further: Sequence[str]) -> np.ndarray | None:
+    "What each row carries of all targets together; None where there is one target only."
+    names = [name for name in further if name in rows.columns and rows[name].n_unique() <= MOST_LABELS]
+    if not names or rows.height > MOST_DEALT:
+        return None
+    carried = [strata[:, None] == np.unique(strata)]
+    for name in names:
+        codes = rows[name].cast(pl.String).rank("dense").fill_null(0).to_numpy().astype(np.int64)
+        carried.append(codes[:, None] == np.arange(1, codes.max() + 1))
+    return np.column_stack(carried)
+
+
+MOST_AGAIN = 0.5   # of the holdout's rows; where more are of groups that training has, groups are given to one part each
+
+
+def _come_again(groups: pl.Series, codes: np.ndarray) -> bool:
+    taught = groups.filter(pl.Series(codes == TRAIN)).drop_nulls().unique()
+    return float(groups.filter(pl.Series(codes == HOLDOUT)).is_in(taught.implode()).fill_null(False).mean() or 0) > MOST_AGAIN  # type: ignore[arg-type]
+
+
+def _each_in_one_part(groups: pl.Series, order: pl.Series, codes: np.ndarray, split: Split, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    "Part and fold where neither time nor groups overlap."
+    share = split.holdout_share
+    homes = give_groups(groups, codes, {TRAIN: 1 - share, HOLDOUT: share, PRODUCTION: share}, rng)
+    codes = np.where((codes >= 0) & (homes != codes), APART, codes).astype(np.int8)
+    inner = pl.Series(codes == TRAIN)
+    if groups.filter(inner).n_unique() <= split.folds or not (codes == HOLDOUT).any():
+        raise InputError(f"every row of the holdout is of a group that also stands in training, and there are too few groups to keep them apart ({groups.n_unique()}); drop data.group, or split by group instead of time")
+    blocks = folds_by_time(order.filter(inner), split.folds)
+    tested = give_groups(groups.filter(inner), blocks, dict.fromkeys(range(split.folds), 1.0), rng) == blocks
+    there = np.unique(blocks[tested & (blocks >= 0)])
+    return codes, np.where(tested & (blocks >= 0), np.searchsorted(there, blocks), -1).astype(np.int8)
 
 
 def _first_twins(rows: pl.DataFrame, time: str | None) -> np.ndarray:
     "For each row the position of its first twin, so that twins stand on one side. Where copies are the rule, itself."
-    if repeats(rows):
+    if repeats(rows, 0.2):      # a part of the rows holds fewer copies than all: what its check still counts must have been kept together
         return np.arange(rows.height)
     if rows.height <= MOST_COMPARED:
         return twin_groups(rows, compared(rows, time))
@@ -604,7 +678,8 @@ def _before(earlier: str, first: pl.DataFrame, later: str, second: pl.DataFrame,
     start: Any = second["__time"].min()
     gap: Any = dt.timedelta(days=gap_days) if isinstance(last, dt.datetime) else gap_days
     promise = f"{earlier} ends {f'{gap_days:g} {_days(last, gap_days)} ' if gap_days else ''}before {later} begins"
-    return {"promise": promise, "found": f"{_shown(last)} before {_shown(start)}", "kept": last < start - gap if gap_days else last < start}
+    said = " before ".join(f"{moment:.10g}" if isinstance(moment, float) else str(_shown(moment)) for moment in (last, start))
+    return {"promise": promise, "found": said, "kept": last < start - gap if gap_days else last < start}
 
 
 def _days(moment: Any, number: float) -> str:

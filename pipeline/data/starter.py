@@ -25,6 +25,7 @@ from .personal import find_personal
 from .sources import format_of, gather, read_table, tidy_names
 from .splits import take_apart, time_dependence
 from .targets import OPPOSITES, check_target, class_names
+from .twins import LOOKED_AT, find_entities
 from .types import Kind, guess_type, typed
 
 # %% auto #0
@@ -64,7 +65,7 @@ def guess_task(
 SUBJECTS = ("customer", "client", "user", "patient", "person", "member", "account", "subject", "employee", "student", "kunde", "household")
 PROTECTED = ("sex", "gender", "race", "ethnic", "nation", "religi", "disab", "marital", "orient", "geschlecht")     # grounds on which nobody may be treated worse
 FEW_TEXTS = 0.05
-NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline")
+NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline", "built", "build", "remod", "renov", "founded", "manufact", "model", "baujahr")   # of the thing, not of the row
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Guess:
     unusable: dict[str, str]
     year: str = ""               # holds years, and the target does not move along it; a suggestion only
     spoken: dict[str, str] = field(default_factory=dict)   # texts of which few name somebody and without which nothing is left -> why
+    entity: tuple[str, str] | None = None   # a column that names what several rows are about, and why; a split at random keeps its rows together
 
 
 def guess(
@@ -109,11 +111,14 @@ def guess(
                   for name in people if kinds[name][0] == "text" and (looks[name]["share"] or 1) < FEW_TEXTS}
         people = {name: why for name, why in people.items() if name not in spoken}
     group = next((name for name in kinds if name not in ids and name != time and _repeats_like_id(frame[name])), None)
-    return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable, year, spoken)
+    told = {name: kind for name, (kind, _) in kinds.items() if name not in ids and name != time}
+    named = find_entities(frame.with_columns(table[target]).filter(pl.col(target).is_not_null()).tail(LOOKED_AT), told, target, np.random.default_rng(0))
+    entity = min(named.items(), key=lambda item: frame[item[0]].n_unique(), default=None)      # the coarsest: what it keeps together, a finer one is part of
+    return Guess(task, task_why, time, time_why, ids, people, group, kinds, unusable, year, spoken, entity)
 
 # %% ../../nbs/lib/data/13_starter.ipynb #a82992b2
 def _guess_time(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]]) -> tuple[str | None, str]:
-    dates = [name for name, (kind, _) in kinds.items() if kind == "date" and not any(word in name.lower() for word in NOT_ORDERING)]
+    dates = [name for name, (kind, _) in kinds.items() if kind == "date" and not _of_the_thing(name)]
     full = [name for name in dates if frame[name].null_count() <= 0.01 * frame.height and frame[name].n_unique() >= 10]
     if not full:
         return None, f"{len(dates)} date columns, but none that nearly every row has" if dates else "no column holds dates"
@@ -140,10 +145,14 @@ def _guess_order(frame: pl.DataFrame, kinds: dict[str, tuple[Kind, str]], answer
     return None
 
 
+def _of_the_thing(name: str) -> bool:
+    return any(word in name.lower() for word in NOT_ORDERING)
+
+
 def _holds_years(values: pl.Series) -> bool:
     known = values.drop_nulls()
     named = "year" in values.name.lower().replace("-", "_").split("_")
-    return bool(named and known.n_unique() >= 5 and (known % 1 == 0).all() and known.is_between(1900, 2100).all())
+    return bool(named and not _of_the_thing(values.name) and known.n_unique() >= 5 and (known % 1 == 0).all() and known.is_between(1900, 2100).all())
 
 
 def _repeats_like_id(values: pl.Series) -> bool:
@@ -181,8 +190,10 @@ def problem_text(
         lines.append(f"  time: {_q(found.time)}   # guessed: {_c(found.time_why)}; rows are learned from in its order")
     else:
         lines.append(f"  # time: {_q(found.year) if found.year else 'COLUMN'}   # none guessed: {found.time_why}")
-    if found.group:
-        lines.append(f"  # group: {_q(found.group)}   # its values return; uncomment if rows of one must not stand on both sides of a split")
+    if found.entity and not found.time:
+        lines.append(f"  group: {_q(found.entity[0])}   # guessed: it names what a row is about ({_c(found.entity[1])}); rows of one stay on one side of a split")
+    elif found.group:
+        lines.append(f"  # group: {_q(found.group)}   # its values return; uncomment if rows of one must not stand on both sides of a split{'' if found.time else ', and set its kind to group'}")
     lines += _column_lines(found, checked.notes)
     lines += [split, ""]
     lines += _train_lines(table, found)
@@ -209,7 +220,7 @@ def _n(number: float) -> str:
 
 def _kpi(checked: Any, found: Guess) -> str:
     if found.task == "regression":
-        spread = float(checked.values.std() or 1)
+        spread = float((checked.values - checked.values.median()).abs().mean() or 1)      # of who always says the middle value
         return f"{{name: {_q('mean error of the forecast')}, baseline: {_n(spread)}, target: {_n(spread / 2)}, unit: {_q('units of ' + checked.values.name)}}}"
     largest = max(checked.counts.values()) / sum(checked.counts.values()) * 100
     if found.task == "multiclass":
@@ -327,12 +338,21 @@ def start_problem(
         path = gather([source], lambda found: found, settings or load_settings(root))[source.name]
     else:
         path = Path(file)
-    table = read_table(path).frame
+    read = read_table(path)
+    table = read.frame
     target = tidy_names([target], "target")[0]
     if target not in table.columns:
         raise InputError(f"{path.name} has no column '{target}'{suggest(target, table.columns[:200])}")
-    found = guess(table, target)
+    try:
+        found = guess(table, target)
+    except InputError as error:
+        told = next((note for note in read.notes if f"column '{target}' holds" in note), "")     # why its values are no numbers
+        if not told:
+            raise
+        raise InputError(told) from error
     text = _first_that_runs(name, source, table, target, found)
+    notes = [f"  # note: {_c(text)}\n" for text in read.notes[:10]]      # what was read otherwise than it stands there
+    text = text.replace("\ndata:\n", f"\ndata:\n{''.join(notes)}", 1)
     params_dir.mkdir(parents=True, exist_ok=True)
     write_whole(destination, text.encode())
     return destination
@@ -342,7 +362,7 @@ def _first_that_runs(name: str, source: Source, table: pl.DataFrame, target: str
     "The text with the first split that the table carries."
     refusals: list[InputError] = []
     for guessed, split in _splits(table, found):
-        why = f"   # by time was tried: {_c(str(refusals[-1]))}" if refusals else ""
+        why = f"   # tried before: {_c(str(refusals[-1]))}" if refusals else ""
         text = problem_text(name, source, table, target, guessed, split + why, _replayed(table, guessed) if "production_from" in split else None)
         try:
             _try(parse_problem(*read_yaml(text, f"{name}.yml"), f"{name}.yml"), table)
@@ -363,7 +383,7 @@ def _replayed(table: pl.DataFrame, found: Guess) -> tuple[int, float]:
 def _splits(table: pl.DataFrame, found: Guess) -> list[tuple[Guess, str]]:
     at_random = "  split: {kind: random, holdout_share: 0.2, folds: 3}   # guessed: rows have no time"
     if not found.time:
-        return [(found, at_random)]
+        return _at_random(found, at_random)
     tries = []
     order = typed(table.select(found.time), {})[0][found.time].drop_nulls().sort()
     dated = order.dtype == pl.Datetime
@@ -373,7 +393,13 @@ def _splits(table: pl.DataFrame, found: Guess) -> list[tuple[Guess, str]]:
                       f"    production_from: {cut.isoformat()}   # the newest fifth plays production: rollout and monitoring replay it\n    folds: 3"))
     tries.append((found, "  split: {kind: time, holdout_share: 0.2, folds: 3}   # guessed: production comes after training"))
     without = replace(found, time=None, time_why=f"'{found.time}' cannot carry a split by time")
-    return [*tries, (without, at_random.replace("rows have no time", "a split by time is not possible"))]
+    return [*tries, *_at_random(without, at_random.replace("rows have no time", "a split by time is not possible"))]
+
+
+def _at_random(found: Guess, split: str) -> list[tuple[Guess, str]]:
+    "Rows of one thing on one side, else each row for itself."
+    by_group = split.replace("kind: random", "kind: group")
+    return [(found, split)] if not found.entity else [(found, by_group), (replace(found, entity=None), split)]
 
 
 def _try(problem: Problem, table: pl.DataFrame) -> None:

@@ -87,7 +87,7 @@ def near_copies(
 def twin_groups(
     frame: pl.DataFrame,
     columns: Sequence[str],    # of `compared`
-    most: float = 0.1,         # share of rows with a twin beyond which likeness is the nature of the table
+    most: float = 0.2,         # share of rows with a twin beyond which likeness is the nature of the table
 ) -> np.ndarray:               # for each row the position of the first of its twins; itself where it has none
     "Twins, their twins and so on, as groups."
     alone = np.arange(frame.height)
@@ -104,7 +104,7 @@ def twin_groups(
         for key in keys:
             first = pl.DataFrame({"key": key, "at": first}).select(pl.col("at").min().over("key"))["at"].to_numpy()
         moved = bool((first != before).any())
-    if (np.bincount(first, minlength=len(first))[first] > 1).mean() <= 2 * most:
+    if (np.bincount(first, minlength=len(first))[first] > 1).mean() <= most:
         return first
     return pl.DataFrame({"key": whole, "at": alone}).select(pl.col("at").min().over("key"))["at"].to_numpy()   # only copies
 

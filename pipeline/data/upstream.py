@@ -27,7 +27,7 @@ from .terms import Agreement, Change, compare_columns, refuse_changed, say_chang
 from .types import guess_type
 
 # %% auto #0
-__all__ = ['HEAD', 'peek', 'place_of', 'changed_sources', 'read_pins', 'changed_pins', 'watch_upstream']
+__all__ = ['HEAD', 'NOTICED', 'peek', 'place_of', 'changed_sources', 'read_pins', 'changed_pins', 'watch_upstream']
 
 # %% ../../nbs/lib/data/25_upstream.ipynb #bb51c74b
 HEAD = 250_000    # bytes
@@ -151,6 +151,9 @@ def _installed(package: str) -> str | None:
         return None
 
 # %% ../../nbs/lib/data/25_upstream.ipynb #65d7a1b9
+NOTICED = "A change upstream is noticed"
+
+
 def watch_upstream(
     run: Run,
     files: Mapping[str, Path],        # of `gather`
@@ -163,7 +166,8 @@ def watch_upstream(
     now: dict[str, dict[str, Any]] = {s.name: {"place": place_of(s), "columns": peek(files[s.name], _member(s), s.sheet)} for s in sources}
     told = list(before["told"])
     pins = read_pins(run.settings.root / "requirements.lock")
-    packages = _tell_packages(run, before["pins"], pins)
+    changed = changed_pins(before["pins"], pins) if before["pins"] and pins else []
+    packages = _tell_packages(run, changed)
     before |= {"pins": pins}
     _remember(memory, before)
     accepted: list[str] = []
@@ -175,6 +179,10 @@ def watch_upstream(
         accepted = _accepted(run, before, now, told, memory)
     _remember(memory, before | {"sources": before["sources"] | {name: _known(before["sources"].get(name), seen) for name, seen in now.items()}, "told": told})
     columns = sum(len(seen["columns"]) for seen in now.values())
+    run.save("data/upstream", pl.DataFrame({"source": list(now), "columns": [len(seen["columns"]) for seen in now.values()]}))
+    told_of = "; ".join([*[f"accepted: {said}" for said in accepted], *([f"{len(changed)} package{'s' if len(changed) > 1 else ''} changed"] if changed else [])])
+    run.require(NOTICED, True, f"{columns:,} columns of {len(now)} source{'s' if len(now) > 1 else ''} and {len(pins)} pinned packages: {told_of or 'nothing changed'}",
+                limit="what changed is named, or stops the run", answers=["O1"])
     known = all(name in before["sources"] for name in now)
     state = f"{columns:,} columns of {len(now)} source{'s' if len(now) > 1 else ''} are as {agreement.file if decided and agreement else 'they were last time' if known else 'they will be held to from now on'}."
     return stack(note(state if not accepted else f"Accepted with a reason: {'; '.join(accepted)}.", "info" if not accepted else "warn"), *packages)
@@ -199,8 +207,7 @@ def _remember(memory: Path, content: dict[str, Any]) -> None:
         write_whole(memory, text.encode())
 
 
-def _tell_packages(run: Run, before: Mapping[str, str], now: Mapping[str, str]) -> list[Html]:
-    changed = changed_pins(before, now) if before and now else []
+def _tell_packages(run: Run, changed: Sequence[str]) -> list[Html]:
     if not changed:
         return []
     run.audit("packages.changed", packages=changed)

@@ -189,7 +189,9 @@ def split_whole(
     codes[keys.nulls[outcome]] = NO_OUTCOME
     if problem.data.time:
         codes[keys.nulls[problem.data.time] & (codes != NO_OUTCOME)] = ASIDE
-    if parts.rule == "time" and problem.data.group:
+    if parts.rule == "time" and problem.data.group and parts.given:
+        _keep_at_home(parts, problem.data.group, keys, codes, whole.taken.numbers)
+    elif parts.rule == "time" and problem.data.group:
         parts = _without_seen_groups(parts, problem.data.group, keys, codes, whole.taken.numbers)
     folds[codes != TRAIN] = -1
     return parts, replace(whole, codes=codes, folds=folds)
@@ -370,6 +372,16 @@ def _dealt(uniform: np.ndarray, problem: Problem, folds: int) -> tuple[np.ndarra
     share = problem.data.split.holdout_share
     codes = np.where(uniform < share, HOLDOUT, TRAIN).astype(np.int8)
     return codes, np.minimum((uniform - share) / (1 - share) * folds, folds - 1).astype(np.int8)
+
+
+def _keep_at_home(parts: Parts, group: str, keys: Keys, codes: np.ndarray, numbers: np.ndarray) -> None:
+    "Rows of a group in a part to which the sample did not give it are put aside, and those of groups that the sample has not."
+    home = np.full(len(keys.levels[group]) + 1, ASIDE, np.int8)
+    for code, rows in _coded(parts):
+        at = numbers[rows["__row"].to_numpy()]
+        if code != NO_OUTCOME:
+            home[keys.values[group][at[~keys.nulls[group][at]]]] = code
+    codes[~keys.nulls[group] & np.isin(codes, (TRAIN, HOLDOUT, PRODUCTION)) & (home[keys.values[group]] != codes)] = ASIDE
 
 
 def _without_seen_groups(parts: Parts, group: str, keys: Keys, codes: np.ndarray, numbers: np.ndarray) -> Parts:

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 MAX_EXPLAINED = 100    # rows of a request that may be explained
+LARGE = 500_000        # bytes of a body whose rows are counted before they are read
 
 # %% auto #0
-__all__ = ['MAX_EXPLAINED', 'ARROW', 'Found', 'counted', 'Answerer', 'answerer_of', 'rows_of', 'read_arrow', 'write_arrow',
-           'read_tensors']
+__all__ = ['MAX_EXPLAINED', 'LARGE', 'ARROW', 'Found', 'counted', 'Answerer', 'answerer_of', 'rows_of', 'read_arrow',
+           'write_arrow', 'read_tensors']
 
 # %% ../../nbs/lib/deploy/08_answers.ipynb #4bd868a2
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Answerer:
         thorough: bool = False,  # the rows are needed afterwards
     ) -> Found:
         "Answer `{rows: [{column: value}, …]}`; raises `Refused` with every reason."
+        if len(body) > LARGE:
+            self._count(body, most)
         if self._quick is not None and not thorough:
             rows = self._quick.rows(body)
             if rows is not None:
@@ -82,6 +85,17 @@ class Answerer:
                 if matrix is not None:
                     return Found(*self.predictor.estimate(matrix))
         return self.thorough(self._checked(body, most, lenient))
+
+    def _count(self, body: bytes, most: int) -> None:
+        "Refuse too many rows before any is read: that would hold up everybody else for a tenth of a second."
+        import msgspec
+
+        try:
+            rows = msgspec.json.decode(body, type=dict[str, list[msgspec.Raw]]).get("rows", [])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+            return      # no such body: what is wrong with it is said where it is read
+        if len(rows) > most:
+            counted(len(rows), most)
 
     def columns(
         self,

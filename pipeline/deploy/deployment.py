@@ -48,24 +48,25 @@ def assemble(
     partial = releases / f".partial.{os.getpid()}"
     with disk_errors("assembling the release"):
         shutil.rmtree(partial, ignore_errors=True)
-        if files is not None:
-            shutil.copytree(files, partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(package, partial / PACKAGE)
-        write_whole(partial / PUBLIC, public_key.public_bytes_raw().hex() + "\n")
-        _copy_program(program, partial / PROGRAM / "pipeline")
-        if (package / LOCK).is_file():
-            shutil.copyfile(package / LOCK, partial / LOCK)
-        write_whole(partial / TOLD, json.dumps({"name": manifest["name"], "version": manifest["version"], "package": digest_file(package / MANIFEST)}, sort_keys=True))
-        for path in partial.rglob("*"):
-            path.chmod(0o755 if path.is_dir() or path.suffix == ".sh" else 0o444)
-        final = releases / digest(partial)[:16]
-        if final.exists() and digest(final)[:16] != final.name:
-            final.rename(releases / f".damaged.{final.name}.{time.time_ns()}")   # kept for whoever looks into it
-        if final.exists():
-            shutil.rmtree(partial)
-        else:
-            os.rename(partial, final)
+        try:
+            if files is not None:
+                shutil.copytree(files, partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(package, partial / PACKAGE)
+            write_whole(partial / PUBLIC, public_key.public_bytes_raw().hex() + "\n")
+            _copy_program(program, partial / PROGRAM / "pipeline")
+            if (package / LOCK).is_file():
+                shutil.copyfile(package / LOCK, partial / LOCK)
+            write_whole(partial / TOLD, json.dumps({"name": manifest["name"], "version": manifest["version"], "package": digest_file(package / MANIFEST)}, sort_keys=True))
+            for path in partial.rglob("*"):
+                path.chmod(0o755 if path.is_dir() or path.suffix == ".sh" else 0o444)
+            final = releases / digest(partial)[:16]
+            if final.exists() and digest(final)[:16] != final.name:
+                final.rename(releases / f".damaged.{final.name}.{time.time_ns()}")   # kept for whoever looks into it
+            if not final.exists():
+                os.rename(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)      # of a full disk, above all
     return final
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import numpy as np
 import polars as pl
 
 from ..core.errors import EnvironmentFault, IntegrityError
@@ -85,17 +86,38 @@ class Growing:
         columns: Sequence[str] | None = None,      # some only
     ) -> pl.DataFrame:                             # in the order of `number`
         "The rows after a number; raises `IntegrityError` for a file that was changed or is gone."
-        names = list(columns or self.schema)
+        return self._taken(after, columns, lambda file, names: _part(file, self.folder.name, names))
+
+    def find(
+        self,
+        keys: pl.DataFrame,                        # values of columns that together name rows
+        columns: Sequence[str] | None = None,      # some only
+    ) -> pl.DataFrame:                             # in the order of `number`
+        "The rows with these keys: a file without any is not opened again once this process has read its keys; raises `IntegrityError`."
+        wanted, by = keys.unique(), tuple(keys.columns)
+        marks = _marks(wanted, by)
+
+        def take(file: Path, names: list[str]) -> pl.DataFrame | None:
+            held = _keys(file, self.folder.name, by)
+            if not len(held) or not (held[np.searchsorted(held, marks).clip(max=len(held) - 1)] == marks).any():
+                return None
+            return _part(file, self.folder.name, sorted({*names, *by}, key=list(self.schema).index)).join(wanted, on=by, how="semi", maintain_order="left").select(names)
+
+        return self._taken(-1, columns, take)
+
+    def _taken(self, after: int, columns: Sequence[str] | None, take: Callable[[Path, list[str]], pl.DataFrame | None]) -> pl.DataFrame:
+        "What every file that holds a later number gives, in the order of `number`."
+        wanted = list(columns or self.schema)
+        names = [n for n in self.schema if n in {"number", *wanted}]
         for attempt in range(TRIES):
             parts = self.parts(after)
             try:
-                found = [_part(file, self.folder.name, sorted({"number", *names}, key=list(self.schema).index)) for file in parts]
+                found = [rows for file in parts if (rows := take(file, names)) is not None]
                 break
             except FileNotFoundError as error:     # merged with others since they were listed
                 if attempt == TRIES - 1:
                     raise IntegrityError(f"{Path(str(error.filename)).name} of table {self.folder.name} is missing; restore it from a copy of the store") from error
-        whole = pl.concat([pl.DataFrame(schema={n: t for n, t in self.schema.items() if n in {"number", *names}}), *found])
-        return whole.filter(pl.col("number") > after).sort("number").select(names)
+        return pl.concat([pl.DataFrame(schema={n: self.schema[n] for n in names}), *found]).filter(pl.col("number") > after).sort("number").select(wanted)
 
     def compact(self) -> int:       # files that are gone
         "Small files become one, where there are many; the caller holds `turn`."
@@ -199,6 +221,17 @@ def _opened(folder: str, state: tuple[tuple[str, int, int], ...]) -> Any:
     from deltalake import DeltaTable
 
     return DeltaTable(folder)
+
+
+def _marks(rows: pl.DataFrame, by: tuple[str, ...]) -> np.ndarray:
+    "Short marks of keys: equal keys have equal ones, and few others have."
+    return (rows.select(by).hash_rows(seed=0).to_numpy() >> np.uint64(32)).astype(np.uint32)
+
+
+@lru_cache(maxsize=128)      # 4 MB a file at most
+def _keys(file: Path, table: str, by: tuple[str, ...]) -> np.ndarray:
+    "The marks of a file's keys, rising. A file is never written again, so they are read once."
+    return np.unique(_marks(_part(file, table, by), by))
 
 
 def _first(file: Path) -> int:

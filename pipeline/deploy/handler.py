@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from polars.exceptions import PanicException
 
-from ..core.errors import InputError, suggest
+from ..core.errors import EnvironmentFault, InputError, suggest
 from .answers import ARROW, MAX_EXPLAINED, Answerer, Found, answerer_of, read_arrow, read_tensors, write_arrow
 from .counts import Counts
 from .further import WISHES, can_say, say, say_columns
@@ -221,6 +221,10 @@ class Service:
                 status, extra, out = answer(call)
         except Refused as refused:
             status, extra, out = self.problem(refused, call.request, path)
+        except (EnvironmentFault, OSError) as error:  # a full disk, a database that is away: later it may go
+            why = "the service can neither keep nor look up what this request is about at the moment; the same request may be sent again later"
+            status, extra, out = self.problem(Refused(503, "not now", why, headers=[("retry-after", "5")]), call.request, path)
+            self.fault(error, request_id=call.request)
         except (Exception, PanicException) as error:  # a fault of ours: said without its insides, logged with its kind
             status, extra, out = self.problem(
                 Refused(500, "internal error", "this request met a fault of the service; it is logged"), call.request, path
@@ -359,7 +363,7 @@ class Service:
             return {}
         frame, told = found.checked.frame, {}
         for wish in beside:
-            with self._explaining if wish == "explain" else nullcontext():       # one after the other: each keeps a core busy for milliseconds a row
+            with self._explaining if wish == "explain" else nullcontext():       # one after the other: each keeps a core busy, up to milliseconds a row
                 told[wish] = form(answerer.predictor, wish, found.scores, found.chosen, frame)
         return told
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'FRAME_BYTES', 'Record', 'ID', 'MOST_OUTCOMES', 'TIME',
-           'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder', 'spool_key', 'Spool',
+__all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'FRAME_BYTES', 'Record', 'COLLECTOR', 'ID', 'MOST_OUTCOMES',
+           'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder', 'spool_key', 'Spool',
            'note_outcomes', 'inference_tables', 'collect', 'read_inferences', 'read_outcomes', 'newest_numbers',
            'forget_inferences', 'forget_lines', 'count_inferences', 'drop_inferences', 'count_older']
 
@@ -192,15 +192,22 @@ class Recorder:
         "A child that works where a processor idles takes what is spooled into the table."
         if self._child is None or self._child.poll() is not None:
             self._due, self._spooled = time.monotonic() + TAKEN_EVERY, 0
-            self._child = subprocess.Popen([sys.executable, "-c", "from pipeline.deploy.inference_log import _child; _child()", str(self.store.resolve()), self.name],
+            self._child = subprocess.Popen([sys.executable, "-S", "-c", COLLECTOR, str(self.store.resolve()), self.name],
                                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
-def _child() -> None:
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))    # whoever answers takes the processor back at once
-    collect(Path(sys.argv[1]), sys.argv[2])
+# It steps back before it imports anything: a second of imports would take half a core from whoever answers.
+COLLECTOR = """
+import os
+os.nice(19)
+if hasattr(os, "SCHED_IDLE"):
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+import site, sys
+from pathlib import Path
+site.main()
+from pipeline.deploy.inference_log import collect
+collect(Path(sys.argv[1]), sys.argv[2])
+"""
 
 
 def spool_key(
@@ -557,7 +564,8 @@ def read_inferences(
     collect(store, name)
     table, told = inference_tables(store, name)
     rows, classes = table.read(after), _classes(table)
-    newest = told.read(after=-1 if outcomes and rows.height else 2**62).unique(["request_id", "row"], keep="last", maintain_order=True)
+    heard = told.find(rows.select("request_id", "row")) if outcomes and rows.height else told.read(2**62)
+    newest = heard.unique(["request_id", "row"], keep="last", maintain_order=True)
     return _shown(rows.join(_told(newest, classes), on=["request_id", "row"], how="left", maintain_order="left"), classes, inputs)
 
 
@@ -572,12 +580,11 @@ def read_outcomes(
     key, fresh = ["request_id", "row"], outcomes.read(after)
     if fresh.is_empty():
         return _beside(fresh.with_columns(again=pl.lit(False)), table.read(2**62), _classes(table))
-    told = outcomes.read(columns=["number", *key, "label", "value"]).with_columns(again=pl.int_range(pl.len()).over(key) > 0)
+    told = outcomes.find(fresh.select(key), ["number", *key, "label", "value"]).with_columns(again=pl.int_range(pl.len()).over(key) > 0)
     new = told.filter(pl.struct("label", "value").ne_missing(pl.struct("label", "value").shift(1)).over(key) | ~pl.col("again"))
     news = fresh.join(new.select("number", "again"), on="number", how="inner", maintain_order="left")
-    asked = table.read(columns=["number", *key]).join(news.select(key), on=key, how="semi")
-    rows = table.read(int(asked["number"].min() or 0) - 1 if asked.height else 2**62)     # type: ignore[arg-type]
-    young = news.filter(pl.col("at").dt.timestamp("us") / 1e6 > time.time() - SETTLED).join(asked.select(key), on=key, how="anti")
+    rows = table.find(news.select(key))
+    young = news.filter(pl.col("at").dt.timestamp("us") / 1e6 > time.time() - SETTLED).join(rows.select(key), on=key, how="anti")
     settled = news.filter(pl.col("number") < young["number"].min()) if young.height else news     # the rest when its answer has landed
     return _beside(settled, rows, _classes(table))
 

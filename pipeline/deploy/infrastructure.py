@@ -71,7 +71,7 @@ def write_infrastructure(
     b = blueprint
     return {
         "Dockerfile": _dockerfile(b), ".dockerignore": "*\n!app\n!package\n!package.pub\n!release.json\n!requirements.lock\n", "compose.yml": _yaml(_compose(b)),
-        "deploy.sh": _script(b), f"{b.service}.service": _unit(b), "ci.yml": _yaml(_workflow(b)),
+        "deploy.sh": _script(b), f"{b.service}.service": _unit(b), f"{b.service}-rollout.service": _controller(b), "ci.yml": _yaml(_workflow(b)),
         **{f"kubernetes/{name}.yml": _yaml(told) for name, told in _kubernetes(b).items()},
         **{f"argo/{name}.yml": _yaml(told) for name, told in _argo(b).items()},
         "prometheus/alerts.yml": _yaml(rules_file(Objectives(b.uptime, b.latency_p99_ms, per_month=b.false_alarms_per_month), b.service)),
@@ -176,31 +176,7 @@ echo "$NAME:$TAG is live; before: ${{OLD:-nothing}}"
 """
 
 # %% ../../nbs/lib/deploy/24_infrastructure.ipynb #16225b83
-def _unit(b: Blueprint) -> str:
-    return f"""\
-# To install: a release (a folder below releases/ of a place, see “pilothouse deploy up”) as /opt/{b.service}/release, its requirements.lock
-# installed into /opt/{b.service}/venv, SERVICE_TOKEN=… in /etc/{b.service}/environment (mode 0600); then: systemctl enable --now {b.service}
-[Unit]
-Description={b.service} prediction service
-After=network-online.target
-Wants=network-online.target
-StartLimitIntervalSec=300
-StartLimitBurst=5
-
-[Service]
-Type=exec
-ExecStart=/opt/{b.service}/venv/bin/python -m pipeline deploy serve /opt/{b.service}/release --port 8000 --token env:SERVICE_TOKEN
-EnvironmentFile=/etc/{b.service}/environment
-Environment=PYTHONPATH=/opt/{b.service}/release/app PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=PASSIVE NUMBA_CACHE_DIR=/tmp/numba
-WorkingDirectory=/opt/{b.service}/release
-Restart=on-failure
-RestartSec=2
-KillMode=mixed
-TimeoutStopSec=30
-MemoryMax={_memory(b)}M
-TasksMax=512
-LimitNOFILE=65536
-DynamicUser=yes
+HARDENED = """\
 UMask=0077
 NoNewPrivileges=yes
 CapabilityBoundingSet=
@@ -229,7 +205,64 @@ SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
 IPAddressDeny=any
-IPAddressAllow=localhost
+IPAddressAllow=localhost"""
+
+
+def _unit(b: Blueprint) -> str:
+    return f"""\
+# To install: a release (a folder below releases/ of a place, see “pilothouse deploy up”) as /opt/{b.service}/release, its requirements.lock
+# installed into /opt/{b.service}/venv, SERVICE_TOKEN=… in /etc/{b.service}/environment (mode 0600); then: systemctl enable --now {b.service}
+[Unit]
+Description={b.service} prediction service
+After=network-online.target
+Wants=network-online.target
+StartLimitIntervalSec=300
+StartLimitBurst=5
+
+[Service]
+Type=exec
+ExecStart=/opt/{b.service}/venv/bin/python -m pipeline deploy serve /opt/{b.service}/release --port 8000 --token env:SERVICE_TOKEN
+EnvironmentFile=/etc/{b.service}/environment
+Environment=PYTHONPATH=/opt/{b.service}/release/app PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=PASSIVE NUMBA_CACHE_DIR=/tmp/numba
+WorkingDirectory=/opt/{b.service}/release
+Restart=on-failure
+RestartSec=2
+KillMode=mixed
+TimeoutStopSec=30
+MemoryMax={_memory(b)}M
+TasksMax=512
+LimitNOFILE=65536
+DynamicUser=yes
+{HARDENED}
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def _controller(b: Blueprint) -> str:
+    return f"""\
+# Leads the rollouts of {b.service}: reviews the evidence, goes forward or back (of several that run, one leads). To install: the project with its
+# outputs as /opt/{b.service}/project (`make setup` there), a user {b.service} that owns outputs/; then: systemctl enable --now {b.service}-rollout
+[Unit]
+Description={b.service} rollout controller
+After=network-online.target {b.service}.service
+Wants=network-online.target
+
+[Service]
+Type=exec
+ExecStart=/opt/{b.service}/project/.venv/bin/pilothouse rollout run {b.name}
+Environment=PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=PASSIVE NUMBA_CACHE_DIR=/tmp/numba
+WorkingDirectory=/opt/{b.service}/project
+ReadWritePaths=/opt/{b.service}/project/outputs
+Restart=always
+RestartSec=5
+KillMode=mixed
+TimeoutStopSec=30
+MemoryMax=1G
+TasksMax=512
+User={b.service}
+{HARDENED}
 
 [Install]
 WantedBy=multi-user.target

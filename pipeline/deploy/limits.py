@@ -131,11 +131,5 @@ def tell(
     return (
         f"{packed.manifest['name']} version {packed.manifest['version']} gives {same} on {rehearsal.rows:,} holdout rows over HTTP; "
         f"99 % of single-row requests take under {p99:.3g} ms (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "
-        f"{folder_mb(packed.folder):.3g} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory{_unmet(run)}."
+        f"{folder_mb(packed.folder):.3g} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory{run.unmet}."
     )
-
-
-def _unmet(run: Run) -> str:
-    failed = [c.title for c in run.made_checks if c.verdict == "no-go"] or [c.title for c in run.made_checks if c.verdict == "inconclusive"]
-    word = "not met" if run.verdict == "no-go" else "not settled"
-    return f"; {word}: {failed[0]}{f' and {len(failed) - 1} more' if len(failed) > 1 else ''}" if failed else ""

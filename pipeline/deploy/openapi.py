@@ -28,7 +28,8 @@ def tensor_type(spec: Field) -> str:
 
 
 REFUSED = {"400": "the body cannot be read", "401": "no token, or one that nobody knows", "403": "the token's role may not ask this", "413": "too many bytes or rows",
-           "422": "values, fields or columns that cannot be answered, each named with its row", "429": "too often; Retry-After says when to come back"}
+           "422": "values, fields or columns that cannot be answered, each named with its row", "429": "too often; Retry-After says when to come back",
+           "503": "not now: it ends, or has no disk; Retry-After says when to come back"}
 PREFERRED = {"explain": "explain: what each column added to the score (JSON: explanations; tensors and tables: explain_of, explain_score, explain_base, added_COLUMN)",
              "sets": "sets: what cannot be ruled out (JSON: sets; tensors and tables: set_CLASS, or set_low and set_high)",
              "targets": "targets: answers to further questions (JSON: targets; tensors and tables: target_NAME, target_NAME_p_CLASS)"}

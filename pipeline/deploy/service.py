@@ -259,10 +259,23 @@ def _outcomes(serving: Serving, live: Served) -> Callable[[Sequence[Any]], int]:
     return partial(note_outcomes, Path(serving.store), live.predictor.name, classes=live.predictor.model.classes)
 
 
+def _check_once(folder: Path, key: Any, memory: str) -> None:
+    "A file that kills whoever reads it kills a child; once for all workers of a service."
+    from pipeline.deploy.first_load import check_loads
+
+    if not memory:
+        check_loads(folder, key)
+        return
+    seen = Path(memory) / f"{folder.name}.loads"
+    with locked(Path(memory) / "loads.lock"):
+        if not seen.exists():
+            check_loads(folder, key)
+            seen.touch()
+
+
 def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, journal: Journal | None) -> Follower:
     "What keeps a worker to the plans of the store."
     from pipeline.core import audit
-    from pipeline.deploy.first_load import check_loads
     from pipeline.deploy.registry import Registry
 
     store, name = Path(serving.store), service.predictor.name
@@ -278,11 +291,7 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
         folder = store / "models" / digest
         if not folder.is_dir():
             raise InputError(f"package {digest[:12]} is asked for and is not in the store; release it first")
-        seen = Path(serving.memory) / f"{digest}.loads"
-        with locked(Path(serving.memory) / "loads.lock"):
-            if not seen.exists():
-                check_loads(folder, key)      # a file that kills whoever reads it kills a child; once for all workers
-                seen.touch()
+        _check_once(folder, key, serving.memory)
         served = load_served(folder, key)
         if served.predictor.name != name:
             raise InputError(f"package {digest[:12]} is a model of {served.predictor.name}, this service answers for {name}")

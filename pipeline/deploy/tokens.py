@@ -165,7 +165,7 @@ def read_tokens(
                 raise InputError(f"{called}, line {number}: {holder.name} or its hash was given before; a token and a name stand there once")
             holders[digest] = holder
     if not holders:
-        raise InputError(f"{called} holds no token; add one with `make_token`")
+        raise InputError(f"{called} holds no token; add one with: pilothouse serve --tokens {called} --new-token NAME=ROLE")
     return holders
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/engine/04_execute.ipynb #487549d0
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -231,6 +232,8 @@ def _as_told(error: PapermillExecutionError, phase: str, used: Used) -> Pilothou
     told = " ".join(str(error.evalue).split())
     if isinstance(kind, type) and issubclass(kind, PilothouseError):
         return kind(f"{phase}: {told}")
+    if re.search(r"No space left on device|Disk quota exceeded|database or disk is full", told):      # as Arrow, Delta, polars or SQLite say it
+        return EnvironmentFault(f"{phase}: cell {used.cell} of {used.cells} found the disk full ({error.ename}); free space or choose another outputs folder")
     if error.ename in ("MemoryError", "OSError", "PermissionError", "ModuleNotFoundError", "ImportError"):
         return EnvironmentFault(f"{phase}: cell {used.cell} of {used.cells} raised {error.ename}: {told[:300]}; see `pilothouse doctor`")
     return InputError(f"{phase}: cell {used.cell} of {used.cells} raised {error.ename}: {told[:300]}; open the notebook there")

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from ..core.errors import InputError, IntegrityError, suggest
 from ..core.run import phase_folders, read_claims, read_receipt
-from ..core.store import Artifact, digest_file, read_artifact
+from ..core.store import Artifact, read_artifact
 from .manifest import read_manifest
 
 # %% auto #0
-__all__ = ['TOLD', 'Step', 'Receipts', 'trace', 'lineage', 'in_words']
+__all__ = ['Step', 'Receipts', 'trace', 'lineage', 'in_words']
 
 # %% ../../nbs/lib/engine/12_lineage.ipynb #60ced20e
 @dataclass(frozen=True)
@@ -53,9 +53,6 @@ def _told(step: Step, seen: set[tuple[str, str]]) -> dict[str, Any]:
     return {**told, **step.facts, "from": [_told(source, seen) for source in step.sources]}
 
 # %% ../../nbs/lib/engine/12_lineage.ipynb #378f85f5
-TOLD = ("claims.json", "checks.json", "decisions.json")
-
-
 class Receipts:
     "The receipts of one run, read once, and the steps that follow from them."
 
@@ -70,9 +67,10 @@ class Receipts:
     def artifact(self, name: str) -> Step:
         "An artifact, its digest, and the phase that wrote it."
         room, _, file = name.partition("/")
-        told = next((phase for phase in self.phases if phase.partition("_")[2] == room and file in TOLD), None)
+        record = file.removesuffix(".json")
+        told = next((p for p, receipt in self.phases.items() if p.partition("_")[2] == room and file == f"{record}.json" and record in receipt["records"]), None)
         if told is not None:      # what a phase says about itself stands beside its artifacts
-            facts = {"file": f"{told}/{file}", "sha256": digest_file(self.run / told / file)}
+            facts = {"file": f"{told}/{file}", "sha256": self.phases[told]["records"][record]}
             return self._once("artifact", name, lambda: Step("artifact", name, facts, (self.phase(told),)))
         if name not in self.artifacts:
             raise IntegrityError(f"{self.run.parent.name}/{self.run.name}: {name} was loaded, but no phase wrote it; run the pipeline again")

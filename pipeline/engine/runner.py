@@ -279,9 +279,10 @@ class _Work:
 
     def note_left(self, before: list[Phase]) -> None:
         "Say which phases before those that were asked for are not up to date: what they found earlier is built upon."
-        for phase in before:
-            if self.facts.receipt(phase.name) is not None and (reasons := why_stale(phase, self.facts)):
-                self.notes.append(f"{phase.name} is older than what it rests on ({reasons[0]}) and was left as it is; run without --only or --from to bring it up to date")
+        old = [(phase.name, reasons[0]) for phase in before if self.facts.receipt(phase.name) is not None and (reasons := why_stale(phase, self.facts))]
+        if old:
+            first, others = old[0], f" (and so {'is' if len(old) == 2 else 'are'} {', '.join(name for name, _ in old[1:])})" if old[1:] else ""
+            self.notes.append(f"{first[0]} is older than what it rests on: {first[1]}{others}; left as it is, run without --only or --from to bring it up to date")
 
     def _first(self) -> Phase:
         return named_phase(self.wish.start or "", self.phases)
@@ -419,11 +420,15 @@ class _Work:
         self.tell("phase_finished", phase=phase.name, verdict=entry["verdict"], answer=entry["answer"], **used)
 
     def _keep_failed(self, phase: Phase, kept: Path) -> None:
-        "The executed notebook of a phase that failed, for whoever looks for the cell."
-        if kept.exists():
-            with contextlib.suppress(OSError):
-                (self.run / "failed").mkdir(exist_ok=True)
-                os.replace(kept, self.run / "failed" / f"{phase.name}.ipynb")
+        "The executed notebook of a phase that failed, for whoever looks for the cell; none where a full disk cut it short."
+        place = self.run / "failed" / f"{phase.name}.ipynb"
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)      # of an earlier failure
+            with contextlib.suppress(InputError):
+                read_notebook(kept)
+                place.parent.mkdir(exist_ok=True)
+                os.replace(kept, place)
+            kept.unlink(missing_ok=True)
 
     def _write_manifest(self, **extra: Any) -> str:
         ordered = {p.name: self.entries[p.name] for p in self.phases if p.name in self.entries}

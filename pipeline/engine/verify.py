@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ..core import audit
-from ..core.errors import InputError, IntegrityError, PilothouseError
+from ..core.errors import EnvironmentFault, InputError, IntegrityError, PilothouseError
+from ..core.problem import check_name
 from ..core.run import Claim, as_estimate, function_named, read_claims, read_receipt
 from ..core.receipt import module_digests
 from ..core.settings import Settings
 from ..core.store import Artifact, digest, digest_file, read_artifact, to_json, write_whole
+from .lock import holder
 from .manifest import read_manifest
 
 # %% auto #0
-__all__ = ['CLOSE', 'Verified', 'check_anchor', 'note_drawn', 'artifacts_of', 'check_digests', 'check_files_read', 'check_claim',
-           'verify_run', 'Reproduced', 'write_problem', 'compare_runs', 'differences', 'reproduce_run']
+__all__ = ['CLOSE', 'PROBLEM', 'Verified', 'check_anchor', 'note_drawn', 'artifacts_of', 'check_digests', 'check_files_read',
+           'check_claim', 'verify_run', 'Reproduced', 'place_for', 'write_problem', 'compare_runs', 'differences',
+           'reproduce_run']
 
 # %% ../../nbs/lib/engine/11_verify.ipynb #4827e72d
 @dataclass(frozen=True)
@@ -204,6 +207,30 @@ class Reproduced:
     notes: tuple[str, ...]   # what was not as it was: commit, threads, machine
 
 
+PROBLEM = "problem.yml"    # in a run that was done again: what it was done from
+
+
+def place_for(
+    run: Path,      # the run to be reproduced
+    name: str,      # of the new run
+    settings: Settings,
+) -> Path:          # the new run's folder, which need not be there
+    "Where a run is done again; raises for no name, a link, the run itself, a run of its own and one that is being worked on."
+    check_name(name, "run")
+    again = run.with_name(name)
+    if again == run:
+        raise InputError(f"a run cannot be reproduced into itself; choose a name other than {run.name}")
+    shown, file = f"{again.parent.name}/{again.name}", again / PROBLEM
+    if again.is_symlink():
+        raise IntegrityError(f"{shown} is a link; remove it, or choose another name with --as")
+    ours = file.relative_to(settings.root).as_posix() if file.is_relative_to(settings.root) else PROBLEM
+    if (again / "manifest.json").exists() and read_manifest(again)["problem_file"] != ours:
+        raise InputError(f"{shown} is a run of its own, and reproducing into it would replace it; choose another name with --as")
+    if (pid := holder(again)) is not None:
+        raise EnvironmentFault(f"run {shown} is being worked on by process {pid}; wait for it, or choose another name with --as")
+    return again
+
+
 def write_problem(
     run: Path,                  # the run to be reproduced
     again: Path,                # where
@@ -211,9 +238,7 @@ def write_problem(
     root: Path,                 # the project's
 ) -> Path:                      # the problem file
     "The manifest's problem as a file of the new run, with the contract that stood beside it; raises `IntegrityError` where that changed."
-    if again == run:
-        raise InputError(f"a run cannot be reproduced into itself; choose a name other than {run.name}")
-    file = again / "problem.yml"
+    file = again / PROBLEM
     write_whole(file, manifest["problem_text"])
     beside = Path(manifest["problem_file"]).parent
     for phase in manifest["phases"]:
@@ -233,9 +258,9 @@ def compare_runs(
     first: dict[str, Any],    # manifests
     second: dict[str, Any],
 ) -> tuple[int, int]:         # artifacts compared, timings left out
-    "Artifacts of two runs, digest by digest; raises `IntegrityError` naming the first that differs."
-    known, compared, timings = artifacts_of(second), 0, 0
-    for name, (phase, artifact) in artifacts_of(first).items():
+    "Artifacts of two runs, digest by digest; raises `IntegrityError` naming the first that differs, is missing or is new in a phase of both."
+    before, known, compared, timings = artifacts_of(first), artifacts_of(second), 0, 0
+    for name, (phase, artifact) in before.items():
         if artifact.timing:
             timings += 1
             continue
@@ -244,6 +269,9 @@ def compare_runs(
         if known[name][1].sha256 != artifact.sha256:
             raise IntegrityError(f"{phase}: {name} came out differently (sha256 {artifact.sha256[:12]}… then, {known[name][1].sha256[:12]}… now)")
         compared += 1
+    for name, (phase, artifact) in known.items():
+        if name not in before and phase in first["phases"] and not artifact.timing:
+            raise IntegrityError(f"{phase}: {name} came out now and did not then")
     return compared, timings
 
 
@@ -258,9 +286,15 @@ def differences(
     for key in ("threads", "lock", "python"):
         if first.get(key) != second.get(key):
             notes.append(f"{key}: {first.get(key)} then, {second.get(key)} now")
+    if not first.get("complete", True):
+        notes.append(f"the first run ended with {list(first['phases'])[-1]}: what came after it was not compared")
+    for phase, entry in first["phases"].items():     # measured times are judged anew
+        then, now = entry.get("verdict"), second["phases"].get(phase, {}).get("verdict")
+        if then != now:
+            notes.append(f"{phase}: {then} then, {now} now")
     return tuple(notes)
 
-# %% ../../nbs/lib/engine/11_verify.ipynb #d4189983
+# %% ../../nbs/lib/engine/11_verify.ipynb #93f43600
 def reproduce_run(
     run: Path,                                     # outputs/problem/run
     name: str,                                     # the new run's name
@@ -268,7 +302,7 @@ def reproduce_run(
     execute: Callable[[Path, dict[str, Any]], Any] # runs a problem file with overrides as that run
 ) -> Reproduced:
     "Run a manifest again in a new run and compare; raises `IntegrityError` naming the first artifact that differs."
-    manifest, again = read_manifest(run), run.with_name(name)
+    manifest, again = read_manifest(run), place_for(run, name, settings)
     execute(write_problem(run, again, manifest, settings.root), manifest["overrides"])
     repeated = read_manifest(again)
     notes = differences(manifest, repeated)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ..core.bounds import share_interval
 from ..core.display import Html, note, number, stack, table
 from ..core.errors import InputError, suggest
-from ..core.intervals import wilson
+from ..core.intervals import units_of
 from ..core.run import Estimate
 from .explain import about_people
 from .stress import change, sent_columns
@@ -241,13 +242,14 @@ COLUMNS = 12      # columns that are moved, the most important
 
 
 def share_turned(
-    stored: pl.DataFrame,      # evaluate/attack: how, turned
+    stored: pl.DataFrame,      # evaluate/attack: how, turned, unit where rows come together
     how: str,
+    level: float = 0.95,
 ) -> Estimate:
-    "Of the attacked rows, the share whose answer was turned, with Wilson's interval."
+    "Of the attacked rows, the share whose answer was turned, with its interval."
     here = stored.filter(pl.col("how") == how)
-    turned = int(here["turned"].sum())
-    return Estimate(turned / max(here.height, 1), *wilson(turned, here.height), n=here.height)
+    block = units_of(here, "unit" if "unit" in here.columns else None)
+    return Estimate(float(here["turned"].mean() or 0.0), *share_interval(here["turned"].to_numpy(), block, level), n=here.height)   # type: ignore[arg-type]
 
 
 def attack_model(
@@ -272,15 +274,16 @@ def attack_model(
         found[SEARCH] = np.minimum.reduce([w.after for w in ways])
     edits = single_edits(frame, dict(list(kinds.items())[:COLUMNS]), run.rng("attack edits"))
     found |= {said: worst_of(predict, frame, holdout.contract, listed, aim) for said, listed in edits.items()}
-    told = [holdout.frame["__row"][rows]] if "__row" in holdout.frame.columns else []
+    told, block = [holdout.frame["__row"][rows]] if "__row" in holdout.frame.columns else [], units_of(holdout.predictions, holdout.unit)
+    told += [] if block is None else [pl.Series("unit", block[rows])]
     stored = pl.concat([pl.DataFrame([*told, pl.Series("margin", np.nan_to_num(m, posinf=1e9))]).with_columns(how=pl.lit(how), turned=pl.Series(m < 0)) for how, m in found.items()])
     run.save("evaluate/attack", stored)
     if reach:
-        run.claim("attack_turned", of="evaluate/attack", by=share_turned, using={"how": SEARCH}, on="holdout, attacked", better="lower",
+        run.claim("attack_turned", of="evaluate/attack", by=share_turned, using={"how": SEARCH, "level": holdout.using["level"]}, on="holdout, attacked", better="lower",
                   title=f"answers that a search inside the bounds turns ({_turned(aim)})")
     else:
         run.not_applicable("a search for adversarial inputs", "no number of the model can be moved")
-    lines = [{"attack": how, "turned": (e := share_turned(stored, how)).value, "low": e.low, "high": e.high} for how in found]
+    lines = [{"attack": how, "turned": (e := share_turned(stored, how, holdout.using["level"])).value, "low": e.low, "high": e.high} for how in found]
     shown = table(pl.DataFrame(lines), f"Of {frame.height:,} rows, those whose answer was turned ({_turned(aim)})", formats=dict.fromkeys(("turned", "low", "high"), ".1%"))
     return stack(note(_bounds(reach, bool(declared))), shown, *_example(one, frame, holdout, reach))
 

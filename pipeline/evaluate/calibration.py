@@ -16,6 +16,7 @@ from ..core.display import Html, note, number, stack, table
 from ..core.intervals import paired, score, units_of
 from ..core.metrics import BINS, metric, metric_or_none, predictions_of
 from ..core.run import Estimate
+from .threshold import block_column
 from ..train.repairs import apply_repair, fit_repair, fit_widths, repairs_for
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ def choose_repair(
 # %% ../../nbs/lib/evaluate/02_calibration.ipynb #6a2fae44
 def _units(frame: pl.DataFrame, kept: np.ndarray) -> np.ndarray | None:
     "The block of each kept row, where there are enough blocks to draw."
-    units = frame["unit"].to_numpy()[kept] if "unit" in frame.columns else np.zeros(0)
-    return units if 10 <= len(np.unique(units)) < len(units) else None
+    some = frame.filter(pl.Series(kept))
+    return units_of(some, block_column(some))
 
 
 TRIED: dict[str, Any] = {"repair": pl.String} | dict.fromkeys(

@@ -16,7 +16,7 @@ import polars as pl
 from ..core.bounds import share_interval, student
 from ..core.display import Html, note, number, stack, table
 from ..core.errors import InputError
-from ..core.intervals import RANGES, RARE, draws_of, interval, units_of
+from ..core.intervals import BLOCKS, RANGES, RARE, draws_of, interval, units_of
 from pipeline.core.metrics import (
     BETTER, LABELS, RANKED, Context, checked, from_sums, metric_or_none, predictions_of, rankings, row_parts,
 )
@@ -142,7 +142,8 @@ def cohort_table(
         here = group == g
         n = int(here.sum())
         row: dict[str, Any] = {"by": by, "cohort": str(label), "n": n, "small": n < SMALL, "metric": name}
-        row |= _measured(name, y[here], p[here], drawn[:, g], level, context) | _rates(y[here], p[here], threshold, None if block is None else block[here], level)
+        units = n if block is None else len(np.unique(block[here]))
+        row |= _measured(name, y[here], p[here], drawn[:, g], units, level, context) | _rates(y[here], p[here], threshold, None if block is None else block[here], level)
         rows.append(row if n >= SUPPRESSED else {k: v if k in KEPT else None for k, v in row.items()})
     return pl.DataFrame(rows, infer_schema_length=None).sort("n", "cohort", descending=[True, False], nulls_last=True)
 
@@ -150,7 +151,7 @@ def cohort_table(
 KEPT = ("by", "cohort", "small", "metric")
 
 
-def _measured(name: str, y: np.ndarray, p: np.ndarray, drawn: np.ndarray, level: float, context: Context) -> dict[str, float | None]:
+def _measured(name: str, y: np.ndarray, p: np.ndarray, drawn: np.ndarray, units: int, level: float, context: Context) -> dict[str, float | None]:
     value = metric_or_none(name, y, p, threshold=context.threshold, recall=context.recall, costs=context.costs)
     if value is None:
         return {"value": None, "low": None, "high": None}
@@ -158,7 +159,7 @@ def _measured(name: str, y: np.ndarray, p: np.ndarray, drawn: np.ndarray, level:
     if name in RANKED and _rarest(y, p) < RARE:
         return {"value": value, "low": within[0], "high": within[1]}
     try:
-        low, high = interval(value, drawn, len(y), level, name != "ece", within)
+        low, high = interval(value, drawn, units, level, name != "ece", within)
     except InputError:
         return {"value": value, "low": None, "high": None}
     return {"value": value, "low": low, "high": high}
@@ -228,11 +229,12 @@ def cohort_gap(
     "How far the best and the worst group are apart, less what chance adds, with an interval that allows for the number of groups."
     y, p = predictions_of(frame, classes)
     labels = cohorts_by(frame, by).to_numpy().astype(str)
-    kept = np.isin(labels, comparable(labels, y, p, name))
+    unit_all = units_of(frame, unit)
+    kept = np.isin(labels, comparable(labels, y, p, name, unit_all))
     if len(np.unique(labels[kept])) < 2:
         return None
     y, p, group = y[kept], p[kept], np.unique(labels[kept], return_inverse=True)[1]
-    context, unit_all = Context(threshold, recall, costs), units_of(frame, unit)
+    context = Context(threshold, recall, costs)
     using = {"threshold": threshold, "recall": recall, "costs": costs}
     values = np.array([metric_or_none(name, y[group == g], p[group == g], **using) for g in range(group.max() + 1)], dtype=float)
     scale = metric_or_none(name, y, p, **using) if is_relative(name) else 1.0
@@ -249,12 +251,13 @@ def comparable(
     y: np.ndarray,
     p: np.ndarray,
     name: str,               # the metric
+    unit: np.ndarray | None = None,   # block of each row
 ) -> list[str]:
-    "Groups of 100 rows or more, for a ranked metric with 30 rows of each class or more."
+    "Groups of 100 rows or more from ten blocks or more, for a ranked metric with 30 rows of each class or more."
     found = []
     for label in np.unique(labels):
         here = labels == label
-        if here.sum() >= COMPARED and (name not in RANKED or _rarest(y[here], p) >= EACH_CLASS):
+        if here.sum() >= COMPARED and (unit is None or len(np.unique(unit[here])) >= BLOCKS) and (name not in RANKED or _rarest(y[here], p) >= EACH_CLASS):
             found.append(str(label))
     return found
 
@@ -366,7 +369,7 @@ def compared_by(
 ) -> list[str]:
     "Groups that are large enough to compare."
     y, p = predictions_of(holdout.predictions, holdout.using["classes"])
-    return comparable(cohorts_by(holdout.predictions, by).to_numpy().astype(str), y, p, holdout.main)
+    return comparable(cohorts_by(holdout.predictions, by).to_numpy().astype(str), y, p, holdout.main, units_of(holdout.predictions, holdout.unit))
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #d375aa9c
 def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
@@ -396,7 +399,7 @@ def _several_gaps(run: Run, holdout: Holdout, present: list[str]) -> Any:
     unit, rows = units_of(holdout.predictions, holdout.unit), []
     for by in present:
         labels = cohorts_by(holdout.predictions, by).to_numpy().astype(str)
-        kept = np.isin(labels, comparable(labels, y, p, "roc_auc"))
+        kept = np.isin(labels, comparable(labels, y, p, "roc_auc", unit))
         if len(np.unique(labels[kept])) > 1:
             found = decision_gaps(y[kept], acted[kept], labels[kept], None if unit is None else unit[kept], holdout.using["draws"], holdout.using["seed"], holdout.using["level"])
             rows += [{"by": by} | row for row in found if row["gap"] not in ("equal_opportunity", "false_alarms")]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['JUST', 'constant_of', 'turned', 'gain_over_constant', 'margin_for', 'compare_simpler']
+__all__ = ['constant_of', 'turned', 'gain_over_constant', 'margin_for', 'compare_simpler']
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #c3ca1eb7
 def constant_of(
@@ -76,9 +76,6 @@ def margin_for(
     return margin if RANGES.get(name, (0.0, 1.0)) == (0.0, 1.0) else margin * scale
 
 # %% ../../nbs/lib/evaluate/06_compare.ipynb #eade2ea2
-JUST = 1e-6     # a gain must be more than nothing
-
-
 def compare_simpler(
     run: Run,               # the evaluate phase
     holdout: Holdout,       # opened
@@ -89,7 +86,7 @@ def compare_simpler(
     label, better = LABELS[holdout.main], BETTER[holdout.main]
     gain = run.claim("gain_over_constant", of="evaluate/predictions", by=gain_over_constant, on="holdout", better="higher",
                      using={"name": holdout.main, "constant": constant} | holdout.using, title=f"{label} won over one answer for all rows")
-    run.check("better than one answer for all rows", gain, at_least=JUST, bound="low", why="a model that learnt nothing reaches zero", answers=["I4"])
+    run.check("better than one answer for all rows", gain, at_least=0, strict=True, bound="low", why="a model that learnt nothing reaches zero", answers=["I4"])
     rows = [_row("one answer for all rows", holdout, constant, Estimate(gain.value, gain.low, gain.high))]
     if holdout.current:
         difference = run.claim("difference_to_default", of="evaluate/predictions", by=score_difference, on="holdout", better=better,
@@ -99,7 +96,7 @@ def compare_simpler(
         rows.append(_row("default model", holdout, None, ahead))
         margin = margin_for(holdout.main, run.problem.evaluate.margin, rows[-1][label])
         run.check("not shown to lose more against the default model than evaluate.margin", difference, bound="high" if better == "higher" else "low",
-                  **{"at_least" if better == "higher" else "at_most": -margin if better == "higher" else margin},
+                  at_least=-margin if better == "higher" else None, at_most=None if better == "higher" else margin,
                   why="judged on the favourable end: few rows cannot show a loss", answers=["evaluate.margin"])
         _adjust(rows)
         said = _weigh(run, rows, ahead, label, margin)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['LEVEL', 'FEW', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'intervals_of', 'learn_promise', 'row_cuts',
+__all__ = ['LEVEL', 'FEW', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'intervals_of', 'learn_promise', 'row_cuts', 'holds',
            'coverage_of', 'coverage_by', 'check_promise']
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #ecae7a84
@@ -118,6 +118,16 @@ def row_cuts(
     return np.max(found, axis=0) if found else np.full(frame.height, float(promise["cut"]))
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #a8e13aca
+def holds(
+    y: np.ndarray,             # class indices or numbers
+    p: np.ndarray,             # as `strangeness` takes it
+    cut: float | np.ndarray,   # one, or one a row
+    numbers: bool,             # a regression
+) -> np.ndarray:               # (n,) bool
+    "Whether the set, as it is served, or the interval holds the truth."
+    return strangeness(y, p, True) <= cut if numbers else sets_of(p, cut)[np.arange(len(y)), y.astype(int)]
+
+
 def coverage_of(
     frame: pl.DataFrame,                # stored predictions, with the cohort columns
     promise: Mapping[str, Any],         # as `learn_promise` gave it
@@ -128,21 +138,19 @@ def coverage_of(
 ) -> Estimate:
     "How many sets or intervals hold the truth."
     y, p = predictions_of(frame, classes)
-    hits = strangeness(y, p, not classes) <= row_cuts(promise, frame)
+    hits = holds(y, p, row_cuts(promise, frame), not classes)
     return Estimate(float(hits.mean()), *share_interval(hits, units_of(frame, unit), level), len(hits))
 
 
 def coverage_by(
-    frame: pl.DataFrame,          # a row each: strange, cut, size, one_size (with the cut of all)
+    frame: pl.DataFrame,          # a row each: held, size; one_held, one_size (with the cut of all)
     group: np.ndarray,            # (n,) names
-    promise: Mapping[str, Any],
     unit: np.ndarray | None,      # block of each row
     level: float = 0.95,
     least: int = 10,              # rows below which a group says nothing
 ) -> pl.DataFrame:                # cohort, n, one_covered, covered, low, high, one_size, size; worst first
     "By group: what one cut for all would keep, what is kept, and how large the answers are."
-    strange = frame["strange"].to_numpy()
-    kept, one = strange <= frame["cut"].to_numpy(), strange <= promise["cut"]
+    kept, one = frame["held"].to_numpy(), frame["one_held"].to_numpy()
     rows = []
     for name in np.unique(group):
         here = group == name
@@ -177,12 +185,12 @@ def check_promise(
     y, p = predictions_of(predictions, classes)
     cuts = row_cuts(promise, predictions)
     size, one_size = (_sizes(p, cut, numbers) for cut in (cuts, promise["cut"]))
-    told = pl.DataFrame({"strange": strangeness(y, p, numbers), "cut": cuts, "size": size, "one_size": one_size})
+    told = pl.DataFrame({"held": holds(y, p, cuts, numbers), "one_held": holds(y, p, promise["cut"], numbers), "size": size, "one_size": one_size})
     unit, tables = units_of(predictions, holdout.unit), []
     for grouping in groupings:
         own: dict[str, float] = next((one["cuts"] for one in promise["groups"] if one["grouping"]["by"] == grouping.by), {})
         rows = dict(grouping.of(before[grouping.by]).value_counts().iter_rows())
-        found = coverage_by(told, grouping.of(predictions[grouping.by]).to_numpy(), promise, unit, holdout.using["level"], max(least, 10))
+        found = coverage_by(told, grouping.of(predictions[grouping.by]).to_numpy(), unit, holdout.using["level"], max(least, 10))
         tables.append(found.select(pl.lit(grouping.by).alias("by"), pl.all(), *(
             pl.Series(name, [kind.get(c) for c in found["cohort"]], dtype) for name, kind, dtype in (("own_cut", own, pl.Float64), ("learned_on", rows, pl.Int64)))))
     found = pl.concat(tables) if tables else pl.DataFrame(schema={"by": pl.String, "cohort": pl.String})

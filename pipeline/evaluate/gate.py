@@ -18,6 +18,7 @@ from ..core.intervals import score
 from ..core.metrics import BETTER
 from ..core.run import Claim
 from ..core.store import digest_bytes, to_json
+from .threshold import block_column
 from .measures import Measured, in_words, title_of
 
 if TYPE_CHECKING:
@@ -140,15 +141,13 @@ def tell_answer(
     money = measured.claims.get("value_per_1000")
     if money is not None and np.isfinite(money.value) and money is not main:
         said += f", worth {in_words('value_per_1000', money.value, money.unit)} per 1,000 decisions against never acting"
-    failed = [c.title for c in run.made_checks if c.verdict == "no-go"] or [c.title for c in run.made_checks if c.verdict == "inconclusive"]
-    word = "not met" if run.verdict == "no-go" else "not settled"
-    return f"{said}; {word}: {failed[0]}{f' and {len(failed) - 1} more' if len(failed) > 1 else ''}." if failed else f"{said}; every criterion is met."
+    return f"{said}{run.unmet or '; every criterion is met'}."
 
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #a21527ce
 def _on_validation(run: Run, holdout: Holdout, name: str) -> Claim:
     made = next((c for c in run.made_claims if c.name == f"validation_{name}"), None)
-    using = {"name": name} | holdout.using | {"unit": None}
     answered = "evaluate/validation" if run.has("evaluate/validation") else "train/validation"
+    using = {"name": name} | holdout.using | {"unit": block_column(run.load(answered))}
     return made or run.claim(f"validation_{name}", of=answered, by=score, using=using, on="validation", better=BETTER[name],
                              title=f"{title_of(name, holdout.using['recall'])} on validation")
 
@@ -173,4 +172,4 @@ def _check_stability(run: Run, wanted: int) -> None:
 
 
 def _day(value: Any) -> str:
-    return f"{value:%Y-%m-%d}" if hasattr(value, "strftime") else str(value)
+    return f"{value:%Y-%m-%d}" if hasattr(value, "strftime") else f"{value:.10g}"      # a date, or the number that orders the rows

@@ -14,6 +14,7 @@ import polars as pl
 from ..core import audit
 from ..core.display import Html, facts, note, stack, table
 from ..core.errors import InputError
+from ..core.intervals import BLOCKS
 from ..core.metrics import metrics_for
 from ..core.store import digest
 from ..data.contract import target_values
@@ -69,7 +70,7 @@ def looks_at(
 def level_for(
     looks: int,      # looks that count, this one included
 ) -> float:          # of each interval
-    "The confidence level that keeps all looks together at 95 %."
+    "The level of this look's intervals, as if the best of so many models were picked (Bonferroni); those before it were stated at their own."
     return 1 - (1 - LEVEL) / max(looks, 1)
 
 
@@ -123,14 +124,13 @@ class Holdout:
 
 def unit_for(
     frame: pl.DataFrame,        # rows with meta columns
-    least: int = 10,            # fewer blocks than this say nothing
 ) -> str | None:                # column of the blocks; None: rows are drawn
     "Rows of a group stay together, else rows of a day, else each stands alone."
-    if "__group" in frame.columns and frame["__group"].n_unique() >= least:
+    if "__group" in frame.columns and frame["__group"].n_unique() >= BLOCKS:
         return "__group"
     if "__time" in frame.columns and frame["__time"].dtype in (pl.Datetime, pl.Date):
         days = frame["__time"].cast(pl.Date).n_unique()
-        return "__time" if least <= days < frame.height else None
+        return "__time" if BLOCKS <= days < frame.height else None
     return None
 
 
@@ -230,12 +230,13 @@ def show_ledger(
     "When the rows are from, how often they were used, and what that does to the intervals."
     times, looks, mine = frame["__time"] if "__time" in frame.columns else None, len(history), history[-1]
     level = f"{level_for(mine.counted):.1%}".replace(".0%", "%")
-    drawn = {"__time": "days: rows of one day stay together", "__group": "groups: rows of one group stay together"}
+    days = times.cast(pl.Date).n_unique() if times is not None and times.dtype in (pl.Datetime, pl.Date) else 0
+    drawn = {"": f"rows ({days} days are too few to draw)" if 1 < days < BLOCKS else "rows", "__time": "days: rows of one day stay together", "__group": "groups: rows of one group stay together"}
     pairs: dict[str, Any] = {
         "rows": frame.height,
         "from": times.min() if times is not None else "no time order", "to": times.max() if times is not None else "–",
         "models measured on them, this one included": looks, "intervals at": level,
-        "drawn by": drawn.get(unit or "", "rows"),
+        "drawn by": drawn.get(unit or "", f"blocks of {unit}"),
     }
     if looks > 1:
         wider = f"Intervals are widened to {level}" if mine.counted > 1 else f"Intervals stay at {level}"

@@ -15,7 +15,7 @@ from ..core.errors import InputError
 from ..core.intervals import bootstrap, paired, units_of
 from ..core.metrics import BETTER, LABELS, predictions_of
 from ..core.run import Estimate
-from .cohorts import GAPS, decision_gaps
+from .cohorts import GAPS, comparable, decision_gaps
 from .group_thresholds import GroupRule
 from .levelling import Rows, fit_rule, frontier, pick_option
 from ..train.reweighing import learn_grouping
@@ -51,8 +51,11 @@ def levelled_gap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    "A gap between groups in what was decided, less what chance adds."
-    found = decision_gaps(frame["y"].to_numpy(), frame[which].to_numpy(), frame["group"].to_numpy(), units_of(frame, unit), draws, seed, level)
+    "A gap between groups in what was decided, less what chance adds; of those that are large enough to compare, where two are."
+    named, block = frame["group"].to_numpy().astype(str), units_of(frame, unit)
+    large = comparable(named, frame["y"].to_numpy(), frame[which].to_numpy().astype(float), "roc_auc", block)
+    kept = np.isin(named, large) if len(large) > 1 else np.ones(len(named), dtype=bool)
+    found = decision_gaps(frame["y"].to_numpy()[kept], frame[which].to_numpy()[kept], named[kept], None if block is None else block[kept], draws, seed, level)
     one = next(row for row in found if row["gap"] == gap)
     return Estimate(one["value"] if one["honest"] is None else one["honest"], one["low"], one["high"], frame.height)
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ..core.bounds import share_interval
 from ..core.display import Html, note, number, stack, table
 from ..core.errors import suggest
-from ..core.intervals import wilson
+from ..core.intervals import units_of
 from ..core.run import Estimate
 from .explain import about_people
 from .stress import change, readers_of
@@ -116,13 +117,14 @@ def _tried(answers: np.ndarray, size: np.ndarray, lower: np.ndarray, upper: np.n
 
 # %% ../../nbs/lib/evaluate/22_rules.ipynb #4a41a0ab
 def share_broken(
-    stored: pl.DataFrame,      # evaluate/rules: rule, size, flips
+    stored: pl.DataFrame,      # evaluate/rules: rule, size, flips, unit where rows come together
     rule: int,                 # its place in evaluate.rules
+    level: float = 0.95,
 ) -> Estimate:
-    "Of the rows that a rule was tried on, the share that broke it, with Wilson's interval."
+    "Of the rows that a rule was tried on, the share that broke it, with its interval."
     here = stored.filter(pl.col("rule") == rule)
-    broken = int((here["size"] > 0).sum())
-    return Estimate(broken / max(here.height, 1), *wilson(broken, here.height), n=here.height)
+    broken, block = (here["size"] > 0).to_numpy(), units_of(here, "unit" if "unit" in here.columns else None)
+    return Estimate(float(broken.mean()) if len(broken) else 0.0, *share_interval(broken, block, level), n=here.height)
 
 
 def counter_example(
@@ -163,7 +165,7 @@ def check_rules(
         run.not_applicable("answers follow the declared rules", "evaluate.rules names none", ["evaluate.rules"])
         return note("No rule says how answers must move (evaluate.rules); one sentence from somebody who knows the subject is worth a test.")
     rows = np.sort(run.rng("rules").permutation(holdout.frame.height)[:ROWS])
-    frame, stored, shown = holdout.frame[rows], [], []
+    frame, stored, shown, block = holdout.frame[rows], [], [], units_of(holdout.predictions, holdout.unit)
     known = [] if about_people(holdout.contract) else [c for c in beside if c in frame.columns][:3]
     for place, rule in enumerate(rules):
         found, why = _try(rule.kind, rule.column, rule.direction, holdout, frame)
@@ -172,13 +174,14 @@ def check_rules(
             shown.append(_line(rule, None, why))
             continue
         tried, values = found
-        stored.append(pl.DataFrame({"rule": [place] * frame.height, "size": tried.size, "flips": tried.flips}))
-        shown.append(_line(rule, tried, counter_example(tried, values, frame, rule.column, known, holdout.task != "regression")))
-    empty = pl.DataFrame(schema={"rule": pl.Int64, "size": pl.Float64, "flips": pl.Boolean})
+        made = pl.DataFrame({"rule": [place] * frame.height, "size": tried.size, "flips": tried.flips} | ({} if block is None else {"unit": block[rows]}))
+        stored.append(made)
+        shown.append(_line(rule, (tried, share_broken(made, place, holdout.using["level"])), counter_example(tried, values, frame, rule.column, known, holdout.task != "regression")))
+    empty = pl.DataFrame(schema={"rule": pl.Int64, "size": pl.Float64, "flips": pl.Boolean} | ({} if block is None else {"unit": pl.Int64}))
     run.save("evaluate/rules", pl.concat([empty, *stored]))
     for place, rule in enumerate(rules):
         if any(s["rule"][0] == place for s in stored if s.height):
-            claim = run.claim(f"rule_{place}_broken", of="evaluate/rules", by=share_broken, using={"rule": place}, on="holdout, one input changed", better="lower",
+            claim = run.claim(f"rule_{place}_broken", of="evaluate/rules", by=share_broken, using={"rule": place, "level": holdout.using["level"]}, on="holdout, one input changed", better="lower",
                               title=f"rows that break the rule: {_words(rule)}")
             run.check(_title(place, rule), claim, at_most=0.0, bound="value", why="" if claim.value == 0 else str(shown[place]["counter-example"]),
                       answers=["evaluate.rules", f"evaluate.rules.{place}", "M6"])
@@ -227,11 +230,10 @@ def _title(place: int, rule: Any) -> str:
     return f"rule {place + 1}: {_words(rule)}"
 
 
-def _line(rule: Any, tried: Tried | None, example: str) -> dict[str, Any]:
+def _line(rule: Any, found: tuple[Tried, Estimate] | None, example: str) -> dict[str, Any]:
     row: dict[str, Any] = {"rule": _words(rule), "reason": rule.reason, "broken": None, "low": None, "high": None, "decisions that change": None,
                            "largest breach": None, "counter-example": example}
-    if tried is None:
+    if found is None:
         return row
-    broken, n = int((tried.size > 0).sum()), len(tried.size)
-    low, high = wilson(broken, n)
-    return row | {"broken": broken / n, "low": low, "high": high, "decisions that change": float(tried.flips.mean()), "largest breach": float(tried.size.max())}
+    tried, broken = found
+    return row | {"broken": broken.value, "low": broken.low, "high": broken.high, "decisions that change": float(tried.flips.mean()), "largest breach": float(tried.size.max())}

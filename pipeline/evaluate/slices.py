@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from ..core.display import Html, note, table
-from ..core.intervals import student, units_of
+from ..core.intervals import BLOCKS, student, units_of
 from ..core.metrics import predictions_of
 from .cohorts import SUPPRESSED, cohort_of
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['LEAST', 'COLUMNS', 'BLOCKS', 'row_surprise', 'find_slices', 'seek_slices']
+__all__ = ['LEAST', 'COLUMNS', 'row_surprise', 'find_slices', 'seek_slices']
 
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #2f9fd465
 def row_surprise(
@@ -39,7 +39,6 @@ def row_surprise(
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #96618a87
 LEAST = 30       # rows of a slice
 COLUMNS = 30     # columns that are searched
-BLOCKS = 10      # days or groups of a slice
 
 
 def find_slices(
@@ -72,22 +71,29 @@ def _codes(column: pl.Series) -> tuple[list[str], np.ndarray]:
 
 def _weigh(columns: list[str], names: list, code: np.ndarray, loss: np.ndarray, least: int, block: np.ndarray | None) -> list[dict]:
     "Every slice of these columns: rows, surprise inside and elsewhere, and the t-value of the difference."
+    middle = float(loss.mean())
+    loss = loss - middle                       # so that sums of squares keep their digits
     n, total = np.bincount(code, minlength=len(names)).astype(float), np.bincount(code, loss, len(names))
-    outside = (total.sum() - total) / np.maximum(len(loss) - n, 1)
-    inside = total / np.maximum(n, 1)
-    rest = loss - inside[code]
+    within, others = np.maximum(n, 1), np.maximum(len(loss) - n, 1)
+    inside, outside = total / within, (total.sum() - total) / others
     if block is None:
-        squares, blocks = np.bincount(code, rest**2, len(names)), n
+        squares = np.bincount(code, loss**2, len(names))
+        blocks, pulls = n, (squares - n * inside**2) / within**2 + ((loss**2).sum() - squares - others * outside**2) / others**2
     else:
-        cell, days = code * (block.max() + 1) + block, int(block.max()) + 1
-        sums = np.bincount(cell, rest, len(names) * days).reshape(len(names), days)
-        blocks = (np.bincount(cell, minlength=len(names) * days).reshape(len(names), days) > 0).sum(1).astype(float)
-        squares = (sums**2).sum(1)
+        days = int(block.max()) + 1
+        cell = code * days + block
+        held = np.flatnonzero(rows := np.bincount(cell, minlength=len(names) * days))     # of most pairs of slice and day there is no row
+        g, d, own, there = held // days, held % days, np.bincount(cell, loss, len(names) * days)[held], rows[held]
+        day, many = np.bincount(block, loss, days), np.bincount(block, minlength=days).astype(float)
+        blocks = np.bincount(g, minlength=len(names)).astype(float)
+        absent = (day[d] - outside[g] * many[d]) / others[g]                    # how a day pulls the rest's mean where none of its rows is in the slice
+        pull = (own - inside[g] * there) / within[g] - (day[d] - own - outside[g] * (many[d] - there)) / others[g]
+        pulls = ((day @ day - 2 * outside * (day @ many) + outside**2 * (many @ many)) / others**2) + np.bincount(g, pull**2 - absent**2, len(names))
     found = []
     for g in np.flatnonzero((n >= least) & (len(loss) - n >= least) & (blocks >= BLOCKS)):
-        error = float(np.sqrt(max(squares[g] * blocks[g] / (blocks[g] - 1), 1e-12)) / n[g])
+        error = float(np.sqrt(max(pulls[g] * blocks[g] / (blocks[g] - 1), 1e-12)))
         parts = [names[g]] if len(columns) == 1 else list(names[g])
-        found.append({"parts": dict(zip(columns, parts)), "n": int(n[g]), "loss": float(inside[g]), "elsewhere": float(outside[g]),
+        found.append({"parts": dict(zip(columns, parts)), "n": int(n[g]), "loss": float(inside[g]) + middle, "elsewhere": float(outside[g]) + middle,
                       "t": float((inside[g] - outside[g]) / error), "error": error, "freedom": float(blocks[g] - 1)})
     return found
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -257,13 +258,12 @@ def metric_over_time(
     options = {k: v for k, v in using.items() if k not in ("classes", "unit")}
     for part in np.array_split(np.arange(frame.height), max(1, min(parts, frame.height // 50))):
         here = ordered[part]
-        row: dict[str, Any] = {"from": here["__time"][0], "to": here["__time"][-1], "n": here.height}
-        try:
-            unit = units_of(here, using.get("unit"))
-            found = bootstrap(name, *predictions_of(here, using.get("classes")), unit=unit if unit is not None and len(np.unique(unit)) > 1 else None, **options)
-            row |= {"value": found.value, "low": found.low, "high": found.high}
-        except InputError:
-            row |= {"value": None, "low": None, "high": None}
+        y, p = predictions_of(here, using.get("classes"))
+        value = metric_or_none(name, y, p, **{k: v for k, v in options.items() if k in ("threshold", "recall", "costs")})
+        row: dict[str, Any] = {"from": here["__time"][0], "to": here["__time"][-1], "n": here.height, "value": value, "low": None, "high": None}
+        with suppress(InputError):      # of rows that do not define it, or of a single block, no interval can be told
+            found = bootstrap(name, y, p, unit=units_of(here, using.get("unit")), **options)
+            row |= {"low": found.low, "high": found.high}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None).with_columns(pl.col("value", "low", "high").cast(pl.Float64))
 

@@ -13,7 +13,7 @@ import polars as pl
 from ..core.bounds import share_interval
 from ..core.display import Html, note, stack, table
 from ..core.errors import InputError
-from ..core.intervals import paired, units_of
+from ..core.intervals import BLOCKS, paired, units_of
 from ..core.metrics import metric, predictions_of
 from ..core.run import Estimate
 from ..scope.value import amounts, best_threshold, break_even, value_curve
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['acted_across_folds', 'gain_of_tuning', 'closest', 'pick_threshold', 'choose_threshold', 'share_reviewed',
-           'check_review', 'draw_value', 'thinned']
+__all__ = ['acted_across_folds', 'block_column', 'gain_of_tuning', 'closest', 'pick_threshold', 'choose_threshold',
+           'share_reviewed', 'check_review', 'draw_value', 'thinned']
 
 # %% ../../nbs/lib/evaluate/00_threshold.ipynb #c840987c
 def acted_across_folds(
@@ -40,8 +40,15 @@ def acted_across_folds(
     return acted
 
 
+def block_column(
+    frame: pl.DataFrame,      # validation predictions
+) -> str | None:              # None: rows are drawn
+    "The column of rows that belong together, where validation rows have enough of such blocks to draw."
+    return "unit" if "unit" in frame.columns and BLOCKS <= frame["unit"].n_unique() < frame.height else None
+
+
 def gain_of_tuning(
-    frame: pl.DataFrame,                # validation predictions: y, fold, p_…
+    frame: pl.DataFrame,                # validation predictions: y, fold, p_…, unit where rows belong together
     costs: dict[str, float],
     classes: list[str] | None = None,   # class names, the positive one last
     seed: int = 0,
@@ -53,7 +60,8 @@ def gain_of_tuning(
     if len(np.unique(fold)) < 2:
         return None
     acted = acted_across_folds(y, p, fold, costs)
-    return paired("value_per_1000", y, acted, p, threshold=0.5, threshold_q=break_even(costs), costs=costs, seed=seed, draws=draws)
+    return paired("value_per_1000", y, acted, p, unit=units_of(frame, block_column(frame)), threshold=0.5, threshold_q=break_even(costs), costs=costs,
+                  seed=seed, draws=draws)
 
 # %% ../../nbs/lib/evaluate/00_threshold.ipynb #30053046
 def closest(
@@ -70,6 +78,9 @@ def closest(
         room = int(share * len(places) + 1e-9)
         if room < len(places):
             most = min(most, int(places[room]))
+    if most < len(p):           # rows with the same score go together, or not at all
+        far = np.abs(p - threshold)[order]
+        most = int(np.searchsorted(far, far[most])) or most
     return order[:most or round(share * len(p))]
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.display import estimates, lines, note, stack, table
+from ..core.display import Html, estimates, lines, note, number, stack, table
 from ..core.errors import InputError
 from ..core.intervals import score
 from ..core.metrics import BETTER, LABELS
 from ..core.run import Claim, Estimate, Run
 from ..data.contract import target_values
+from ..evaluate.holdout import unit_for
 from .ageing import find_triggers, model_age
 from .outcomes import loss_of, prediction_frame
 from pipeline.monitor.retraining import (
@@ -28,8 +29,8 @@ from .watch import Look
 
 # %% auto #0
 __all__ = ['ROWS_TIMED', 'SMALL', 'MOST_ROWS', 'production_score', 'worst_window', 'opened_alarms', 'age_in_days', 'quantile_of',
-           'Kept', 'claim_production', 'time_answers', 'Trial', 'try_retraining', 'draw_ageing', 'set_trigger',
-           'answer']
+           'Kept', 'beside_holdout', 'claim_production', 'time_answers', 'Trial', 'try_retraining', 'draw_ageing',
+           'set_trigger', 'answer']
 
 # %% ../../nbs/lib/monitor/08_lifecycle.ipynb #7f4949ab
 def production_score(
@@ -37,7 +38,7 @@ def production_score(
     name: str,                   # a metric
     **using: Any,                # as `pipeline.core.intervals.score`
 ) -> Estimate | None:
-    "A metric over all production rows whose outcome has arrived, drawn by whole days where rows have dates."
+    "A metric over all production rows whose outcome has arrived, drawn by whole groups or days where rows have them."
     return score(predictions.filter(pl.col("y").is_not_null()), name, **using)
 
 
@@ -89,19 +90,36 @@ class Kept:
     why_not: str = ""
     claims: tuple[Claim, ...] = ()
     limits: dict[str, float] = field(default_factory=dict)
+    beside: tuple[Html, ...] = ()     # what the holdout had promised
 
     def _repr_html_(self) -> str:
-        shown = note(self.why_not) if self.why_not else estimates(self.claims, "Production in four numbers", self.limits)
+        shown = note(self.why_not) if self.why_not else stack(estimates(self.claims, "Production in four numbers", self.limits), *self.beside)
         return str(shown._repr_html_())
+
+
+def beside_holdout(
+    seen: Claim,      # the metric on the holdout
+    found: Claim,     # in production
+) -> Html:
+    "Did the holdout say what production would bring?"
+    said = f"On the holdout it was {number(seen.value)}"
+    if None in (seen.low, seen.high, found.low, found.high):
+        return note(f"{said}.")
+    said += f" ({number(seen.low)} to {number(seen.high)})"
+    if seen.low <= found.value <= seen.high:    # type: ignore[operator]
+        return note(f"{said}: production is where the holdout said it would be.", "go")
+    gone = found.high < seen.low or found.low > seen.high                            # type: ignore[operator]
+    worse = (found.value < seen.value) == (seen.better == "higher")
+    return note(f"{said}: production is {'worse' if worse else 'better'}, {'beyond chance' if gone else 'though chance alone could do it'}.", "warn" if worse and gone else "info")
 
 
 def claim_production(run: Run, found: Look) -> Kept:
     "Claim the metric over all of production and in its worst window, and how many alarms were opened; check what has a limit."
     if found.why_not:
-        run.not_applicable("Production is watched", found.why_not, [*_promised(run, found.metric), "monitor.retrain_every_days", "monitor.retire_after_days"])
+        run.not_applicable("Production is watched", found.why_not, [*_promised(run, found.metric), "monitor.retrain_every_days", "monitor.retire_after_days"], whole=True)
         return Kept(found.why_not)
     label, on = LABELS.get(found.metric, found.metric), "production"
-    using = {"name": found.metric, "classes": found.classes or None, "unit": "__time" if found.calendar else None, "draws": 200, **found.using}
+    using = {"name": found.metric, "classes": found.classes or None, "unit": _unit(run), "draws": 200, **found.using}
     whole = run.claim("production_metric", of="monitor/predictions", by=production_score, using=using, on=on, better=BETTER[found.metric],
                       title=f"{label} on all production rows with an outcome")
     worst = run.claim("worst_window", of="monitor/windows", by=worst_window, using={"better": found.better}, on=on, better=BETTER[found.metric],
@@ -118,9 +136,15 @@ def claim_production(run: Run, found: Look) -> Kept:
     else:
         run.check(promise, whole, at_most=found.limit, answers=answers)
     run.check("Every window has usable answers", unusable, at_most=0, answers=["O2"])
-    return Kept("", (whole, worst, alarms, unusable), {"unusable_windows": 0.0} | ({} if found.limit is None else dict.fromkeys(("production_metric", "worst_window"), found.limit)))
+    beside = tuple(beside_holdout(c, whole) for c in (run.claims("evaluate") if run.has("evaluate/predictions") else []) if c.name == found.metric)
+    return Kept("", (whole, worst, alarms, unusable), {"unusable_windows": 0.0} | ({} if found.limit is None else dict.fromkeys(("production_metric", "worst_window"), found.limit)), beside)
 
 # %% ../../nbs/lib/monitor/08_lifecycle.ipynb #4d4c0522
+def _unit(run: Run) -> str | None:
+    "Rows of a group, else of a day, are drawn together, as on the holdout."
+    return unit_for(run.load("monitor/predictions").filter(pl.col("y").is_not_null()))
+
+
 def _promised(run: Run, metric: str) -> list[str]:
     "Which acceptance lines production decides."
     return [f"evaluate.acceptance.{i}" for i, line in enumerate(run.problem.evaluate.acceptance) if line.on == "production" and line.metric == metric]
@@ -132,7 +156,7 @@ ROWS_TIMED = 20   # rows of each window
 def time_answers(run: Run, found: Look) -> Any:
     "Time single answers in every window, save the sample, claim its 99th percentiles and check the processor's against the limit."
     if found.why_not:
-        return note("No answers to time: there are no production rows.")
+        return note(found.why_not)
     sample = _timed(found)
     run.save("monitor/latencies", sample, timing=True)
     told: dict[str, Any] = {"of": "monitor/latencies", "by": quantile_of, "unit": "ms", "on": "this machine", "better": "lower"}
@@ -151,12 +175,12 @@ def _timed(found: Look) -> pl.DataFrame:
     for row in found.production.head(3).to_dicts():       # the first calls pay for imports
         found.model.predict_row(row)
     bounds = np.concatenate([[0], found.windows["n"].cum_sum().to_numpy()])
-    for number, (a, b) in zip(found.windows["window"], zip(bounds[:-1], bounds[1:])):
+    for window, (a, b) in zip(found.windows["window"], zip(bounds[:-1], bounds[1:])):
         for i in np.sort(rng.choice(np.arange(a, b), min(ROWS_TIMED, b - a), replace=False)):
             row = found.production.row(int(i), named=True)
             begun, spent = time.perf_counter(), time.process_time()
             found.model.predict_row(row)
-            rows.append({"window": number, "ms": (time.perf_counter() - begun) * 1e3, "cpu_ms": (time.process_time() - spent) * 1e3})
+            rows.append({"window": window, "ms": (time.perf_counter() - begun) * 1e3, "cpu_ms": (time.process_time() - spent) * 1e3})
     return pl.DataFrame(rows)
 
 # %% ../../nbs/lib/monitor/08_lifecycle.ipynb #8d298980
@@ -256,7 +280,7 @@ def set_trigger(run: Run, found: Look) -> Any:
     if found.why_not or not found.calendar or found.learned_until is None:
         run.save("monitor/trigger", {"retrain": False, "because": "rows without dates have no age" if not found.why_not else "there is no production yet", "moments": []})
         run.not_applicable("The model is not past its withdrawal date", "rows without dates have no age" if not found.why_not else found.why_not, ["monitor.retrain_every_days", "monitor.retire_after_days"])
-        return note("The model has no age in days: " + ("its rows carry no dates." if not found.why_not else "there are no production rows."))
+        return note(found.why_not or "The model has no age in days: its rows carry no dates.")
     now = min(run.now().replace(tzinfo=None), _naive(found.windows["to"][-1]))
     age = model_age(found.learned_until, now, monitor.retrain_every_days, monitor.retire_after_days)
     past = found.windows.filter(pl.col("to").cast(pl.Datetime("us")).dt.replace_time_zone(None) <= now)
@@ -280,7 +304,7 @@ def set_trigger(run: Run, found: Look) -> Any:
 def answer(found: Look, kept: Kept, trial: Trial) -> str:
     "The phase's one line: the metric and its worst window, alarms, retraining, age."
     if found.why_not:
-        return "There is no production yet, so nothing has become untrue; rows after the holdout will be watched here."
+        return found.why_not
     whole, worst, opened = kept.claims[:3]
     label = LABELS.get(found.metric, found.metric)
     rows = int(found.windows["n"].sum())

@@ -36,7 +36,7 @@ def prediction_frame(
         columns |= {f"p_{c}": predicted[:, i].astype(np.float64) for i, c in enumerate(classes)}
     else:
         columns["prediction"] = np.asarray(predicted, dtype=np.float64).reshape(rows.height, -1)[:, 0]
-    return rows.select([c for c in ("__row", TIME) if c in rows.columns]).with_columns(**{k: pl.Series(k, v) for k, v in columns.items()})
+    return rows.select([c for c in ("__row", TIME, "__group") if c in rows.columns]).with_columns(**{k: pl.Series(k, v) for k, v in columns.items()})
 
 
 def score_of(

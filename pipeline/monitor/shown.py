@@ -49,7 +49,7 @@ def _when(found: Look, row: dict[str, Any]) -> str:
 def show_windows(found: Look) -> Any:
     "Every window: rows, score, outcome, metric, alarms."
     if found.why_not:
-        return note("No windows: there are no production rows.")
+        return note(found.why_not)
     alarms = dict(found.alerts.filter("opened").group_by("window").len().iter_rows())
     rows = found.windows.select(
         *([_dated(found)] if found.calendar else [(pl.col("window") + 1).alias("window")]), "n", pl.col("score").alias("mean score"),
@@ -64,7 +64,7 @@ def draw_metric(found: Look) -> Any:
     "The main metric by window, with its interval, its limit, and what the scores alone expected."
     known = found.windows.filter(pl.col("metric").is_not_null() & pl.col("judged")) if not found.why_not else pl.DataFrame()
     if known.is_empty():
-        return note(f"{_label(found)} cannot be drawn: no window has enough outcomes.")
+        return note(found.why_not or f"{_label(found)} cannot be drawn: no window has enough outcomes.")
     at = known.sort("metric", descending=found.better == "lower").row(0, named=True)
     worst, promise = at["metric"], "" if found.limit is None else f"; the promise is {found.limit:g}"
     series = ["metric", "expected"] if known["expected"].is_not_null().any() else ["metric"]
@@ -77,7 +77,7 @@ def draw_outcomes(found: Look) -> Any:
     "Mean score and mean outcome by window: do the answers follow the world?"
     known = found.windows.filter("judged") if not found.why_not else pl.DataFrame()
     if known.is_empty():
-        return note("Nothing to draw: there are no production rows.")
+        return note(found.why_not or "Nothing to draw: no window has enough rows.")
     spans = [f"between {min(v):.3g} and {max(v):.3g}" for v in (known[c].drop_nulls().to_list() or [float("nan")] for c in ("outcome", "score"))]
     title = f"{_outcome_name(found).capitalize()} moved {spans[0]}, the mean score {spans[1]}"
     return lines(known.with_columns(_axis(found)), "at", ["outcome", "score"], title, xlabel=_x(found), ylabel="mean of a window",
@@ -87,7 +87,7 @@ def draw_outcomes(found: Look) -> Any:
 def show_drift(found: Look) -> Any:
     "The columns that drifted, with the first window, how often, and how far."
     if found.why_not:
-        return note("No drift to measure: there are no production rows.")
+        return note(found.why_not)
     judged = found.windows.filter("judged")["window"]
     hits = found.drift.filter(pl.col("drifted") & pl.col("window").is_in(judged.implode()))
     watched = found.drift.select("family", "column").unique().height
@@ -104,7 +104,7 @@ def show_drift(found: Look) -> Any:
 def show_alerts(found: Look) -> Any:
     "The declared rules with their limits and how often each opened an alarm."
     if found.why_not:
-        return note("No rule was applied: there are no production rows.")
+        return note(found.why_not)
     counted = {r["rule"]: r for r in count_alerts(found.alerts).to_dicts()}
     rows = [{"rule": r.name, "severity": r.severity, "limit": r.limit, "alarms opened": counted.get(r.name, {}).get("opened", 0),
              "windows concerned": counted.get(r.name, {}).get("windows", 0), "protects against": r.why} for r in found.rules]
@@ -115,7 +115,7 @@ def show_openings(found: Look) -> Any:
     "Alarms in the order in which they were opened."
     opened = found.alerts.filter("opened") if not found.why_not else pl.DataFrame()
     if opened.is_empty():
-        return note("No alarm was opened." if not found.why_not else "No alarm: there are no production rows.", "go" if not found.why_not else "info")
+        return note(found.why_not or "No alarm was opened.", "info" if found.why_not else "go")
     known = dict(zip(found.windows["window"], found.windows["to"].to_list())) if found.calendar else {}
     shown = opened.select(
         pl.Series("window ends", [str(known.get(w, w + 1))[:10] for w in opened["window"]]), "rule", "severity", "what", "number", "limit",
@@ -127,7 +127,7 @@ def show_openings(found: Look) -> Any:
 def show_other_limits(found: Look) -> Any:
     "The same past under twice the false alarms and under half."
     if found.why_not:
-        return note("Limits cannot be tried: there are no production rows.")
+        return note(found.why_not)
     def changed(factor: float) -> list[Rule]:
         return [Rule(r.name, r.severity, r.limit * factor if r.limit == found.chance else r.limit, r.why) for r in found.rules]  # type: ignore[operator]
     halved, doubled = (compare_rules(found.windows, found.drift, found.rules, changed(f)) for f in (0.5, 2.0))

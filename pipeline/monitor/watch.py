@@ -168,7 +168,9 @@ def look(
     nothing = Look("", plan["metric"], plan["better"])
     production = run.load("data/production") if run.has("data/production") else None
     if production is None or production.is_empty():
-        return _saved(run, _without(nothing, "The problem has no production rows, so there is nothing to watch yet. Rows dated after the holdout (data.split.production_from) will be watched here."))
+        name = run.problem.problem.name
+        return _saved(run, _without(nothing, "The problem has no production rows (data.split.production_from keeps the newest for it), so there is nothing to watch yet; a live service is watched by: "
+                                             f"pilothouse monitor {name} --url http://127.0.0.1:8000"))
     from pipeline.train.models import load_model
 
     monitor, contract = run.problem.monitor, run.load("data/contract")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import polars as pl
 
-from ..core.display import number
+from ..core.display import Html, note, number, table
 from ..core.errors import EnvironmentFault
 from ..core.settings import DEFAULTS, Settings, find_root, load_settings
 from .evidence import Phase
 
 # %% auto #0
 __all__ = ['RISE', 'LEAST', 'Prices', 'prices_of', 'phase_costs', 'more_than_before', 'risen', 'with_total', 'cost_line',
-           'duration']
+           'show_costs', 'duration']
 
 # %% ../../nbs/lib/report/02_cost.ipynb #f1a89130
 @dataclass(frozen=True)
@@ -96,12 +96,26 @@ def cost_line(
     costs: pl.DataFrame,        # from `phase_costs`
     currency: str = "USD",
 ) -> str:
-    "The whole run in a sentence."
+    "The whole run in a sentence, and one more for each phase that rose."
     last = with_total(costs).row(-1, named=True)
-    return (
+    return " ".join([
         f"{duration(last['wall_s'])} in all, {number(last['cpu_s'] / 60, '.1f')} processor minutes, at most {number((last['peak_rss_mb'] or 0) / 1024, '.1f')} GB "
-        f"of memory: {number(last['money'], '.3f')} {currency} and {number(last['co2e_g'], '.1f')} g CO₂e."
-    )
+        f"of memory: {number(last['money'], '.3f')} {currency} and {number(last['co2e_g'], '.1f')} g CO₂e.", *risen(costs),
+    ])
+
+
+def show_costs(
+    costs: pl.DataFrame,        # from `phase_costs`
+    currency: str = "USD",
+    caption: str = "What each phase took",
+) -> Html:
+    "Phase by phase with the sum, and beside each what it took more than the last time."
+    if not costs.height:
+        return note("No phase was measured.")
+    shown = with_total(costs).rename({"wall_s": "time", "cpu_s": "processor", "peak_rss_mb": "peak memory", "co2e_g": "CO₂e", "more": "against last time"})
+    shown = shown.drop("against last time") if costs["more"].null_count() == costs.height else shown
+    return table(shown, caption, rows=60, units={"time": "s", "processor": "s", "peak memory": "MB", "money": currency, "CO₂e": "g"},
+                 formats={"time": ",.1f", "processor": ",.1f", "peak memory": ",.0f", "money": ".4f", "CO₂e": ".2f", "against last time": "+.0%"})
 
 
 def duration(

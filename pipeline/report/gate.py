@@ -71,7 +71,8 @@ def judge_phases(
         bad = own.filter(pl.col("verdict").is_in(["no-go", "inconclusive"]))["criterion"].to_list()
         called = phase.replace("_", " ")
         claim = run.claim(f"unmet_{phase}", of="report/criteria", by=unmet, using={"phase": phase}, on="criteria", better="lower", title=f"{called}: criteria not met")
-        check = run.check(f"{called}: nothing failed, nothing open", claim, at_most=0, bound="high", why=_some(bad))
+        title = f"{called}: nothing failed, nothing open"
+        check = run.check(title, claim, at_most=0, bound="high", why=_some(bad)) if claim.n else run.not_applicable(title, "none of its criteria can be asked of this problem")
         rows.append({"phase": called, "verdict": check.verdict, "criteria": claim.n, "failed": int(claim.value), "open": int((claim.high or 0) - claim.value), "which": _some(bad) or None})
     return table(rows, "Each phase's criteria, failed and open", rows=60)
 
@@ -163,13 +164,15 @@ def final_sentence(
     criteria: pl.DataFrame,   # from `criteria_of`
     matrix: pl.DataFrame,     # from `trace`
     score: float,             # ML Test Score
+    evidence: Evidence,
 ) -> str:
-    "The answer in one line."
+    "The answer in one line, with the phases whose question this problem could not be asked."
     first = criteria.filter(pl.col("verdict") == "no-go").head(1)
     why = "".join(f" First: {r['phase'].replace('_', ' ')}, {r['criterion']}: {readable(r['found'])}, limit {r['limit']}." for r in first.iter_rows(named=True))
     names = criteria.filter(pl.col("verdict") == "inconclusive")["criterion"].unique(maintain_order=True).to_list() if first.is_empty() else []
     opened = f" Not settled: {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}." if names else ""
-    told = f"{state.capitalize()}: {_counted(criteria, 'criteria')}, {_counted(matrix, 'requirements')}; the ML Test Score is {score:g} of 7.{why}{opened}"
+    beside = ", ".join(p.name.replace("_", " ") for p in evidence.phases if p.verdict == "not applicable")
+    told = f"{state.capitalize()}: {_counted(criteria, 'criteria')}, {_counted(matrix, 'requirements')}; the ML Test Score is {score:g} of 7.{why}{opened}{f' Not applicable: {beside}.' if beside else ''}"
     return clean(told, 600)
 
 

@@ -28,7 +28,7 @@ class Item:
 
     code: str                          # D1 … O7
     test: str
-    shown: tuple[str, ...] = ()        # artifacts, any of which shows it
+    shown: tuple[str, ...] = ()        # artifacts, any of which shows it; none: a run cannot show it
 
 
 RUBRIC = (
@@ -37,9 +37,9 @@ RUBRIC = (
     Item("D3", "No feature costs more than it brings", ("data/feature_costs", "train/feature_costs")),
     Item("D4", "Features keep to what is allowed", ("comply/columns", "data/leaks", "data/proxies")),
     Item("D5", "The pipeline guards privacy", ("comply/erasure",)),
-    Item("D6", "New features are quick to add", ("data/feature_time",)),
+    Item("D6", "New features are quick to add"),
     Item("D7", "The code of the features is tested", ("data/feature_tests", "train/feature_tests")),
-    Item("M1", "What defines the model is reviewed and checked in", ("deploy/review",)),
+    Item("M1", "What defines the model is reviewed and checked in", ("run:committed",)),
     Item("M2", "Offline and online metrics go together", ("rollout/stages", "monitor/windows")),
     Item("M3", "Hyperparameters are tuned", ("train/trials",)),
     Item("M4", "What age does to the model is known", ("monitor/ageing", "evaluate/rivals")),
@@ -53,7 +53,7 @@ RUBRIC = (
     Item("I5", "One example can be followed through the model", ("evaluate/contributions", "evaluate/importance")),
     Item("I6", "A new model meets a little traffic first", ("rollout/stages",)),
     Item("I7", "A model can be rolled back quickly and safely", ("rollout/drill", "rollout/decisions")),
-    Item("O1", "A change of a dependency is noticed", ("monitor/dependencies", "comply/dependencies")),
+    Item("O1", "A change of a dependency is noticed", ("data/upstream",)),
     Item("O2", "What held for the data holds for live inputs", ("monitor/drift", "monitor/alerts")),
     Item("O3", "Training and serving see the same features", ("deploy/replay",)),
     Item("O4", "No model serves past its time", ("monitor/trigger", "monitor/retraining")),
@@ -107,12 +107,15 @@ def level(
 def _scored(item: Item, run: Evidence) -> dict[str, Any]:
     row = {"item": item.code, "section": SECTIONS[item.code[0]], "test": item.test}
     shown = next((where for where in item.shown if _exists(where, run)), None)
-    tests = [(p, c) for p, c in run.answering(item.code) if c.get("verdict") != "not applicable"]
+    asked = list(run.answering(item.code))
+    tests = [(p, c) for p, c in asked if c.get("verdict") != "not applicable"]
     if tests:
         phase, check = next((t for t in tests if t[1].get("verdict") != "go"), tests[0])
         passed, based = check.get("verdict") == "go", bool(shown) or not item.shown
         how = "tested in every run" if passed and based else "tested, what it rests on is missing" if passed else f"tested: {check['verdict']}"
         return {**row, "score": 1.0 if passed and based else 0.5, "how": how, "phase": phase.name, "evidence": str(check["title"])}
+    if asked and not tests:
+        return {**row, "score": 0.0, "how": "could not be asked", "phase": asked[0][0].name, "evidence": str(asked[0][1].get("title"))}
     if shown:
         keeper = run.phase(shown.partition("/")[0])
         return {**row, "score": 0.5, "how": "shown, not tested", "phase": keeper.name if keeper else "", "evidence": shown.replace("run:", "the run: ")}
@@ -122,6 +125,9 @@ def _scored(item: Item, run: Evidence) -> dict[str, Any]:
 def _exists(where: str, run: Evidence) -> bool:
     if where == "run:complete":
         return not [name for name in run.missing if not name.startswith("10")]
+    if where == "run:committed":
+        git = run.manifest.get("git") or {}
+        return bool(git.get("commit")) and git.get("dirty") is False
     return run.has(where)
 
 # %% ../../nbs/lib/report/07_readiness.ipynb #3add0cb1

@@ -10,21 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 
 from ..core.display import VERDICTS, clean, esc, estimates, facts, number, stack, table, text_of, verdict
 from ..core.errors import InputError
 from ..core.run import room_of
 from ..core.store import write_whole
-from .cost import Prices, cost_line, duration, phase_costs, prices_of, risen, with_total
+from .cost import Prices, cost_line, duration, phase_costs, prices_of, show_costs
 from .evidence import QUESTIONS, Evidence, Phase, read_json, read_phase, read_run
 from .page import fill, page
-from .sections import SEVERITY, big_numbers, carrying, criteria, decided, sentence_case, unknowns
+from .sections import big_numbers, carrying, criteria, decided, sentence_case, unknowns, weight
 from .story import folded, story
 
 # %% auto #0
-__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'version_of', 'render_run', 'judged', 'telling', 'stopped_by',
-           'final_answer']
+__all__ = ['PHASE', 'RUN', 'render_phase', 'origin', 'asked_metrics', 'version_of', 'render_run', 'judged', 'telling',
+           'stopped_by', 'final_answer']
 
 # %% ../../nbs/lib/report/05_render.ipynb #2bb15555
 PHASE = """
@@ -61,7 +60,7 @@ def render_phase(
     body = fill(
         PHASE, place=f"{sentence_case(phase.room)}, phase {phase.name.split('_')[0].lstrip('0') or '0'} of {place}", question=question or QUESTIONS.get(phase.name, phase.name),
         lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", judged(read_run(run)) if phase.room == "report" else phase.checks).html,
-        numbers=big_numbers(telling(read_run(run)) if phase.room == "report" else carrying(phase.claims, phase.checks)), blocks=blocks, criteria=criteria(phase.checks),
+        numbers=big_numbers(telling(read_run(run)) if phase.room == "report" else carrying(phase.claims, phase.checks, asked_metrics(read_run(run)))), blocks=blocks, criteria=criteria(phase.checks),
         decisions=decided([d for d in phase.decisions if f'aria-label="{esc("Options: " + str(d.get("what")))}"' not in "".join(blocks)]), unknowns=[clean(s, 400) for s in unknowns(phase.claims, phase.checks)],
         claims=_all_claims(phase.claims), origin=facts(origin(phase, manifest, prices_of(run)), "Where this page comes from").html,
         artifacts=_traces(phase),
@@ -92,6 +91,11 @@ def origin(
         "Peak memory": number(cost["peak_rss_mb"], ",.0f", "MB"),
         "Cost": f"{number(cost['money'], '.4f')} {currency}, {number(cost['co2e_g'], '.2f')} g CO₂e",
     }
+
+
+def asked_metrics(run: Evidence) -> list[str]:
+    "The metrics that the problem file asks for."
+    return [str(name) for name in run.leaves.get("evaluate.metrics") or []]
 
 
 def version_of(
@@ -197,8 +201,8 @@ def render_run(
         verdict=verdict(state, sentence, judged(run)).html, numbers=big_numbers(telling(run)), phases=_strip(run),
         limited=limited, others=others, others_n=others.count('<th scope="row"'),
         decisions=folded(decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]), 0),
-        unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=" ".join([cost_line(costs, _currency(run.manifest)), *risen(costs)]),
-        costs=_cost_table(costs, _currency(run.manifest)), origin=facts(_run_origin(run), "Where this run comes from").html,
+        unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=cost_line(costs, _currency(run.manifest)),
+        costs=show_costs(costs, _currency(run.manifest)).html if costs.height else "", origin=facts(_run_origin(run), "Where this run comes from").html,
         parameters=_parameters(leaves),
     )
     trail = [("All runs", "../../index.html"), (place, "")]
@@ -217,17 +221,17 @@ def judged(run: Evidence) -> list[dict[str, Any]]:
 
 
 def telling(run: Evidence) -> list[Mapping[str, Any]]:
-    "The three claims of a run: what the problem promised first, then failed before open before passed, evaluation before the rest."
+    "The three claims of a run: what the problem promised first, then failed before open before passed, the problem's limits before a phase's own, evaluation before the rest."
     promised = [str(line.get("metric")) for line in run.leaves.get("evaluate.acceptance") or [] if isinstance(line, Mapping)]
     order = {"evaluate": 0, "rollout": 1, "monitor": 2, "deploy": 3, "comply": 4}
-    ranked: list[tuple[bool, int, int, Mapping[str, Any]]] = []
+    ranked: list[tuple[bool, int, int, int, Mapping[str, Any]]] = []
     for phase in run.phases:
-        verdicts = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in phase.checks if c.get("claim")}
+        judged = weight(phase.checks, asked_metrics(run) if phase.room == "evaluate" else ())
         if phase.room != "report":
-            ranked += [(not (phase.room == "evaluate" and c["name"] in promised), verdicts[str(c["name"])], order.get(phase.room, 9), c)
-                       for c in phase.claims if c.get("name") in verdicts]
+            ranked += [(not (phase.room == "evaluate" and c["name"] in promised), *judged[str(c["name"])], order.get(phase.room, 9), c)
+                       for c in phase.claims if c.get("name") in judged]
     first: dict[str, Mapping[str, Any]] = {}    # two phases may hold the same number against the same limit
-    for *_, claim in sorted(ranked, key=lambda entry: entry[:3]):
+    for *_, claim in sorted(ranked, key=lambda entry: entry[:4]):
         first.setdefault(str(claim["name"]), claim)
     return list(first.values())[:3]
 
@@ -276,7 +280,7 @@ def _tile(name: str, phase: Phase | None, run: Evidence) -> dict[str, str]:
         return {**tile, "css": "ph-no-go" if why else "ph-none", "icon": "✕" if why else "·", "word": word, "link": "",
                 "question": QUESTIONS.get(name, name), "answer": clean(answer, 400)}
     state = _state(phase.verdict)
-    return {**tile, "css": f"ph-{state}", "icon": VERDICTS[state], "word": state, "link": f"{name}/report.html", "question": phase.question,
+    return {**tile, "css": f"ph-{state.replace(' ', '-')}", "icon": VERDICTS[state], "word": state, "link": f"{name}/report.html", "question": phase.question,
             "answer": clean(phase.answer[:1].upper() + phase.answer[1:], 600)}
 
 
@@ -301,17 +305,6 @@ def _open_points(run: Evidence) -> list[str]:
         for sentence in unknowns(phase.claims, phase.checks):
             said.setdefault(sentence, []).append(sentence_case(phase.room))
     return [f"{name.replace('_', ' ')} has not run." for name in run.missing] + [f"{', '.join(where)}: {sentence}" for sentence, where in said.items()]
-
-
-def _cost_table(costs: pl.DataFrame, currency: str) -> str:
-    if not costs.height:
-        return ""
-    shown = with_total(costs).rename({"wall_s": "time", "cpu_s": "processor", "peak_rss_mb": "peak memory", "money": "money ", "co2e_g": "CO₂e"})
-    shown = shown.drop("more") if shown["more"].null_count() == shown.height else shown.rename({"more": "against last time"})
-    return table(
-        shown, "What each phase took", rows=60, units={"time": "s", "processor": "s", "peak memory": "MB", "money ": currency, "CO₂e": "g"},
-        formats={"time": ",.1f", "processor": ",.1f", "peak memory": ",.0f", "money ": ".4f", "CO₂e": ".2f", "against last time": "+.0%"},
-    ).html
 
 
 def _run_origin(run: Evidence) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..core.display import esc, headline, number, readable, spec_for, table
 from ..core.metrics import LABELS
 
 # %% auto #0
-__all__ = ['SEVERITY', 'carrying', 'big_numbers', 'criteria', 'unknowns', 'decided', 'sentence', 'sentence_case']
+__all__ = ['SEVERITY', 'carrying', 'weight', 'big_numbers', 'criteria', 'unknowns', 'decided', 'sentence', 'sentence_case']
 
 # %% ../../nbs/lib/report/04_sections.ipynb #0acc83d1
 SEVERITY = {"no-go": 0, "inconclusive": 1, "go": 2, "not applicable": 3}
@@ -23,12 +23,27 @@ SEVERITY = {"no-go": 0, "inconclusive": 1, "go": 2, "not applicable": 3}
 def carrying(
     claims: Sequence[Mapping[str, Any]],
     checks: Sequence[Mapping[str, Any]],
+    asked: Sequence[str] = (),              # evaluate.metrics
     most: int = 3,
 ) -> list[Mapping[str, Any]]:
     "The claims that decided, the worst first; claims without a criterion only where nothing else is there."
-    judged = {str(c.get("claim")): SEVERITY.get(str(c.get("verdict")), 3) for c in checks if c.get("claim")}
-    ranked = sorted((c for c in claims if c.get("name") in judged), key=lambda c: (judged[str(c["name"])], c.get("low") is None, not c.get("value")))
+    judged = weight(checks, asked)
+    ranked = sorted((c for c in claims if c.get("name") in judged),
+                    key=lambda c: (judged[str(c["name"])][0], c.get("low") is None, not c.get("value"), judged[str(c["name"])][1]))
     return (ranked or [c for c in claims if c.get("low") is not None] or list(claims))[:most]
+
+
+def weight(
+    checks: Sequence[Mapping[str, Any]],
+    asked: Sequence[str] = (),              # evaluate.metrics
+) -> dict[str, tuple[int, int]]:            # claim -> how bad (0 no-go), and whose limit: 0 the problem file's, 1 a metric it asks for, 2 the phase's own
+    "How much a claim has to say at the top of a page."
+    found = {str(name): (SEVERITY["go"], 1) for name in asked}
+    for check in checks:
+        if check.get("claim"):
+            declared = any("." in str(key) for key in check.get("answers") or ())      # a key of the problem file, not an item such as I4
+            found[str(check["claim"])] = (SEVERITY.get(str(check.get("verdict")), 3), 0 if declared else 2)
+    return found
 
 
 def big_numbers(

@@ -47,6 +47,8 @@ def story(
 ) -> tuple[str, str, list[str]]:      # the question, what is decided with it (HTML), blocks of evidence (HTML)
     "A notebook as people read it."
     question, lede, blocks = "", "", []
+    said: set[str] = set()      # notes that stand on the page already
+    led = False                 # the last block only leads to what comes next
     for cell in notebook.get("cells", []):
         source = _text(cell.get("source")).strip()
         if "papermill-error-cell-tag" in cell.get("metadata", {}).get("tags", []):
@@ -56,13 +58,20 @@ def story(
                 question, lede, source = _opening(source)
             if source:
                 blocks.append(from_markdown(source))
+            led = bool(source)
         elif cell.get("cell_type") == "code":
             failed = any(o.get("ename") not in (None, "GateFailed", "Inconclusive") for o in cell.get("outputs", []))
             if re.search(r"^run\.(conclude|finish)\(", source, re.MULTILINE) and not failed:
                 if blocks and _leads_in(blocks[-1]):
                     blocks.pop()
                 continue
-            blocks += [folded(block) for block in map(shown, cell.get("outputs", [])) if block]
+            found = [block for block in map(shown, cell.get("outputs", [])) if block]
+            new = [block for block in found if block not in said]
+            if led and found and not new:
+                blocks.pop()
+            said |= {block for block in new if block.startswith('<div class="ph ph-note')}
+            blocks += [folded(block) for block in new]
+            led = False
     return question, lede, fitting(blocks)
 
 # %% ../../nbs/lib/report/03_story.ipynb #2ddbfa8b

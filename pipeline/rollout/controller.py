@@ -320,6 +320,7 @@ class Controller:
         self.steering, self.name, self.read, self.hear, self.lease_s = steering, name, read, hear, lease_s
         self.holder = holder or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._next = 0.0                               # monotonic; a wall clock may jump
+        self.other = ""                                # who leads instead
 
     def step(
         self,
@@ -332,9 +333,11 @@ class Controller:
         if seen is None:
             self._finish()
             return None
-        if not rollouts.lease(seen.number, self.holder, self.lease_s, now):
+        leads = rollouts.lease(seen.number, self.holder, self.lease_s, now)
+        self.other = "" if leads else rollouts.get(seen.number).leader
+        if not leads:
             return None
-        seen = self.steering.settle(seen)
+        seen = self._settled(seen)
         if not seen.active or not (anyway or self._due(seen, now)):
             return None
         self._next = time.monotonic() + seen.facts["review_s"]
@@ -347,15 +350,19 @@ class Controller:
         once: bool = False,          # end with the rollout
         told: Callable[[Decision], None] = lambda decision: None,
         failed: Callable[[str], None] = lambda why: None,
+        waits: Callable[[str], None] = lambda other: None,     # for another one that leads
     ) -> None:
         "Lead until told to stop; where disk or database fail it says so, each reason once, and tries again."
-        why = ""
+        why = other = ""
         try:
             while not stop.is_set():
                 try:
                     decision = self.step()
                     if decision is not None:
                         told(decision)
+                    if self.other and self.other != other:
+                        waits(self.other)
+                    other = self.other
                     if once and self.steering.rollouts.active(self.name) is None:
                         break
                     why = ""
@@ -373,7 +380,18 @@ class Controller:
         "What a killed one left undone after its last decision."
         last = self.steering.rollouts.current(self.name)
         if last is not None:
-            self.steering.settle(last)
+            self._settled(last)
+
+    def _settled(self, seen: Rollout) -> Rollout:
+        "As `Steering.settle`, also where somebody changes the traffic or the registry at this very moment."
+        for tried in range(TRIES):
+            try:
+                return self.steering.settle(seen)
+            except InputError:
+                if tried == TRIES - 1:
+                    raise
+                seen = self.steering.rollouts.get(seen.number)
+        raise AssertionError
 
     def _due(self, seen: Rollout, now: dt.datetime) -> bool:
         if self._next:

@@ -194,7 +194,7 @@ def claim_rollout(
 ) -> Html:
     "Claims and checks on quality, reach, errors and time."
     if trial.why:
-        run.not_applicable("Rollout", trial.why, ["rollout.stages", "rollout.worse_by", "rollout.errors_max"])
+        run.not_applicable("Rollout", trial.why, ["rollout.stages", "rollout.worse_by", "rollout.errors_max"], whole=True)
         return note(f"Not applicable: {trial.why}.")
     using = {"rules": asdict(trial.rules), "limit_ms": trial.limit_ms}
     of = ["rollout/requests", "rollout/latencies"]
@@ -264,7 +264,7 @@ def tell(
 ) -> str:
     "One line with numbers."
     if trial.why:
-        return f"{trial.why.capitalize()}."
+        return f"{trial.why[:1].upper()}{trial.why[1:]}."
     course, last = outcome.course, outcome.course.decisions[-1]
     n, mean = course.state.served, course.state.mean
     idle = " (too little traffic for evidence)" if course.outcome == "hold" else ""

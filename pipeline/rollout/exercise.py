@@ -97,8 +97,14 @@ class Ground:
         return found
 
     def answers_of(self, version: int, n: int = 20, within_s: float = 60.0) -> None:
-        "Wait for that many answers in a row of one version; raises `EnvironmentFault` where they do not come."
-        if not self.callers.wait(lambda asked: len(asked) >= n and all(a.version == version for a in asked[-n:]), within_s):
+        "Wait for that many answers in a row of one version, all asked for from now on; raises `EnvironmentFault` where they do not come."
+        begun = time.monotonic()
+
+        def came(asked: Sequence[Asked]) -> bool:
+            last = [a for a in asked if a.sent >= begun][-n:]
+            return len(last) == n and all(a.version == version for a in last)
+
+        if not self.callers.wait(came, within_s):
             raise EnvironmentFault(f"version {version} does not answer within {within_s:g} s; the drill cannot go on")
 
 

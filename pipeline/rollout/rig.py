@@ -99,7 +99,7 @@ def served(
     said = (stage.store.parent / "service.txt").open("w+", encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(told)], cwd=Path(__file__).resolve().parents[2] if "__file__" in globals() else None,
-        stdout=said, stderr=subprocess.PIPE, start_new_session=True)
+        stdout=said, stderr=subprocess.STDOUT, start_new_session=True)       # a file: a pipe that nobody reads would stop a service that says much
     try:
         server = Staged("127.0.0.1", _port_told(process, Path(said.name), within_s), process)
         await_ready(server, within_s)
@@ -130,10 +130,10 @@ def _port_told(process: subprocess.Popen[bytes], file: Path, within_s: float) ->
     "The port from the line that the service prints first."
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if found := re.search(r"://[^/\s]*:(\d+)\s", file.read_text(encoding="utf-8")):
+        if found := re.search(r"://[^/\s]*:(\d+)\s", file.read_text(encoding="utf-8", errors="replace")):
             return int(found[1])
         if process.poll() is not None:
-            lines = process.stderr.read().decode(errors="replace").strip().splitlines() if process.stderr else []
+            lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise EnvironmentFault(f"the service of the rig did not start: {lines[-1] if lines else f'exit code {process.returncode}'}")
         time.sleep(0.02)
     raise EnvironmentFault(f"the service of the rig was not ready within {within_s:g} s; look whether the machine is busy")

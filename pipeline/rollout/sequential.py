@@ -163,8 +163,8 @@ class Mean:
 
     @property
     def value(self) -> float:
-        "The mean so far; .5 before the first value."
-        return self.total / self.n if self.n else 0.5
+        "The mean so far, as far as the interval of all looks leaves it; .5 before the first value."
+        return min(max(self.total / self.n, self.low), self.high) if self.n else 0.5
 
 
 def observe(

@@ -62,8 +62,10 @@ def prepare(
 ) -> Trial:
     "Load production, let both models answer, write down what happened."
     if not run.has("data/production") or not len(run.load("data/production")):
-        why = "no production rows: nothing was rolled out"
-        return Trial(why, shown=note(f"Not applicable: {why}. Rows from data.split.production_from on would be replayed here.", "info"))
+        name = run.problem.problem.name
+        why = (f"no rows play production (data.split.production_from keeps the newest for it), so there is no traffic to replay; live traffic is brought to the model by: "
+               f"pilothouse rollout start {name} --version N")
+        return Trial(why, shown=note(f"Not applicable: {why}.", "info"))
     from pipeline.data.contract import target_values
     from pipeline.deploy.frames import check_frame
     from pipeline.deploy.schema import make_schema
@@ -91,7 +93,7 @@ def prepare(
     seen = compare_answers(target_values(frame, contract), new, old, task, scale, run.rng("rollout faults"))
     requests = pl.DataFrame({"__row": own, "window": windows, "place": points(subjects, salt) * 100, **seen})
     run.save("rollout/requests", requests)
-    latencies = time_requests(rows, windows, models, run.rng("rollout timing"))
+    latencies = time_requests(rows, windows, models, run.rng("rollout timing"), run.recorded("rollout/latencies"))
     run.save("rollout/latencies", latencies, timing=True)
     trial = Trial("", requests, latencies, rules, subjects, salt, days, run.problem.deploy.latency_p99_ms, loss, frame)
     shown = _introduce(trial, run.problem.rollout.slice)
@@ -175,9 +177,12 @@ def time_requests(
     windows: np.ndarray,        # of each row
     models: list[Any],          # new, old
     rng: np.random.Generator,
+    first: pl.DataFrame | None = None,   # what the run that is repeated measured: it decides again
 ) -> pl.DataFrame:              # at: position of the request, window, new_ms, old_ms
     "CPU time of one-row answers for a sample spread over the traffic; the first ones warm up and are dropped."
     chosen = np.sort(rng.choice(len(rows), min(TIMED, len(rows)), replace=False))
+    if first is not None and first["at"].to_list() == chosen.tolist():
+        return first
     plain = rows[chosen].to_dicts()
     times = {}
     for name, model in zip(("new_ms", "old_ms"), models):

@@ -20,7 +20,7 @@ from .protocol import Shape
 
 # %% auto #0
 __all__ = ['TASKS', 'LOOK_S', 'START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'charged', 'Stopwatch', 'CoreClock',
-           'start_clock', 'dearness', 'price', 'usual_rounds', 'Step', 'Plan', 'plan_fits']
+           'start_clock', 'dearness', 'price', 'price_answers', 'usual_rounds', 'Step', 'Plan', 'plan_fits']
 
 # %% ../../nbs/lib/train/08_budget.ipynb #663fa57a
 def charged(
@@ -124,12 +124,24 @@ def price(
         waved = numbers if numbers <= nets.WAVED else 0
         learned = used * epochs * (1.2e-5 + 1.6e-7 * waved + 2e-7 * len(shape.categories) + 3e-8 * len(shape.sizes))
         return learned + 2e-7 * rows * waved + 0.3   # and its answers for the rows that it is judged on
+    if family == "student" and "teacher" in config:   # who teaches it is fitted first, on the same rows
+        teacher = config["teacher"]
+        return price(teacher["family"], rows, shape, teacher["config"]) + price(family, rows, shape, {k: v for k, v in config.items() if k != "teacher"})
     if family == "ensemble":
         return sum(price(m["family"], rows, shape, m["config"]) for m in config["members"])
     codes = len(shape.categories) * (min(scores, 10) if config.get("categories", "native") != "native" else 0)
     cells, rounds = rows * (len(shape.sizes) + codes), config.get("rounds", usual_rounds(config))
     drawn = 2.0 if config.get("bagging_freq") else 0.5 + 0.5 * config.get("feature_fraction", 1.0)   # drawing rows costs more than it saves
     return rounds * scores * (5.5e-9 * cells * drawn + 1.6e-5 * config.get("num_leaves", 31)) + 1e-7 * cells + 0.01
+
+
+def price_answers(
+    rows: int,
+    steps: int,      # rounds of all boosters that answer
+    shape: Shape,
+) -> float:          # seconds
+    "What answers of boosted trees cost."
+    return 4e-8 * rows * steps * max(1, shape.classes if shape.classes > 2 else 1)
 
 
 def usual_rounds(

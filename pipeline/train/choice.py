@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError
-from ..core.intervals import draw_metric, interval
+from ..core.intervals import RARE, cases_of, draw_metric, interval
 from ..core.metrics import LABELS, Context
 from ..data.contract import target_values
 from ..data.splits import each_fold
@@ -25,8 +25,8 @@ from .search import Found, Goal, Rows, Trial, blocks
 
 # %% auto #0
 __all__ = ['COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'Z95', 'rows_of', 'newest_rows', 'goal_of', 'Limits',
-           'Beside', 'Cost', 'leaderboard', 'teacher_of', 'why_not_student', 'families_of', 'why_not_ship', 'Choice',
-           'granted', 'choose']
+           'Beside', 'Cost', 'witnesses', 'leaderboard', 'teacher_of', 'why_not_student', 'families_of', 'why_not_ship',
+           'Choice', 'granted', 'choose']
 
 # %% ../../nbs/lib/train/10_choice.ipynb #2df17d11
 def rows_of(
@@ -115,6 +115,13 @@ class Cost:
     beside: Beside | None = None   # of a student
 
 
+def witnesses(
+    rows: Rows,
+) -> tuple[int, int]:   # rows and blocks that the rarest class is seen in; all of them for a number
+    "What an interval of the validation rows stands on."
+    return cases_of(rows.target[rows.valid], rows.shape.classes, rows.units[rows.valid])
+
+
 def leaderboard(
     found: Found,       # all trials
     rows: Rows,         # what they were tried on
@@ -123,10 +130,11 @@ def leaderboard(
     draws: int = 200,
     costs: Mapping[str, Cost] | None = None,   # candidate -> what it was measured to cost
 ) -> pl.DataFrame:      # best first; `may_ship` and, where not, `why_not`
-    "Candidates with intervals and their distance to the best."
+    "Candidates with intervals and their distance to the best; no interval where a class has fewer than `RARE` rows."
     costs = costs or {}
     goal, target = found.goal, rows.target[rows.valid]
-    block = rows.units[rows.valid]
+    block, (fewest, units) = rows.units[rows.valid], witnesses(rows)
+    units = units if fewest >= RARE else 0
     done = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.value is not None]
     done.sort(key=lambda t: (-goal.sign * _value(t), simplicity(t.family), t.name))
     why_not = {t.name: why_not_ship(t, limits, costs.get(t.name)) for t in done}
@@ -136,9 +144,9 @@ def leaderboard(
     out = []
     for t in done:
         assert best is not None
-        low, high = _ends(_value(t), drawn[t.name], block)
+        low, high = _ends(_value(t), drawn[t.name], units)
         gap = _value(t) - _value(best)
-        gap_low, gap_high = _ends(gap, drawn[t.name] - drawn[best.name], block) if t is not best else (0.0, 0.0)
+        gap_low, gap_high = _ends(gap, drawn[t.name] - drawn[best.name], units) if t is not best else (0.0, 0.0)
         out.append({
             "candidate": t.name, "family": t.family, "metric": t.value, "low": low, "high": high, "to_best": gap,
             "to_best_low": gap_low, "to_best_high": gap_high, "size_mb": t.size_bytes / 1e6, "steps": t.steps, "rows": t.rows,
@@ -236,9 +244,9 @@ def _drawn(goal: Goal, target: np.ndarray, trial: Trial, block: np.ndarray, seed
     return draw_metric(goal.metric, target, answer, block, seed, draws, Context(**goal.using))
 
 
-def _ends(value: float, drawn: np.ndarray, block: np.ndarray) -> tuple[float | None, float | None]:
+def _ends(value: float, drawn: np.ndarray, units: int) -> tuple[float | None, float | None]:
     try:
-        return interval(value, drawn, len(np.unique(block)))
+        return interval(value, drawn, units)
     except InputError:
         return None, None
 
@@ -255,8 +263,9 @@ def granted(
     board: pl.DataFrame,    # as `leaderboard` gives it
     tolerance: float,       # loss of the metric that simplicity may cost
 ) -> dict[str, float]:      # candidate -> how far behind the best it may be
-    "The tolerance, or one standard error of the distance to the best where that is more; nothing where the tolerance is 0."
-    errors = board.select("candidate", ((pl.col("to_best_high") - pl.col("to_best_low")) / (2 * Z95)).fill_null(0.0)).iter_rows()
+    "The tolerance, or one standard error of the distance to the best where that is more: any, where no interval is known; nothing where the tolerance is 0."
+    error = (pl.col("to_best_high") - pl.col("to_best_low")) / (2 * Z95)
+    errors = board.select("candidate", error.fill_null(pl.when(pl.col("to_best").is_null()).then(0.0).otherwise(math.inf))).iter_rows()
     return {name: max(tolerance, error) if tolerance else 0.0 for name, error in errors}
 
 
@@ -284,6 +293,8 @@ def choose(
         return Choice(name, (f"best {label} of {able.height} candidates, and none of the simpler ones comes within {tolerance:g}" if others
                       else "the only candidate that may be shipped") + kept)
     lost, error = abs(simplest["metric"] - best["metric"]), allowed[name]
+    if math.isinf(error):
+        return Choice(name, f"simplest of {able.height} candidates: these rows are too few for an interval, so nothing tells them apart; {lost:.4f} {label} behind {best['candidate']}" + kept)
     if lost > tolerance:
         return Choice(name, f"simplest that these rows cannot tell from the best: {lost:.4f} {label} behind {best['candidate']}, one standard error is {error:.4f}" + kept)
     return Choice(name, f"simplest within the tolerance: {lost:.4f} {label} behind {best['candidate']}, {tolerance:g} are granted" + kept)

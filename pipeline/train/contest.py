@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/11_contest.ipynb #8e682f5d
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,14 @@ from ..core.charts import bars, lines, points
 from ..core.cluster import connect
 from ..core.display import Html, facts, headline, note, number, stack, table
 from ..core.errors import InputError
-from ..core.intervals import bootstrap, score_difference, units_of
+from ..core.intervals import RARE, bootstrap, score_difference, units_of
 from ..core.metrics import LABELS, predictions_of
 from ..core.run import Estimate
 from ..data.synthetic import learning_rows
 from .backbone import check_folder
 from .budget import Plan, dearness, plan_fits, start_clock
 from .checkpoints import Checkpoints
-from .choice import Beside, Choice, Cost, Limits, choose, goal_of, granted, leaderboard, newest_rows, rows_of
+from .choice import Beside, Choice, Cost, Limits, choose, goal_of, granted, leaderboard, newest_rows, rows_of, witnesses
 from .features import Encoder, learn_encoder
 from .final import Final, fit_finally, folder_mb, read_configuration, save_seeds, seeds_table, validation_frame
 from .frontier import frontier, measure_costs, measure_model, shorten
@@ -34,11 +35,11 @@ from .students import add_candidates, compare_students, price_later
 from .workers import Cluster, Workers
 
 # %% auto #0
-__all__ = ['OVERSHOOT', 'IN_WORDS', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest',
-           'show_plan', 'hold_contest', 'measure_answers', 'answer_costs', 'recorded_costs', 'show_trials', 'rank',
-           'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle', 'show_choice',
-           'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds', 'score_beside',
-           'claim_quality', 'check_quality', 'tell_contest']
+__all__ = ['TUNED', 'OVERSHOOT', 'IN_WORDS', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest',
+           'show_plan', 'hold_contest', 'check_tuning', 'measure_answers', 'answer_costs', 'recorded_costs',
+           'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle',
+           'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds',
+           'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -156,10 +157,27 @@ def hold_contest(
     def late(name: str) -> Callable[[], bool]:
         return contest.recorded.stopped(name, "full") if contest.recorded else lambda: contest.clock() > 0.9 * spent
 
-    found = add_candidates(found, contest.rows, run.seed, run.settings.threads, late, train.distill, train.interpretable)
+    found = add_candidates(found, contest.rows, run.seed, run.settings.threads, late, train.distill, train.interpretable, contest.plan.refit_rows)
     found = measure_answers(run, contest, found)
     run.save("train/trials", found.table())
+    check_tuning(run, found)
     return found
+
+
+TUNED = "several settings competed"
+
+
+def check_tuning(
+    run: Any,
+    found: Found,
+) -> None:
+    "Were settings compared at all, and is every trial in the table? One setting alone is nothing to choose from."
+    done = {(t.family, json.dumps(t.config, sort_keys=True)) for t in found.trials if t.status == "done" and t.family not in ("dummy", "ensemble")}
+    if len(done) < 2:
+        run.not_applicable(TUNED, "only one could be tried: allow more families, or raise train.budget_s", ["M3"])
+        return
+    lost = sum(t.status != "done" for t in found.trials)
+    run.require(TUNED, True, f"{len(done)} settings in {len(found.trials)} trials{f', {lost} of them not finished' if lost else ''}", limit="at least 2", answers=["M3"])
 
 
 def measure_answers(
@@ -239,8 +257,12 @@ def draw_board(contest: Contest, board: pl.DataFrame) -> Any:
 def show_board(contest: Contest, board: pl.DataFrame) -> Html:
     "The leaderboard with distances to the best."
     columns = ["candidate", "metric", "low", "high", "to_best", "to_best_low", "to_best_high", "size", "rows", "may_ship", "why_not"]
-    return table(board.rename({"size_mb": "size"}).select(columns), f"Leaderboard by {contest.label}; distances to the best are drawn in pairs",
-                 formats={"size": ".2f", "rows": ",d"}, units={"size": "MB"})
+    shown = table(board.rename({"size_mb": "size"}).select(columns), f"Leaderboard by {contest.label}; distances to the best are drawn in pairs",
+                  formats={"size": ".2f", "rows": ",d"}, units={"size": "MB"})
+    cases = witnesses(contest.rows)[0]
+    if cases >= RARE:
+        return shown
+    return stack(note(f"The rarest class has {cases} of {len(contest.rows.valid):,} rows: too few for an interval, at least {RARE} are needed.", "warn"), shown)
 
 
 def draw_folds(contest: Contest, found: Found) -> Any:
@@ -338,10 +360,15 @@ def fit_models(
     if chosen is None:
         raise InputError(f"candidate {choice.name!r} has no finished trial; raise train.budget_s and run again")
     seeds = [run.seed + i for i in range(run.problem.train.seeds)]
+    begun = contest.clock()
+
+    def late(seed: int) -> bool:   # another seed takes as long as those before it took
+        if contest.recorded:
+            return seed not in contest.recorded.seeds
+        return contest.clock() + (contest.clock() - begun) / (seed - run.seed) > contest.plan.budget_s
+
     final = fit_finally(chosen, default or chosen, contest.rows, contest.contract, contest.encoder, contest.plan, seeds, run.settings.threads,
-                        Checkpoints(run.checkpoints),
-                        lambda seed: seed not in contest.recorded.seeds if contest.recorded else contest.clock() > contest.plan.budget_s,
-                        contest.workers)
+                        Checkpoints(run.checkpoints), late, contest.workers)
     if contest.workers is not None:
         contest.workers.close()
     run.save("train/model", final.model.save(run.scratch / "model"))
@@ -468,6 +495,7 @@ IN_WORDS = {
 
 
 def tell_contest(
+    run: Any,
     contest: Contest,
     found: Found,
     choice: Choice,
@@ -483,5 +511,6 @@ def tell_contest(
     against = f", against {' and '.join(beside)}" if beside else ""
     word = IN_WORDS[next(t.family for t in found.trials if t.name == choice.name)]
     name = word if choice.name in word else f"{word} ({choice.name})"
-    return (f"{name} earns its cost: {contest.label} {number(main.value)}{ends} on {len(contest.rows.valid):,} rows it had not seen"
-            f"{against}; {by_name['model_mb'].value:.3g} MB{early}.")
+    said = "is the best of what was tried, and not enough" if run.verdict == "no-go" else "earns its cost"
+    return (f"{name} {said}: {contest.label} {number(main.value)}{ends} on {len(contest.rows.valid):,} rows it had not seen"
+            f"{against}; {by_name['model_mb'].value:.3g} MB{early}{run.unmet}.")

@@ -5,8 +5,6 @@
 # %% ../../nbs/lib/train/05_dense.ipynb #aefc7bac
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import IntegrityError
+from .walks import machine_code
 
 # %% auto #0
 __all__ = ['OUT', 'BEND', 'MOST', 'LOG2E', 'LN2_HIGH', 'LN2_LOW', 'EXP', 'SIN', 'ALONE', 'BLOCK', 'S0', 'S1', 'S2', 'S3', 'S4',
@@ -298,17 +297,9 @@ S0, S1, S2, S3, S4, S5, S6, S7, S8, S9, S10, S11 = SIN
 E0, E1, E2, E3, E4, E5, E6, E7, E8, E9, E10, E11, E12, E13 = EXP
 
 
-@functools.cache
 def compiled() -> Callable[..., Any] | None:
     "The loop as machine code, None where numba is not installed; the first call in a place compiles for seconds."
-    if importlib.util.find_spec("numba") is None:
-        return None
-    import numba  # type: ignore[import-untyped]
-
-    try:
-        return numba.njit(nogil=True, cache=True)(walk_layers)   # type: ignore[no-any-return]
-    except RuntimeError:   # no folder may be written for the cache: compile in each process
-        return numba.njit(nogil=True)(walk_layers)               # type: ignore[no-any-return]
+    return machine_code(walk_layers)
 
 # %% ../../nbs/lib/train/05_dense.ipynb #69a82ad1
 SAVED = 1.2e-9   # seconds that a row saves for each weight

@@ -48,6 +48,8 @@ class Forest:
     steps: np.ndarray      # uint64: nodes as a single row walks them
     bits: np.ndarray       # uint64: categories by node
     largest: int           # leaves of the largest tree
+    seen: np.ndarray       # (nodes,) float64: training rows that came by; empty where the text does not tell
+    reached: np.ndarray    # (leaves,) float64: and that ended there; likewise
 
     @property
     def rounds(self) -> int:
@@ -131,6 +133,14 @@ LINKS = {"binary": "logistic", "cross_entropy": "logistic", "multiclass": "softm
          **dict.fromkeys(("regression", "regression_l1", "huber", "fair", "quantile", "mape"), "identity")}
 
 
+def _trees(
+    text: str,                   # a LightGBM model
+) -> list[dict[str, str]]:       # a tree each: what stands before and behind each “=”
+    "What a text says of its trees."
+    body = text[text.find("\nTree=0\n") + 1:text.find("end of trees")]
+    return [dict(line.split("=", 1) for line in tree.split("\n") if "=" in line) for tree in re.split(r"^Tree=\d+\n", body, flags=re.MULTILINE)[1:]]
+
+
 def read_forest(
     text: str,   # a LightGBM model
 ) -> Forest:
@@ -141,8 +151,7 @@ def read_forest(
         raise NotFast(f"objective {' '.join([name, *options])} is LightGBM's own business")
     told = dict(option.split(":") for option in options if ":" in option)
     features, scores = int(head["max_feature_idx"]) + 1, int(head["num_tree_per_iteration"])
-    body = text[text.find("\nTree=0\n") + 1:text.find("end of trees")]
-    trees = [dict(line.split("=", 1) for line in tree.split("\n") if "=" in line) for tree in re.split(r"^Tree=\d+\n", body, flags=re.MULTILINE)[1:]]
+    trees = _trees(text)
     if any(tree.get("is_linear", "0") != "0" for tree in trees):
         raise NotFast("its leaves are linear models")
     try:
@@ -151,7 +160,12 @@ def read_forest(
         raise IntegrityError(f"a LightGBM text does not hold together ({error!r}); fetch or train the model again") from error
 
 # %% ../../nbs/lib/train/18_fast.ipynb #d8f674f8
-def _numbers(trees: list[dict[str, str]], key: str, kind: type = int) -> np.ndarray:
+def _numbers(
+    trees: list[dict[str, str]],   # from `_trees`
+    key: str,
+    kind: type = int,
+) -> np.ndarray:
+    "One line of every tree, in a row."
     return np.array(" ".join(tree.get(key, "") for tree in trees).split(), dtype=kind)
 
 
@@ -178,7 +192,8 @@ def _lay_out(trees: list[dict[str, str]], features: int, scores: int, link: str,
     roots = np.where(inner > 0, first, ~leaf).astype(np.int32)
     starts = np.stack([np.cumsum(np.maximum(inner, 1)) - np.maximum(inner, 1), leaf], axis=1)
     steps, bits = _lay_out_steps(nodes, words, columns, children, starts, inner, tree)
-    return Forest(link, slope, scores, roots, nodes, words, leaves, edges, columns, starts.astype(np.uint64), steps, bits, int(size.max(initial=1)))
+    return Forest(link, slope, scores, roots, nodes, words, leaves, edges, columns, starts.astype(np.uint64), steps, bits, int(size.max(initial=1)),
+                  _numbers(trees, "internal_count", float), _numbers(trees, "leaf_count", float))
 
 
 def _lay_out_steps(

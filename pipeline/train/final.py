@@ -63,7 +63,7 @@ def residual_width(
 ) -> float:
     "Half the width of the interval that holds `level` of the outcomes (split conformal, Lei et al. 2018)."
     n = len(target)
-    return float(np.quantile(np.abs(target - answer), min(1.0, math.ceil((n + 1) * level) / n), method="higher"))
+    return float(np.sort(np.abs(target - answer))[min(math.ceil((n + 1) * level), n) - 1])
 
 
 def fit_finally(

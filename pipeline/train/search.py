@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import polars as pl
 
 from ..core.errors import ClusterFault, InputError, PilothouseError
 from ..core.metrics import BETTER, metric_or_none
-from .budget import HEADROOM, START, Plan, Step, Stopwatch, price, usual_rounds
+from .budget import HEADROOM, START, Plan, Step, Stopwatch, price, price_answers, usual_rounds
 from .checkpoints import Checkpoints, key_of
 from .ensembles import Ensemble, blend, weigh_across, weigh_greedily
 from .proposals import propose
@@ -27,7 +28,8 @@ from .workers import BOOSTED, Here, Order, Wanted, Workers
 
 # %% auto #0
 __all__ = ['Fold', 'ALWAYS', 'SUSPECT', 'FLOOR', 'FURTHER', 'TELLING', 'CLOSING', 'LONG', 'FURTHER_LONG', 'Rows', 'Goal',
-           'blocks', 'Trial', 'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor', 'run_search']
+           'blocks', 'Trial', 'failures_kept', 'Found', 'Recorded', 'Meter', 'final_config', 'floor_of', 'with_floor',
+           'run_search']
 
 # %% ../../nbs/lib/train/09_search.ipynb #8156600d
 Fold = tuple[np.ndarray, np.ndarray]   # positions to learn from, positions to answer for
@@ -119,6 +121,26 @@ class Trial:
     least: int = 0                               # rounds that its last fit has at least
 
 
+@contextmanager
+def failures_kept(
+    trial: Trial,
+    out_of_time: str,   # what is said of one that the clock cut off
+) -> Iterator[None]:
+    "A candidate that fails or is cut off keeps the reason, and the run goes on; a fault of the place is raised."
+    try:
+        yield
+    except OutOfTime:
+        trial.status, trial.error, trial.rows = "stopped", out_of_time, 0
+    except ClusterFault:
+        raise
+    except (PilothouseError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
+        trial.status, trial.error = "failed", f"{type(error).__name__}: {error}"[:500]
+    except Exception as error:
+        if type(error).__name__ != "LightGBMError":
+            raise
+        trial.status, trial.error = "failed", f"LightGBM: {error}"[:500]
+
+
 @dataclass(frozen=True)
 class Found:
     "All trials, and whether the clock cut the plan short."
@@ -126,6 +148,7 @@ class Found:
     trials: list[Trial]
     goal: Goal
     stopped_early: bool
+    left_s: float = math.inf   # by the price list, for candidates that are made from these and for the last fits
 
     def named(self, name: str) -> Trial | None:
         "The finished trial of this name."
@@ -199,7 +222,7 @@ class Meter:
 
     def asked(self, rows: int, steps: int) -> float:
         "Seconds that answers for so many rows take."
-        return 4e-8 * rows * steps * max(1, self.rows.shape.classes if self.rows.shape.classes > 2 else 1)
+        return price_answers(rows, steps, self.rows.shape)
 
     def expect(self, step: Step) -> float:
         "Seconds that a step will probably take."
@@ -327,22 +350,12 @@ def run_search(
         trial = Trial(step.name, step.family, step.config, step.stage, 0, planned_s=step.price)
         wall, cpu, begun, charged = time.monotonic(), time.process_time() + workers.cpu_s, clock(), meter.spent
         time_left = ends(step.name, step.stage)
-        try:
+        with failures_kept(trial, f"the budget of {plan.budget_s:g} s was spent"):
             if time_left() < 0:
                 raise OutOfTime
             workers.ahead(foreseen(step, coming))
             _answer(trial, step, rows, seed, threads, checkpoints, time_left, workers)
             _measure(trial, rows, goal)
-        except OutOfTime:
-            trial.status, trial.error, trial.rows = "stopped", f"the budget of {plan.budget_s:g} s was spent", 0
-        except ClusterFault:   # of the place, not of the candidate
-            raise
-        except (PilothouseError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
-            trial.status, trial.error = "failed", f"{type(error).__name__}: {error}"[:500]
-        except Exception as error:
-            if type(error).__name__ != "LightGBMError":
-                raise
-            trial.status, trial.error = "failed", f"LightGBM: {error}"[:500]
         trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() + workers.cpu_s - cpu
         trials.append(with_floor(trial, meter.floor))
         meter.charge(trial)
@@ -369,7 +382,7 @@ def run_search(
     if ensemble:
         joined = _join(trials, rows, goal, meter)
         trials += [joined] if joined is not None else []
-    return Found(trials, goal, any(t.status == "stopped" for t in trials))
+    return Found(trials, goal, any(t.status == "stopped" for t in trials), meter.planned - meter.spent)
 
 # %% ../../nbs/lib/train/09_search.ipynb #4099a3a2
 def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, meter: Meter, attempt: Callable[[Step, Sequence[Step]], None],
@@ -413,7 +426,7 @@ def _join(trials: Sequence[Trial], rows: Rows, goal: Goal, meter: Meter) -> Tria
     some = pick_rows(len(rows.valid), MEASURED, 0)
     target = rows.target[rows.valid]
     answers = {name: t.answer[some] for name, t in done.items() if t.answer is not None}
-    left = meter.planned - meter.spent
+    left = meter.planned - meter.spent - meter.later
     if meter.plan.refit_price:
         left = max(left, meter.reserve(trials))
     for most in (5, 3, 2):

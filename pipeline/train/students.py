@@ -14,15 +14,15 @@ import numpy as np
 import polars as pl
 
 from . import trees
-from .budget import price
+from .budget import price, price_answers, usual_rounds
 from .choice import SIZE, Cost, teacher_of, why_not_student
 from .frontier import cut_to_rounds, size_with_rounds
 from .protocol import Fitting, OutOfTime, Shape, never
 from .protocol import fit as fit_family
-from .search import Found, Goal, Rows, Trial
+from .search import Found, Goal, Rows, Trial, failures_kept
 
 # %% auto #0
-__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'price_later',
+__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'MEMBERS', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'price_later',
            'add_candidates', 'compare_students']
 
 # %% ../../nbs/lib/train/20_students.ipynb #4b5256b0
@@ -58,6 +58,7 @@ def from_files(shape: Shape, files: dict[str, bytes]) -> trees.Trees:
 STUDENT = {"learning_rate": 0.12, "num_leaves": 16, "min_data_in_leaf": 40, "rounds": 200}
 ADDITIVE = {"learning_rate": 0.15, "num_leaves": 2, "rounds": 400}
 SOFT = 0.7
+MEMBERS = 3    # boosters in a teacher, about, before it is known
 
 
 def try_candidate(
@@ -72,10 +73,10 @@ def try_candidate(
     teacher: Trial | None = None,         # its models answer for the rows that the student learns from
     most_bytes: float = float("inf"),     # a booster is cut to it
 ) -> Trial:
-    "One candidate on all folds; stopped when time is up."
+    "One candidate on all folds; stopped when time is up, kept with its reason where it fails."
     trial = Trial(name, family, config, "full", 0)
     wall, cpu = time.monotonic(), time.process_time()
-    try:
+    with failures_kept(trial, "the budget was spent; raise train.budget_s"):
         models: list[Any] = []
         for place, (train, valid) in enumerate(rows.folds):
             if late():
@@ -89,8 +90,6 @@ def try_candidate(
             rounds = rounds * 9 // 10
         trial.models = models
         trial = cut_to_rounds(trial, max(1, rounds), rows, goal, name)
-    except OutOfTime:
-        trial.status, trial.error, trial.rows = "stopped", "the budget was spent; raise train.budget_s", 0
     trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu
     return trial
 
@@ -100,9 +99,22 @@ def price_later(
     distill: bool = False,           # train.distill
     interpretable: bool = False,     # train.interpretable
 ) -> float:                          # seconds, by the price list
-    "What `add_candidates` will take."
-    configs = [ADDITIVE] if interpretable else [STUDENT, STUDENT] if distill else []
-    return sum(price("student", len(train), rows.shape, config) for config in configs for train, _ in rows.folds)
+    "What `add_candidates` will take, with the answers of a teacher of `MEMBERS` usual boosters and a student's last fit."
+    if not interpretable and not distill:
+        return 0.0
+    once = _on_folds(rows, ADDITIVE if interpretable else STUDENT)
+    if interpretable:
+        return once
+    return 2 * once + _answers(rows, round(MEMBERS * usual_rounds(trees.PORTFOLIO["regular"]))) + price("student", len(rows.target), rows.shape, STUDENT)
+
+
+def _on_folds(rows: Rows, config: dict[str, Any]) -> float:
+    return sum(price("student", len(train), rows.shape, config) for train, _ in rows.folds)
+
+
+def _answers(rows: Rows, steps: int) -> float:
+    "What a teacher of so many rounds takes to answer for the rows that are learned from."
+    return sum(price_answers(len(train), steps, rows.shape) for train, _ in rows.folds)
 
 
 def add_candidates(
@@ -113,6 +125,7 @@ def add_candidates(
     late: Callable[[str], Callable[[], bool]] = lambda name: never,   # the clock of a candidate
     distill: bool = False,           # train.distill
     interpretable: bool = False,     # train.interpretable
+    last_rows: int | None = None,    # rows of the last fit; all of them by default
 ) -> Found:
     "The trials with students of the best (distill), or with boosted stumps (interpretable)."
     more: list[Trial] = []
@@ -120,11 +133,18 @@ def add_candidates(
     if interpretable:
         more.append(try_candidate("additive", "additive", ADDITIVE, rows, found.goal, seed, threads, late("additive")))
     elif distill and teacher is not None:
-        told = {"family": teacher.family, "config": teacher.config | ({"rounds": teacher.steps} if hasattr(teacher.models[0], "text") else {})}
+        told: dict[str, Any] = {"family": teacher.family, "config": teacher.config | ({"rounds": teacher.steps} if hasattr(teacher.models[0], "text") else {})}
         for label, config in (("outcomes", STUDENT), ("answers", STUDENT | {"soft": SOFT, "teacher": told})):
-            name = f"student of {label}"
-            more.append(try_candidate(name, "student", config, rows, found.goal, seed, threads, late(name),
-                                      teacher if label == "answers" else None, SIZE * teacher.size_bytes))
+            name, taught, folds = f"student of {label}", teacher if label == "answers" else None, _on_folds(rows, STUDENT)
+            if taught:   # who learns from answers needs them again for its last fit, so the teacher is fitted then, too
+                folds += _answers(rows, sum(int(member["config"].get("rounds", 0)) for member in told["config"].get("members", [told])))
+                need = _on_folds(rows, STUDENT) + folds + price("student", last_rows or len(rows.target), rows.shape, config)
+                if need > found.left_s:
+                    said = f"passed over: about {need:.1f} s with its teacher's last fit, {max(0.0, found.left_s):.1f} s of the budget are left"
+                    more.append(Trial(name, "student", config, "full", 0, "skipped", said))
+                    continue
+            tried = try_candidate(name, "student", config, rows, found.goal, seed, threads, late(name), taught, SIZE * teacher.size_bytes)
+            more.append(replace(tried, planned_s=folds))
     return replace(found, trials=[*found.trials, *more])
 
 # %% ../../nbs/lib/train/20_students.ipynb #895fdebd

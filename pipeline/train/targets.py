@@ -125,14 +125,23 @@ class Columns:
         return out
 
 
+def _known(asked: Asked, values: np.ndarray) -> np.ndarray:
+    "Rows that have a value."
+    known = np.isfinite(values)
+    if not known.any():
+        raise InputError(f"none of {len(values):,} rows to learn from has a value of '{asked.name}' (problem.further_targets); it must be known in older rows too: "
+                         "give those values, or take the column out")
+    return known
+
+
 def columns_of(
     asked: Sequence[Asked],
     values: Sequence[np.ndarray],   # (rows,) each, NaN where missing
 ) -> Columns:
-    "Scales and first scores, from training values."
+    "Scales and first scores, from training values; raises `InputError` for a target that no row has."
     centre, spread, base = [], [], []
     for a, v in zip(asked, values):
-        known = v[np.isfinite(v)]
+        known = v[_known(a, v)]
         centre.append(float(known.mean()) if a.task == "regression" else 0.0)
         spread.append(float(known.std()) or 1.0 if a.task == "regression" else 1.0)
         if a.task == "regression":
@@ -376,7 +385,7 @@ def fit_each(
     "A model for each target, each from the rows that have it."
     found = []
     for i, (a, v) in enumerate(zip(asked, values)):
-        known = np.isfinite(v)
+        known = _known(a, v)
         held = None
         if valid is not None and np.isfinite(valid[1][i]).any():
             there = np.isfinite(valid[1][i])

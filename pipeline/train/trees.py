@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import IntegrityError
-from .fast import Forest, open_forest, pays
+from .fast import Forest, NotFast, open_forest, pays
 from .linear import add_by_owner
 from .native import Native
 from .protocol import Fitting, OutOfTime, Shape, check_answer
+from .shapley import Explainer, open_explainer
 from .target_encoding import TargetCoder, learn_codes
 
 # %% auto #0
@@ -152,6 +153,14 @@ class Trees:
         "The fast reading, None where this place or this text has none."
         return open_forest(self.text)[0]
 
+    @functools.cached_property
+    def explainer(self) -> Explainer | None:
+        "Who tells contributions, None where only LightGBM can."
+        try:
+            return open_explainer(self.forest) if self.forest is not None else None
+        except NotFast:
+            return None
+
     def prepare(self) -> str:
         "Get ready for many questions; who will answer them."
         if self.forest is not None:
@@ -190,9 +199,12 @@ class Trees:
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray | None:
         "(rows, features + 1), or (rows, classes, features + 1); they add up to the score (TreeSHAP)."
-        parts = self.native.ask(self.view.show(matrix, self.shape), "contributions", self.steps)
-        if self.shape.task == "multiclass":
-            parts = parts.reshape(len(matrix), self.shape.classes, -1)
+        shown, scores = self.view.show(matrix, self.shape), self.shape.classes if self.shape.task == "multiclass" else 1
+        if self.explainer is not None:
+            parts = self.explainer.contributions(shown, self.steps)
+        else:
+            parts = self.native.ask(shown, "contributions", self.steps).reshape(len(matrix), scores, shown.shape[1] + 1)
+        parts = parts if self.shape.task == "multiclass" else parts[:, 0]
         if self.view.coder is None:
             return parts
         features = len(self.shape.sizes)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['NUMBER', 'CATEGORY', 'ZERO', 'LANES', 'UNUSED', 'rank_values', 'walk_block', 'walk_rows', 'compiled']
+__all__ = ['NUMBER', 'CATEGORY', 'ZERO', 'LANES', 'UNUSED', 'rank_values', 'walk_block', 'walk_rows', 'machine_code', 'compiled']
 
 # %% ../../nbs/lib/train/18_walks.ipynb #19e9127d
 NUMBER, CATEGORY = 0, 1
@@ -192,16 +192,20 @@ def walk_rows(
 
 # %% ../../nbs/lib/train/18_walks.ipynb #e7da4cb0
 @functools.cache
-def compiled() -> tuple[Callable[..., Any], ...] | None:   # rank_values, walk_block, walk_rows
-    "The three loops as machine code, None where numba is not installed; the first call in a place compiles for seconds."
+def machine_code(loop: Callable[..., Any]) -> Callable[..., Any] | None:
+    "A loop as machine code, None where numba is not installed; the first call in a place compiles for seconds."
     if importlib.util.find_spec("numba") is None:
         return None
     import numba  # type: ignore[import-untyped]
 
-    def build(loop: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(nogil=True, cache=True)(loop)   # type: ignore[no-any-return]
-        except RuntimeError:   # no folder may be written for the cache: compile in each process
-            return numba.njit(nogil=True)(loop)               # type: ignore[no-any-return]
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(loop)   # type: ignore[no-any-return]
+    except RuntimeError:   # no folder may be written for the cache: compile in each process
+        return numba.njit(nogil=True, error_model="numpy")(loop)               # type: ignore[no-any-return]
 
-    return build(rank_values), build(walk_block), build(walk_rows)
+
+@functools.cache
+def compiled() -> tuple[Callable[..., Any], ...] | None:   # rank_values, walk_block, walk_rows
+    "The three loops as machine code, None where numba is not installed."
+    loops = [code for loop in (rank_values, walk_block, walk_rows) if (code := machine_code(loop)) is not None]
+    return tuple(loops) if len(loops) == 3 else None

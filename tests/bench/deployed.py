@@ -4,7 +4,7 @@
 
 On each table of ../shared/data one search of so many core-seconds on one thread. The shipped model (the simplest within the tolerance) is
 asked single rows the way a service gets them, from a mapping of their values, and all test rows at once; LightGBM's own Booster is asked
-the same coded rows beside it, where the shipped model is one booster. Times are CPU time, the least of several turns, on one thread. The
+the same coded rows beside it, and for the contributions of 200, where the shipped model is one booster. Times are CPU time, the least of several turns, on one thread. The
 gain kept is the shipped model's gain over LightGBM's default on the test rows, as a share of that of the best candidate, the ensemble
 where it is that. The model that the run `flights` ships is asked as well, where that run is there. Results: tests/bench/results/deployed.json.
 """
@@ -80,21 +80,25 @@ def booster_beside(model: Model, matrix: np.ndarray) -> dict[str, Any]:
     "LightGBM's own time for the same coded rows."
     trees = model.estimator
     if not isinstance(trees, Trees):
-        return {"booster_row_ms": None, "booster_rows_per_core_s": None}
+        return dict.fromkeys(("booster_row_ms", "booster_rows_per_core_s", "explained_row_ms", "booster_explained_row_ms"))
     shown = trees.view.show(matrix, trees.shape)
     one = least_cpu(lambda: [trees.booster.predict(shown[i:i + 1], num_iteration=trees.steps, num_threads=1) for i in range(50)], 5, 5) / 50
-    return {"booster_row_ms": 1000 * one,
+    few = shown[:200]
+    told = {"explained_row_ms": 1000 * least_cpu(lambda: model.estimator.contributions(matrix[:200]), 3, 20) / len(few),
+            "booster_explained_row_ms": 1000 * least_cpu(lambda: trees.booster.predict(few, num_iteration=trees.steps, num_threads=1, pred_contrib=True), 2, 20) / len(few)}
+    return told | {"booster_row_ms": 1000 * one,
             "booster_rows_per_core_s": len(shown) / least_cpu(lambda: trees.booster.predict(shown, num_iteration=trees.steps, num_threads=1), 2, 20)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     "A markdown table."
-    print("| table | shipped | MB | one row, ms | rows a core-s | Booster: ms, rows | default | shipped | best | gain kept |\n|---|---|---|---|---|---|---|---|---|---|")
+    print("| table | shipped | MB | one row, ms | rows a core-s | Booster: ms, rows | contributions of a row, ms / Booster | default | shipped | best | gain kept |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         beside = "–" if r["booster_row_ms"] is None else f"{r['booster_row_ms']:.3f}, {r['booster_rows_per_core_s']:,.0f}"
+        parts = "–" if r.get("explained_row_ms") is None else f"{r['explained_row_ms']:.3f} / {r['booster_explained_row_ms']:.3f}"
         kept = "–" if r["shipped"] is None else "no gain" if r["gain_kept"] is None else f"{r['gain_kept']:.0%}"
         values = " | ".join("–" if r[who] is None else f"{r[who]:.4f}" for who in ("default", "shipped", "best"))
-        print(f"| {r['table']} | {r['shipped_is']} | {r['size_mb']:.2f} | {r['row_ms']:.3f} | {r['rows_per_core_s']:,.0f} | {beside} | {values} | {kept} |")
+        print(f"| {r['table']} | {r['shipped_is']} | {r['size_mb']:.2f} | {r['row_ms']:.3f} | {r['rows_per_core_s']:,.0f} | {beside} | {parts} | {values} | {kept} |")
 
 
 def main() -> None:

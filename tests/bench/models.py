@@ -66,13 +66,13 @@ def answered(system: str, name: str, budget: float, seed: int) -> Path:
     return KEPT / f"{name}-{system}-{budget:g}-{seed}"
 
 
-def ask(systems: list[str], data: Path, names: list[str], budget: float, seeds: int, again: bool = False) -> None:
+def ask(systems: list[str], data: Path, names: list[str], budget: float, seeds: range, again: bool = False) -> None:
     "Run what has no answer yet, one process each."
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "POLARS_MAX_THREADS": "1"}
     for name in names:
         told = table(data, name)
         for system in systems:
-            for seed in range(1, (1 if system == "lightgbm" else seeds) + 1):
+            for seed in seeds[:1] if system == "lightgbm" else seeds:
                 out = answered(system, name, 0 if system == "lightgbm" else budget, seed)
                 if Path(f"{out}.json").exists() and not again:
                     continue
@@ -204,6 +204,8 @@ def main() -> None:
     asked.add_argument("what", choices=["install", "peers", "ours", "score"])
     asked.add_argument("budget", nargs="*", type=int, default=[20])
     asked.add_argument("--seeds", type=int, default=3)
+    asked.add_argument("--first", type=int, default=1, help="the first of these seeds")
+    asked.add_argument("--systems", nargs="*", help="of the peers, only these")
     asked.add_argument("--tables", nargs="*")
     asked.add_argument("--data", type=Path, default=DATA, help="another folder of parquet tables with a meta.json like that of ../shared/data")
     asked.add_argument("--again", action="store_true")
@@ -215,7 +217,8 @@ def main() -> None:
     names = told.tables or (list(TABLES) if told.data == DATA else sorted(json.loads((told.data / "meta.json").read_text())))
     for budget in told.budget:
         if told.what in ("peers", "ours"):
-            ask(["ours"] if told.what == "ours" else list(PEERS[budget]) if budget not in PEERS_AT else [], told.data, names, budget, told.seeds, told.again)
+            ask(["ours"] if told.what == "ours" else [p for p in PEERS[budget] if p in (told.systems or PEERS[budget])] if budget not in PEERS_AT else [], told.data, names, budget,
+                range(told.first, told.first + told.seeds), told.again)
         scores = score(told.data, names, budget)
         print(show(budget, scores))
         if told.what == "score" and told.data == DATA:
