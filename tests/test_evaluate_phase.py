@@ -16,7 +16,7 @@ from pipeline.core.run import commit_phase, function_named, open_run, read_check
 from pipeline.core.store import read_frame
 from pipeline.evaluate.gate import check_acceptance, tell_answer
 from pipeline.evaluate.holdout import open_holdout
-from pipeline.evaluate.measures import measure
+from pipeline.evaluate.measures import measure, measure_over_seeds
 from pipeline.evaluate.threshold import choose_threshold
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
@@ -188,6 +188,26 @@ def test_regression_without_time_or_seeds(place: Place) -> None:
     predictions = read_frame(folder / "predictions.parquet")
     mae = next(c.value for c in read_claims(folder) if c.name == "mae")
     assert math.isclose(mae, float((predictions["y"] - predictions["prediction"]).abs().mean()), abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_seeds_that_make_one_model_have_its_interval(place: Place, task: str) -> None:
+    place.prepare(task, n=300, seeds=3)
+    opened = place.open("05_evaluate", "main")
+    choose_threshold(opened)
+    holdout = open_holdout(opened)
+    own, shown = measure(opened, holdout).claims[holdout.main], measure_over_seeds(opened, holdout).html
+    mean = next(c for c in opened.made_claims if c.name == f"{holdout.main}_over_seeds")
+    assert (mean.value, mean.low, mean.high) == (own.value, own.low, own.high)
+    assert "All 3 seeds give the same answers" in shown
+
+
+@pytest.mark.parametrize(("made", "said"), [(1, "3 were asked for (train.seeds) and the budget paid for one"), (2, "the budget paid for 2 of them")])
+def test_seeds_that_the_budget_did_not_pay_are_told(place: Place, made: int, said: str) -> None:
+    place.prepare("binary", n=300, seeds=made, family="nets")
+    opened = place.open("05_evaluate", "main")
+    choose_threshold(opened)
+    assert said in measure_over_seeds(opened, open_holdout(opened)).html
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])

@@ -95,6 +95,28 @@ def test_a_failed_gate_cannot_be_promoted(world):
     assert registry.entries() == before
 
 
+def test_what_fails_after_the_package_was_made_bars_it_too(world):
+    registry, _, packages = world
+    digest = registry.entry("late", 3).digest
+    assert registry.judge(digest, "no-go", "late/main", by="ci").verdict == "no-go"
+    with pytest.raises(InputError, match=r"verdict no-go \(late/main\) and cannot become staging"):
+        registry.move("late", 3, "staging", "please")
+    assert registry.register(packages[2], "go", "late/main").verdict == "no-go", "the deploy phase alone does not lift what the whole run has said"
+    assert registry.judge(digest, "go", "late/main").verdict == "go"
+    up(registry, 3, "staging")
+    registry.judge(digest, "no-go", "late/stricter")
+    with pytest.raises(InputError, match=r"no-go \(late/stricter\) and cannot become canary"):
+        registry.move("late", 3, "canary", "please")
+    with pytest.raises(InputError, match="verdict no-go"):
+        Plans(registry).go_live("late", 0, digest, "straight to the callers")
+    registry.judge(digest, "inconclusive", "late/main")
+    up(registry, 3, "canary", "production")
+    assert registry.judge(digest, "no-go", "late/main").verdict == "inconclusive" and registry.judge("0" * 64, "go", "late/main") is None
+    told = [e["details"]["reason"] for e in audit.entries(registry.store) if e["details"].get("from") == e["details"].get("to")]
+    assert told == ["judged no-go by the run late/main; before: go, by late/main", "judged go by the run late/main; before: no-go, by late/main",
+                    "judged no-go by the run late/stricter; before: go, by late/main", "judged inconclusive by the run late/main; before: no-go, by late/stricter"]
+
+
 def test_an_older_package_is_not_a_new_one(world):
     registry, _, _ = world
     up(registry, 2, "staging", "canary", "production")

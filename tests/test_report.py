@@ -25,6 +25,7 @@ from pipeline.report.page import ATTRIBUTES, INSIDE, TAGS, from_markdown, saniti
 from pipeline.report.portal import render_portal
 from pipeline.report.readiness import RUBRIC, ml_test_score, score_items
 from pipeline.report.render import render_phase, render_run
+from pipeline.report.scorecard import mean_of, select_balanced, score_sides
 from pipeline.report.traceability import requirements, trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +179,45 @@ def test_evidence_that_is_removed_lowers_the_score(tmp_path: Path) -> None:
     (folder / "version.json").unlink()
     emptied = score_items(read_run(folder.parent))
     assert ml_test_score(emptied) == 0 and (emptied["score"] <= full["score"]).all() and emptied["score"].sum() < full["score"].sum()
+
+
+@pytest.mark.parametrize("verdict", ["go", "no-go", ""])
+def test_each_file_that_an_item_rests_on_counts_alone(verdict: str) -> None:
+    named = sorted({a for item in RUBRIC for a in item.shown if not a.startswith("run:")})
+    rooms = sorted({name.partition("/")[0] for name in named})
+
+    def scores(gone: str) -> dict[str, float]:
+        phases = []
+        for room in rooms:
+            kept = {name: {"file": name} for name in [*named, f"{room}/numbers"] if name.startswith(f"{room}/")}
+            first = {item.code: next(a for a in item.shown if not a.startswith("run:")) for item in RUBRIC if any("/" in a for a in item.shown)}
+            checks = [{"title": code, "verdict": verdict, "answers": [code], "claim": "counted"} for code, a in first.items() if verdict and a.startswith(f"{room}/")]
+            phases.append(Phase(f"05_{room}", Path(), "", "go", {"outputs": kept}, claims=[{"name": "counted", "inputs": {f"{room}/numbers": "ab"}}], checks=checks,
+                                artifacts={name: told for name, told in kept.items() if name != gone}))
+        items = score_items(Evidence(Path(), phases, {}))
+        return dict(zip(items["item"], items["score"]))
+
+    full = scores("")
+    for name in named:
+        holds = {item.code for item in RUBRIC if name in item.shown}
+        assert {code for code, score in scores(name).items() if score < full[code]} == holds, name
+    for room in rooms if verdict else []:
+        fallen = {code for code, score in scores(f"{room}/numbers").items() if score < full[code]}
+        assert fallen == {item.code for item in RUBRIC if item.shown and item.shown[0].startswith(f"{room}/")}, room
+
+
+def test_one_failed_criterion_among_many_refuses_the_better_model() -> None:
+    def card(auc: str, *failed: str) -> pl.DataFrame:
+        told = {"auc": "evaluate.acceptance.0", "the same again": "I1", **{f"smoke {i}": "I3" for i in range(9)}, **{f"window {i}": "O2" for i in range(9)}, "the promise is kept": "O7"}
+        checks = [{"title": title, "verdict": auc if title == "auc" else "no-go" if title in failed else "go", "answers": [key]} for title, key in told.items()]
+        number = {"limit": 0.7, "low": 0.7, "high": 0.8, "by": "x:y", "inputs": {"a": "b"}}
+        return score_sides(Evidence(Path(), [Phase("05_evaluate", Path(), "", "go", {}, claims=[number], checks=checks, decisions=[{"options": [1, 2], "because": "x"}])], {}))
+
+    dull, lucky, blind = card("inconclusive"), card("go", "the same again"), card("go", "the promise is kept")
+    assert mean_of(lucky) > mean_of(dull) and mean_of(blind) > mean_of(dull)
+    chosen = select_balanced({"lucky": lucky, "blind": blind, "dull": dull})
+    assert chosen.name == "dull"
+    assert dict(chosen.board.select("candidate", "refused").rows()) == {"dull": "", "lucky": "repeatability: the same again", "blind": "monitoring: the promise is kept"}
 
 
 def test_the_command_scores_what_is_there_now(project: Path, pilothouse: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from pipeline.rollout.sequential import (
     observe,
     place,
 )
-from pipeline.deploy.versions import point
+from pipeline.deploy.versions import Plan, Routing, point
 from pipeline.rollout.traffic import in_slice, points, routed, split_table, subjects_of
 from test_deploy_phase import checks, recomputed
 
@@ -75,6 +75,36 @@ def test_nothing_outside_the_slice_takes_part() -> None:
         in_slice(frame, {"orgin": "JFK"})
     with pytest.raises(InputError, match="rollout.subject"):
         subjects_of(frame, "whom")
+
+
+def test_the_service_itself_leaks_nobody_out_of_the_slice_and_keeps_each_subject() -> None:
+    live, canary = object(), object()
+    plan = Plan("late", "a" * 64, "b" * 64, share=25.0, slice={"origin": "JFK"}, subject="who", salt="late-2-1")
+    on = {share: Routing(live, canary, replace(plan, share=share)) for share in STAGES}    # type: ignore[arg-type]
+    answered: dict[float, set[int]] = {share: set() for share in STAGES}
+    for i in range(100_000):
+        home, away = {"who": f"id-{i}", "origin": "JFK"}, {"who": f"id-{i}", "origin": None if i % 2 else "EWR"}
+        assert on[100.0].pick([away], f"r{i}")[0] is live, "a leak"
+        if on[25.0].pick([home], f"r{i}")[0] is canary:
+            answered[25.0].add(i)
+            assert on[25.0].pick([home, away], f"r{i}")[0] is live, "a request with a row from outside"
+            assert on[25.0].pick([{**home, "fare": i}], f"another {i}")[0] is canary, "a subject changed its version"
+    for share in (s for s in STAGES if s != 25):
+        answered[share] = {i for i in range(100_000) if on[share].pick([{"who": f"id-{i}", "origin": "JFK"}], "")[0] is canary} if share < 100 else set(range(100_000))
+    assert all(answered[a] <= answered[b] for a, b in zip(STAGES, STAGES[1:]))
+    assert all(abs(len(answered[share]) / 1000 - share) < 1 for share in STAGES)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["true", "True", "false", "5", "5.0", "05", "0", "1", "JFK", "None", "nan", ""]),
+       st.one_of(st.lists(st.booleans() | st.none(), min_size=1), st.lists(st.integers(-2, 6) | st.none(), min_size=1),
+                 st.lists(st.sampled_from([0.0, 1.0, 5.0, 5.5]) | st.none(), min_size=1), st.lists(st.sampled_from(["JFK", "True", "5", "None", ""]) | st.none(), min_size=1)))
+def test_service_and_replay_see_the_same_slice(wanted: str, values: list) -> None:
+    plan = Plan("late", "a" * 64, "b" * 64, share=100.0, slice={"field": wanted}, salt="x")
+    routing = Routing("live", "canary", plan)    # type: ignore[arg-type]
+    served = [routing.pick([{"field": value}], "r")[0] == "canary" for value in values]
+    assert served == in_slice(pl.DataFrame({"field": values}), {"field": wanted}).tolist()
+    assert not any(there for there, value in zip(served, values) if value is None)
 
 
 # -- tests that may be looked at

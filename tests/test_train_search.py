@@ -126,6 +126,18 @@ def test_what_cannot_be_paid_is_passed_over_and_kept_as_a_row() -> None:
     assert passed.height and passed["error"].str.contains("are left for candidates").all()
 
 
+def test_a_proposal_that_is_too_dear_leaves_no_hole_in_the_table() -> None:
+    rows, passed = some_rows(), 0
+    for budget in (3, 4, 5, 6):
+        table = run_search(rows, a_plan(rows, budget), Goal("roc_auc"), 3, clock=lambda: 0.0, further=True).table()
+        proposals = table.filter(pl.col("candidate").str.starts_with("proposal"))
+        assert proposals["candidate"].to_list() == [f"proposal {n + 1}" for n in range(proposals.height)]
+        skipped = proposals.filter(pl.col("status") == "skipped")
+        assert skipped["error"].str.contains("passed over").all() and proposals["status"].tail(1).to_list() != ["skipped"]
+        passed += skipped.height
+    assert passed
+
+
 def test_a_slow_clock_ends_the_search_and_leaves_the_default() -> None:
     rows = some_rows()
     ticks = iter(range(0, 1_000_000, 40))

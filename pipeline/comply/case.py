@@ -28,9 +28,10 @@ from ..core.run import Run, phase_folders, read_receipt
 from ..deploy.inference_log import inference_tables
 
 # %% auto #0
-__all__ = ['SMALL', 'MOST_TAUGHT', 'MOST_TRIED', 'TRIED', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'look_at_columns',
-           'try_fewer_inputs', 'look_at_gaps', 'why_not_compared', 'look_at_access', 'days_kept', 'try_attack', 'Drill',
-           'traces_left', 'rows_erased', 'drill_erasure', 'show_erasure', 'show_models', 'check_trail', 'answer']
+__all__ = ['SMALL', 'MOST_TAUGHT', 'MOST_TRIED', 'TRIED', 'DRILL_SCHEMA', 'count_forbidden', 'count_spare', 'told_proxies',
+           'look_at_columns', 'try_fewer_inputs', 'look_at_gaps', 'why_not_compared', 'look_at_access', 'days_kept',
+           'try_attack', 'Drill', 'traces_left', 'rows_erased', 'drill_erasure', 'show_erasure', 'show_models',
+           'check_trail', 'answer']
 
 # %% ../../nbs/lib/comply/07_case.ipynb #7f18e255
 def count_forbidden(
@@ -45,6 +46,14 @@ def count_spare(
 ) -> float:
     "Inputs without a measurable need alone."
     return float(columns.filter(pl.col("proposal").str.starts_with("try without")).height)
+
+
+def told_proxies(
+    found: pl.DataFrame,    # data/proxies
+) -> str:
+    "Which inputs give a removed column away."
+    named = [f"{row['column']} tells {row['gives_away']} (AUC {row['auc']:.2f})" for row in found.filter(pl.col("verdict") == "proxy").iter_rows(named=True)]
+    return "; ".join(named) or "none among the inputs"
 
 
 def look_at_columns(run: Run) -> Any:
@@ -67,7 +76,7 @@ def look_at_columns(run: Run) -> Any:
     told = {"forbidden": ", ".join(forbidden) or "none declared (comply.forbidden)", "subject": subject or "none declared (comply.subject)",
             "without measurable need alone": ", ".join(columns.filter(pl.col("proposal").str.starts_with("try without"))["column"]) or "none"}
     if unseen and run.has("data/proxies"):
-        told["proxies of what was removed"] = "; ".join(f"{row['column']} tells {row['forbidden']}" for row in run.load("data/proxies").iter_rows(named=True)) or "none among the inputs"
+        told["proxies of what was removed"] = told_proxies(run.load("data/proxies"))
     elif unseen:
         told["proxies not measured"] = f"{', '.join(unseen)}: removed before training, so nothing is left to compare with"
     shown = columns.select("column", "role", "needed", pl.col("need").alias("loss when shuffled"), "person", pl.col("singles_out").alias("singles out"), "proposal")

@@ -13,8 +13,8 @@ import numpy as np
 from .errors import InputError
 
 # %% auto #0
-__all__ = ['wilson', 'student', 'share_bounds', 'share_interval', 'studentized', 'studentized_rest', 'expanded', 'acceleration',
-           'accelerated', 'inverted']
+__all__ = ['NOISE', 'UNSEEN', 'wilson', 'student', 'share_bounds', 'share_interval', 'studentized', 'studentized_rest',
+           'expanded', 'acceleration', 'accelerated', 'inverted']
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #7ff89e75
 def wilson(
@@ -77,6 +77,10 @@ def share_interval(
     return share_bounds(share, math.sqrt(len(rows) / (len(rows) - 1) * float(off @ off)) / n, len(rows), n, level)
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #0c45b603
+NOISE = 1e-4     # of the error of all rows: a draw whose own is smaller holds none of the rows that the value rests on
+UNSEEN = 0.25    # of the error of all rows, taken for such a draw: one row alone bounds five times what it says (Poisson: 5.6)
+
+
 def studentized(
     value: float,            # the metric on all rows
     error: float,            # its standard error
@@ -85,7 +89,8 @@ def studentized(
     level: float = 0.95,
 ) -> tuple[float, float]:
     "The studentized bootstrap's interval; raises `InputError` when most draws are undefined."
-    usable = np.isfinite(drawn) & np.isfinite(errors) & (errors > 1e-9 * error)
+    errors = np.where(errors <= NOISE * error, UNSEEN * error, errors)
+    usable = np.isfinite(drawn) & np.isfinite(errors)
     if error <= 1e-9 * abs(value):
         return value, value
     if usable.sum() < 0.5 * len(drawn):
@@ -103,7 +108,7 @@ def studentized_rest(
 ) -> tuple[float, float]:
     "The symmetric studentized bootstrap's interval of R², through the logarithm of 1 − R²; raises `InputError` when most draws are undefined."
     rest, rests = 1 - value, 1 - drawn
-    usable = np.isfinite(drawn) & np.isfinite(errors) & (rests > 0) & (errors > 1e-9 * error)
+    usable = np.isfinite(drawn) & np.isfinite(errors) & (rests > 0) & (errors > NOISE * error)
     if error <= 1e-9 * abs(value) or rest <= 0:
         return value, value
     if usable.sum() < 0.5 * len(drawn):

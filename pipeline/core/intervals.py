@@ -348,6 +348,8 @@ def bootstrap(
         return Estimate(value, *within, n=len(y))
     prepared = redraw(name, y, p, unit, settings, group)
     _, low, high = span([(1.0, prepared)], seed, draws, level)
+    down, up = _of_rare_classes(name, *checked(name, y, p), level)
+    low, high = low - down, high + up
     if low == high == value and value in within and math.isfinite(sum(within)):
         hidden = wilson(0, min(prepared.units, rarest), student(max(prepared.units - 1, 1), level))[1] * (within[1] - within[0])
         low, high = value - hidden, value + hidden
@@ -359,6 +361,20 @@ def _rarest(name: str, y: np.ndarray, p: np.ndarray) -> int:
     if name in GROUPED or not np.isin(y, np.arange(100)).all():
         return len(y)
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 else p.shape[1]).min())
+
+
+def _of_rare_classes(name: str, y: np.ndarray, p: np.ndarray, level: float) -> tuple[float, float]:
+    "What classes of few rows could take from, or add to, balanced accuracy: the draws of two rows that were both missed never hit."
+    down = up = 0.0
+    if name == "balanced_accuracy" and p.ndim == 2:
+        said = p.argmax(axis=1)
+        for k in range(p.shape[1]):
+            of = y == k
+            if 0 < (n := int(of.sum())) < FEW:
+                share = float((said[of] == k).mean())
+                low, high = wilson(share * n, n, NormalDist().inv_cdf((1 + level) / 2))
+                down, up = down + (share - low) / p.shape[1], up + (high - share) / p.shape[1]
+    return down, up
 
 
 def _unknown(name: str, rarest: int, p: Any) -> bool:
@@ -389,7 +405,8 @@ def paired(
         return Estimate(value, -1.0, 1.0, n=len(y))
     terms = [(1.0, redraw(name, y, p, unit, first, group)), (-1.0, redraw(name, y, q, unit, second, group))]
     _, low, high = span(terms, seed, draws, level)
-    return Estimate(value, *_inside(value, low, high, (-math.inf, math.inf)), n=len(y))
+    least, most = RANGES.get(name, (0.0, 1.0))
+    return Estimate(value, *_inside(value, low, high, (least - most, most - least)), n=len(y))
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #bc62073d
 def chance_of(

@@ -33,8 +33,8 @@ from .remotes import from_database, from_delta, from_url, keep_file
 
 # %% auto #0
 __all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIMES', 'tidy_names', 'count_cells',
-           'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'parse_dates', 'check_object',
-           'flatten', 'locate', 'gather', 'prepare']
+           'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'odd_texts', 'parse_dates',
+           'check_object', 'flatten', 'locate', 'gather', 'prepare']
 
 # %% ../../nbs/lib/data/00_sources.ipynb #d3d48d2b
 RESERVED = "__"   # names that begin so are the pipeline's own
@@ -310,13 +310,22 @@ def _dated(frame: pl.DataFrame, file: str) -> tuple[pl.DataFrame, list[str]]:
     found = {name: dates for name, kind in frame.schema.items() if kind == pl.String and (dates := parse_dates(frame[name]))}
     notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
              for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and parse_dates(frame[name], [OTHER_ORDER[format_]])]
-    notes += [f"{file}: column '{name}' holds dates written in several ways ({'; '.join(ways)}), so it stays text; write them in one, best as 2024-01-31"
-              for name, kind in frame.schema.items() if kind == pl.String and name not in found and len(ways := _ways(frame[name])) > 1]
-    notes += [f"{file}: column '{name}' holds numbers as people write them ({shown}), so it stays text and nothing can be counted with it; write them plain, such as 1234.5"
-              for name, kind in frame.schema.items() if kind == pl.String and name not in found and (shown := _counted(frame[name]))]
-    return frame.with_columns(dates for dates, _ in found.values()), notes
+    dated = frame.with_columns(dates for dates, _ in found.values())
+    return dated, [*notes, *odd_texts(dated, file)]
 
+# %% ../../nbs/lib/data/00_sources.ipynb #4165ed0b
+def odd_texts(
+    frame: pl.DataFrame,
+    file: str,
+) -> list[str]:     # sentences
+    "What looks as if dates or numbers were meant and stays text."
+    texts = frame.select(pl.col(pl.String)).get_columns()
+    notes = [f"{file}: column '{column.name}' holds dates written in several ways ({'; '.join(ways)}), so it stays text; write them in one, best as 2024-01-31"
+             for column in texts if len(ways := _ways(column)) > 1]
+    return notes + [f"{file}: column '{column.name}' holds numbers as people write them ({shown}), so it stays text and nothing can be counted with it; write them plain, such as 1234.5"
+                    for column in texts if (shown := _counted(column))]
 
+# %% ../../nbs/lib/data/00_sources.ipynb #ad36fe9e
 FOR_PEOPLE = r"^[-+(]?\s*([$€£¥]|EUR|USD|GBP|CHF)?\s*[-+]?(0|[1-9]\d{0,2}([.,'’\s]\d{3})+|[1-9]\d*)([.,]\d+)?\s*(%|[$€£¥]|EUR|USD|GBP|CHF)?\)?$"
 
 

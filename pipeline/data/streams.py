@@ -22,7 +22,7 @@ import polars as pl
 
 from ..core.errors import EnvironmentFault, InputError
 from ..core.problem import Problem
-from .sources import DATES, NULLS, TIMES, Table, count_cells, guess_separator, parse_dates, tidy_names
+from .sources import DATES, NULLS, TIMES, Table, count_cells, guess_separator, odd_texts, parse_dates, tidy_names
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'BLOCK_BYTES', 'Tell', 'LARGE_BYTES', 'SAMPLE_CELLS', 'Stream', 'open_stream', 'stream_frame',
@@ -183,13 +183,13 @@ def _open_csv(path: Path, block_bytes: int, tell: Tell | None) -> Stream:
     header = next(csv.reader(io.StringIO(head.decode("utf-8", "ignore").lstrip("\r\n"), newline=""), delimiter=separator))
     names = tidy_names(header, path.name)
     comma = separator == ";" and bool(re.search(rb'(^|[;\n"])-?\d+,\d+($|[;\r\n"])', head[:100_000]))
-    rows, last, formats = 0, b"", dict[str, list[str]]()
+    rows, last, formats, first = 0, b"", dict[str, list[str]](), pl.DataFrame()
     kinds: dict[str, pl.DataType] = {name: pl.Null() for name in names}
     for body, line in _blocks(path, separator, names, block_bytes):
         found = _parse(body, separator, names, None, comma, path.name, line)
         kinds = {name: _wider(kinds[name], found[name]) for name in names}
         formats = _dates_left(formats, found)
-        rows, last = rows + found.height, body
+        rows, last, first = rows + found.height, body, first if rows else found.head(1_000)
         if tell:
             tell("settling kinds", rows, 0)
     if not rows:
@@ -205,6 +205,7 @@ def _open_csv(path: Path, block_bytes: int, tell: Tell | None) -> Stream:
     notes += [f"{path.name}: decimal commas"] if comma else []
     notes += [f"{path.name}: column '{name}' was read as {format_}, though day and month could be the other way round"
               for name, format_ in dates.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and len({"%d/%m/%Y", "%m/%d/%Y"} & set(formats[name])) == 2]
+    notes += odd_texts(first.select(pl.col(name).cast(pl.String) for name, kind in schema.items() if kind == pl.String and name not in dates), path.name)
     return Stream(path.name, dict(_dated(pl.DataFrame(schema=schema), dates).schema), rows, batches, tuple(notes))
 
 

@@ -230,6 +230,8 @@ class Service:
                 Refused(500, "internal error", "this request met a fault of the service; it is logged"), call.request, path
             )
             self.fault(error, request_id=call.request)
+        if route == "other":
+            route = self.route_of(path)
         self._note(method, route, call, status, time.perf_counter() - start, out)
         told = [("x-request-id", call.request), *_COMMON, *extra]
         if call.version is not None:
@@ -269,8 +271,16 @@ class Service:
             self.rates.take(holder.name, holder.rate, now)
         return holder, extension
 
+    def route_of(self, path: str) -> str:
+        "What a path is counted under; `other` where nothing is answered."
+        found = self._known(path)
+        return found[1] if found else path if any(path == own for _, own in self.extensions) else "other"
+
+    def _known(self, path: str) -> tuple[str, str, Answer] | None:
+        return self._routes.get(path.rstrip("/") or "/") or self._model_route(path.rstrip("/").split("/"))
+
     def _found(self, path: str) -> tuple[str, str, Answer]:
-        found = self._routes.get(path.rstrip("/") or "/") or self._model_route(path.rstrip("/").split("/"))
+        found = self._known(path)
         if found is None:
             raise Refused(404, "no such path", f"{path[:200]!r} is not answered here{suggest(path[:200], [known for _, known in self.routes])}")
         return found

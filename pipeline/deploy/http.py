@@ -511,7 +511,7 @@ class Server:
     def refusal(self, refused: Refused, method: str, path: str) -> Any:
         "What is refused before anything is handled; counted as every answer is."
         status, sent, out = self.service.problem(refused, uuid.uuid4().hex)
-        self.service.counts.note(method if method in ("GET", "POST") else "other", path if path in ("/predict", "/v2/infer") else "other", status)
+        self.service.counts.note(method if method in ("GET", "POST") else "other", self.service.route_of(path), status)
         return status, [*sent, ("cache-control", "no-store"), ("x-content-type-options", "nosniff")], out
 
     # -- the clock

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.packing import Packed
 
 # %% auto #0
-__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'Entry', 'Move', 'Registry', 'enter']
+__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'Entry', 'Move', 'Registry', 'enter', 'judge_package']
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #1bb06f54
 STATES = ("candidate", "staging", "canary", "production", "retired")
@@ -109,10 +109,32 @@ class Registry:
                     digest=digest, name=manifest["name"], version=manifest["version"], state="candidate", verdict=verdict, run=run,
                     revision=1, changed=clock(), by=by or who(), reason=reason))
                 self._note(connection, manifest["name"], manifest["version"], digest, "", "candidate", by or who(), reason)
-            elif found.state == "candidate" and found.verdict != verdict:   # judged anew, still nothing but a candidate
-                connection.execute(table.update().where(table.c.digest == digest).values(verdict=verdict, run=run, revision=found.revision + 1, changed=clock()))
+            elif not (run and run == found.run and found.verdict == "no-go"):   # no run lifts its own no-go before it has come to its end
+                self._judge(connection, found, verdict, run, by)
         self.tell_moves()
         return self.entry(manifest["name"], manifest["version"])
+
+    def judge(
+        self,
+        digest: str,      # of a package
+        verdict: str,     # of the whole run that made it
+        run: str,         # problem/run
+        by: str = "",     # who; the user at work by default
+    ) -> Entry | None:    # None: it is not registered
+        "A run's last word on its package, while nobody relies on it yet; another verdict than before is written down."
+        from sqlalchemy import select
+
+        table = self.tables.packages
+        with _said_plainly(self.url), self.engine.connect() as connection:
+            name = connection.execute(select(table.c.name).where(table.c.digest == digest)).scalar()
+        if name is None:
+            return None
+        with self.transaction(name) as connection:
+            found = self._one(connection, table.c.digest == digest)
+            assert found
+            self._judge(connection, found, verdict, run, by)
+        self.tell_moves()
+        return self.entry(name, found.version)
 
     def entries(
         self,
@@ -307,13 +329,21 @@ class Registry:
     def _judged(self, connection: Any, found: Entry, to: str, reason: str, downgrade: bool) -> str:
         "Raise for what must not come near callers; the reason as it is written down."
         if to in ("staging", "canary", "production") and found.verdict == "no-go":
-            raise InputError(f"{found.name} v{found.version} comes from a run with the verdict no-go and cannot become {to}; mend what failed and run again")
+            raise InputError(f"{found.name} v{found.version} comes from a run with the verdict no-go{f' ({found.run})' if found.run else ''} and cannot become {to}; mend what failed and run again")
         newest = self._newest(connection, found.name)
         if to not in ALONE or found.version >= newest:
             return reason
         if not downgrade:
             raise IntegrityError(f"{found.name} v{found.version} is older than v{newest}, which was in production; go back by a rollback, or say --downgrade, which is written down")
         return f"{DOWNGRADE} below v{newest}: {reason}"
+
+    def _judge(self, connection: Any, found: Entry, verdict: str, run: str, by: str) -> None:
+        if found.state not in ("candidate", "staging") or found.verdict == verdict:
+            return
+        table = self.tables.packages
+        connection.execute(table.update().where(table.c.digest == found.digest).values(verdict=verdict, run=run, revision=found.revision + 1, changed=clock()))
+        self._note(connection, found.name, found.version, found.digest, found.state, found.state, by or who(),
+                   f"judged {verdict} by the run {run or 'without a name'}; before: {found.verdict}, by {found.run or 'a run without a name'}")
 
     def _make_room(self, connection: Any, name: str, to: str, coming: Entry, by: str, reason: str, back: bool = False) -> None:
         there = self._in_state(connection, name, to)
@@ -455,3 +485,20 @@ def enter(
     rows = [{"version": e.version, "state": e.state, "verdict of its run": e.verdict, "run": e.run, "since": f"{e.changed:%Y-%m-%d %H:%M} UTC", "by": e.by} for e in known]
     barred = "; it cannot go further than that, its run was judged no-go" if entry.verdict == "no-go" else ""
     return stack(note(f"{name} v{entry.version} is {entry.state}{barred}.", "warn" if barred else "info"), table(rows, "What the registry holds of this name", rows=10))
+
+# %% ../../nbs/lib/deploy/19_registry.ipynb #3e3430d7
+def judge_package(
+    run: Run,         # the report phase, after its last criterion
+) -> Html:
+    "Tell the registry how the whole run was judged."
+    if not run.has("deploy/package"):
+        return note("No package was made, so the registry has nothing to learn.")
+    registry = Registry(run.store, run.settings.database)
+    try:
+        entry = registry.judge(digest_file(Path(run.load("deploy/package")) / MANIFEST), run.verdict, f"{run.folder.parent.name}/{run.folder.name}")
+    finally:
+        registry.close()
+    if entry is None:
+        return note("The package of this run is not in the registry, so it can go nowhere.", "warn")
+    barred = entry.state in ("candidate", "staging") and entry.verdict == "no-go"
+    return note(f"{entry.name} v{entry.version} is {entry.state}{'; it cannot go further than that' if barred else ''}.", "warn" if barred else "info")

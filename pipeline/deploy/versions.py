@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['REREAD_S', 'SETTLED_NS', 'KEPT', 'RETRY_S', 'point', 'Plan', 'Plans', 'check_plan', 'Served', 'Routing', 'Traffic',
-           'Follower']
+__all__ = ['REREAD_S', 'SETTLED_NS', 'KEPT', 'RETRY_S', 'point', 'Plan', 'Plans', 'check_plan', 'matches', 'Served', 'Routing',
+           'Traffic', 'Follower']
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #429a1bad
 def point(
@@ -237,6 +237,21 @@ def _plan(row: Mapping[str, Any]) -> Plan:
     return Plan(row["name"], **json.loads(row["plan"]), revision=row["revision"], changed=changed, by=row["by"], reason=row["reason"])
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #1607ba22
+def matches(
+    value: Any,      # of a request's field
+    wanted: str,     # as the slice says
+) -> bool:
+    "Whether a field has the value that a slice asks for."
+    if isinstance(value, bool):
+        return wanted.lower() == str(value).lower()
+    if isinstance(value, int | float):
+        try:
+            return float(wanted) == value
+        except ValueError:
+            return False
+    return value is not None and str(value) == wanted
+
+# %% ../../nbs/lib/deploy/21_versions.ipynb #f5774955
 @dataclass(frozen=True)
 class Served:
     "One version, loaded and verified."
@@ -278,7 +293,7 @@ class Routing:
 
     def _on_trial(self, row: Mapping[str, Any], request: str) -> bool:
         assert self.plan
-        if any(str(row.get(column)) != value for column, value in self.plan.slice.items()):
+        if not all(matches(row.get(column), value) for column, value in self.plan.slice.items()):
             return False
         subject = request if self.plan.subject is None else row.get(self.plan.subject)
         return subject is not None and point(subject, self.plan.salt) * 100 < self.plan.share

@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['SMALL', 'SUPPRESSED', 'COMPARED', 'EACH_CLASS', 'GAPS', 'cohort_of', 'cohorts_by', 'draw_by_cohort', 'cohort_table',
-           'spread_of', 'cohort_gap', 'comparable', 'is_relative', 'decision_gaps', 'beyond_chance', 'check_cohorts',
-           'compared_by']
+__all__ = ['SMALL', 'SUPPRESSED', 'COMPARED', 'EACH_CLASS', 'OF_CLASS', 'BY_CLASS', 'GAPS', 'cohort_of', 'cohorts_by',
+           'draw_by_cohort', 'comparable', 'classes_compared', 'rows_compared', 'cohort_table', 'spread_of',
+           'cohort_gap', 'is_relative', 'decision_gaps', 'beyond_chance', 'check_cohorts', 'compared_by']
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #6d8698d4
 SMALL = 30        # rows below which a group is flagged
 SUPPRESSED = 10   # rows below which nothing about a group is published
 COMPARED = 100    # rows below which a group has no part in a gap
 EACH_CLASS = 30   # rows of each class below which a ranked metric has no part in a gap
+OF_CLASS = 10     # rows of a class below which it has no part in comparing a mean over classes
+BY_CLASS = ("balanced_accuracy", "f1")   # means over classes: a group without a hard class would look better served
 
 
 def cohort_of(
@@ -116,6 +118,57 @@ def _drawn_sums(parts: np.ndarray, group: np.ndarray, block: np.ndarray, groups:
         for drawn in draws_of(blocks, seed, draws)
     ])
 
+# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #43e02807
+def comparable(
+    labels: np.ndarray,      # (n,) group of each row
+    y: np.ndarray,
+    p: np.ndarray,
+    name: str,               # the metric
+    unit: np.ndarray | None = None,   # block of each row
+) -> list[str]:
+    "Groups of 100 rows or more from ten blocks or more, for a ranked metric with 30 rows of each class or more."
+    found = []
+    for label in np.unique(labels):
+        here = labels == label
+        if here.sum() >= COMPARED and (unit is None or len(np.unique(unit[here])) >= BLOCKS) and (name not in RANKED or _rarest(y[here], p) >= EACH_CLASS):
+            found.append(str(label))
+    return found
+
+
+def classes_compared(
+    frame: pl.DataFrame,                # stored predictions
+    by: str,                            # a column, or two joined by " × "
+    name: str,                          # the metric
+    classes: list[str] | None = None,
+    unit: str | None = None,
+) -> list[int]:                         # class numbers; [] where the metric is no mean over several classes
+    "The classes that groups are compared by: those of which every group that is large enough to compare has ten rows."
+    y, p = predictions_of(frame, classes)
+    if name not in BY_CLASS or p.ndim == 1 or p.shape[1] <= 2:
+        return []
+    least = np.bincount(y.astype(int), minlength=p.shape[1])
+    for column in by.split(" × "):
+        labels = cohorts_by(frame, column).to_numpy().astype(str)
+        for label in comparable(labels, y, p, name, units_of(frame, unit)):
+            least = np.minimum(least, np.bincount(y[labels == label].astype(int), minlength=p.shape[1]))
+    return [int(c) for c in np.flatnonzero(least >= OF_CLASS)]
+
+
+def rows_compared(
+    frame: pl.DataFrame,                # stored predictions
+    by: str,
+    name: str,
+    classes: list[str] | None = None,
+    unit: str | None = None,
+) -> np.ndarray:                        # (n,) bool
+    "The rows of these classes; all rows where fewer than two classes can be compared."
+    shared = classes_compared(frame, by, name, classes, unit)
+    return np.isin(frame["y"].to_numpy(), shared) if len(shared) > 1 else np.ones(frame.height, bool)
+
+# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #f39d758d
+def _rarest(y: np.ndarray, p: np.ndarray) -> int:
+    return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 or p.shape[1] == 2 else p.shape[1]).min())
+
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #6e33872c
 def cohort_table(
     frame: pl.DataFrame,                # stored predictions
@@ -135,15 +188,18 @@ def cohort_table(
     labels = cohorts_by(frame, by)
     names, group = np.unique(labels.to_numpy().astype(str), return_inverse=True)
     context = Context(threshold, recall, costs)
-    block = units_of(frame, unit)
-    drawn = draw_by_cohort(name, y, p, group, block, seed, draws, context)
+    block, told = units_of(frame, unit), rows_compared(frame, by, name, classes, unit)
+    drawn = np.full((draws, len(names)), np.nan)
+    held = np.unique(group[told])      # a group may have none of the rows
+    drawn[:, held] = draw_by_cohort(name, y[told], p[told], np.searchsorted(held, group[told]), None if block is None else block[told], seed, draws, context)
     rows = []
     for g, label in enumerate(names):
         here = group == g
         n = int(here.sum())
         row: dict[str, Any] = {"by": by, "cohort": str(label), "n": n, "small": n < SMALL, "metric": name}
-        units = n if block is None else len(np.unique(block[here]))
-        row |= _measured(name, y[here], p[here], drawn[:, g], units, level, context) | _rates(y[here], p[here], threshold, None if block is None else block[here], level)
+        seen = here & told
+        units = int(seen.sum()) if block is None else len(np.unique(block[seen]))
+        row |= _measured(name, y[seen], p[seen], drawn[:, g], units, level, context) | _rates(y[here], p[here], threshold, None if block is None else block[here], level)
         rows.append(row if n >= SUPPRESSED else {k: v if k in KEPT else None for k, v in row.items()})
     return pl.DataFrame(rows, infer_schema_length=None).sort("n", "cohort", descending=[True, False], nulls_last=True)
 
@@ -163,10 +219,6 @@ def _measured(name: str, y: np.ndarray, p: np.ndarray, drawn: np.ndarray, units:
     except InputError:
         return {"value": value, "low": None, "high": None}
     return {"value": value, "low": low, "high": high}
-
-
-def _rarest(y: np.ndarray, p: np.ndarray) -> int:
-    return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 or p.shape[1] == 2 else p.shape[1]).min())
 
 
 def _rates(y: np.ndarray, p: np.ndarray, threshold: float, block: np.ndarray | None, level: float) -> dict[str, float | None]:
@@ -230,7 +282,7 @@ def cohort_gap(
     y, p = predictions_of(frame, classes)
     labels = cohorts_by(frame, by).to_numpy().astype(str)
     unit_all = units_of(frame, unit)
-    kept = np.isin(labels, comparable(labels, y, p, name, unit_all))
+    kept = np.isin(labels, comparable(labels, y, p, name, unit_all)) & rows_compared(frame, by, name, classes, unit)
     if len(np.unique(labels[kept])) < 2:
         return None
     y, p, group = y[kept], p[kept], np.unique(labels[kept], return_inverse=True)[1]
@@ -244,22 +296,6 @@ def cohort_gap(
     drawn = draw_by_cohort(name, y, p, group, blocks, seed, draws, context) / abs(scale)
     found = spread_of(values / abs(scale), drawn, len(y) if blocks is None else len(np.unique(blocks)), int(kept.sum()), level)
     return found if math.isfinite(found.high or 0.0) else Estimate(found.value, found.low, None, found.n)
-
-
-def comparable(
-    labels: np.ndarray,      # (n,) group of each row
-    y: np.ndarray,
-    p: np.ndarray,
-    name: str,               # the metric
-    unit: np.ndarray | None = None,   # block of each row
-) -> list[str]:
-    "Groups of 100 rows or more from ten blocks or more, for a ranked metric with 30 rows of each class or more."
-    found = []
-    for label in np.unique(labels):
-        here = labels == label
-        if here.sum() >= COMPARED and (unit is None or len(np.unique(unit[here])) >= BLOCKS) and (name not in RANKED or _rarest(y[here], p) >= EACH_CLASS):
-            found.append(str(label))
-    return found
 
 
 def is_relative(
@@ -318,13 +354,14 @@ def _rates_of(sums: np.ndarray) -> dict[str, np.ndarray]:
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #8fff3c46
 def beyond_chance(
     rows: pl.DataFrame,      # tables of `cohort_table`, all that are looked at together
-    overall: float,          # the metric on all rows
+    overall: float | dict[str, float | None],   # the metric on all rows; or by `by`, where each compares other rows
     level: float = 0.95,
 ) -> pl.Series:              # bool
     "Which groups differ from all rows by more than chance among so many groups."
-    p = [None if low is None or high is None or high <= low or small else
-         2 * (1 - NormalDist().cdf(abs(value - overall) / ((high - low) / 2 / NormalDist().inv_cdf((1 + level) / 2))))
-         for value, low, high, small in rows.select("value", "low", "high", "small").iter_rows()]
+    whole = [overall.get(by) for by in rows["by"]] if isinstance(overall, dict) else [overall] * rows.height
+    p = [None if mean is None or low is None or high is None or high <= low or small else
+         2 * (1 - NormalDist().cdf(abs(value - mean) / ((high - low) / 2 / NormalDist().inv_cdf((1 + level) / 2))))
+         for (value, low, high, small), mean in zip(rows.select("value", "low", "high", "small").iter_rows(), whole)]
     order = sorted((i for i, v in enumerate(p) if v is not None), key=lambda i: p[i])  # type: ignore[arg-type,return-value]
     told, held = [False] * len(p), True
     for rank, i in enumerate(order):
@@ -350,9 +387,7 @@ def check_cohorts(
     pairs = [f"{a} × {b}" for a, b in combinations(present, 2)][:6]
     tables = {by: cohort_table(holdout.predictions, by, holdout.main, **holdout.using) for by in [*present, *pairs]}
     groups = pl.concat(tables.values(), how="diagonal_relaxed")
-    y, p = predictions_of(holdout.predictions, holdout.using["classes"])
-    overall = metric_or_none(holdout.main, y, p, **{k: holdout.using[k] for k in ("threshold", "recall", "costs")})
-    told = beyond_chance(groups, overall, holdout.using["level"]) if overall is not None else pl.Series("beyond_chance", [False] * groups.height)
+    told = beyond_chance(groups, {by: _overall(holdout, by) for by in tables}, holdout.using["level"])
     run.save("evaluate/cohorts", groups.with_columns(told))
     for column in present:
         _check_gap(run, column, limit, holdout)
@@ -380,6 +415,7 @@ def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
     if len(compared) < 2:
         run.not_applicable(title, f"{said}; two are needed", [f"evaluate.cohorts.{column}"])
         return
+    over = _over(holdout, column)
     claim = run.claim(
         f"gap_{_word(column)}", of="evaluate/predictions", by=cohort_gap, on="holdout", better="lower",
         using={"by": column, "name": holdout.main} | holdout.using, unit="of the overall value" if is_relative(holdout.main) else "",
@@ -387,7 +423,7 @@ def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
     )
     rows = cohorts_by(holdout.predictions, column).value_counts(name="n").filter(pl.nth(0).is_in(compared)).sort("n")
     few = f"; the smallest of these, {rows.row(0)[0]}, has {rows['n'][0]:,} rows"
-    run.check(title, claim, at_most=limit, why=said + few, answers=[f"evaluate.cohorts.{column}", "M6"])
+    run.check(title, claim, at_most=limit, why=said + few + (f"; {over}" if over else ""), answers=[f"evaluate.cohorts.{column}", "M6"])
 
 
 def _several_gaps(run: Run, holdout: Holdout, present: list[str]) -> Any:
@@ -413,6 +449,21 @@ def _several_gaps(run: Run, holdout: Holdout, present: list[str]) -> Any:
                  formats=dict.fromkeys(("observed", "less chance", "low", "high"), ".3f"))
 
 
+def _overall(holdout: Holdout, by: str) -> float | None:
+    "The metric on all rows that groups by this column are compared on."
+    using = holdout.using
+    told = rows_compared(holdout.predictions, by, holdout.main, using["classes"], holdout.unit)
+    y, p = predictions_of(holdout.predictions, using["classes"])
+    return metric_or_none(holdout.main, y[told], p[told], **{k: using[k] for k in ("threshold", "recall", "costs")})
+
+
+def _over(holdout: Holdout, by: str) -> str:
+    "Which classes groups are compared over, where that is not all of them."
+    names, told = holdout.contract["classes"], classes_compared(holdout.predictions, by, holdout.main, holdout.using["classes"], holdout.unit)
+    there = holdout.predictions["y"].n_unique() if told else 0
+    return f"over the classes of which each of them has {OF_CLASS} rows: {', '.join(str(names[c]) for c in told)}" if 1 < len(told) < there else ""
+
+
 def _word(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text)
 
@@ -421,7 +472,8 @@ def _shown(by: str, rows: pl.DataFrame, holdout: Holdout, least: int) -> Any:
     from pipeline.core.charts import bars
 
     label = LABELS[holdout.main]
-    whole = table(_readable(rows, label), f"All groups by {by}", formats=_formats(label), rows=LEVELS, counts="n", least=least)
+    over = _over(holdout, by)
+    whole = table(_readable(rows, label), f"All groups by {by}{f', {label} {over}' if over else ''}", formats=_formats(label), rows=LEVELS, counts="n", least=least)
     known = rows.filter(pl.col("cohort").is_in(compared_by(holdout, by)) & pl.col("value").is_not_null() & (pl.col("n") >= least))
     known = known.sort("value", "cohort", descending=[BETTER[holdout.main] == "higher", False])
     if not known.height:

@@ -222,7 +222,8 @@ def _sizes(p: np.ndarray, cut: float | np.ndarray, numbers: bool) -> np.ndarray:
 
 def _how_large(size: np.ndarray, classes: int) -> str:
     if classes == 2:
-        return f"{(size == 1).mean():.1%} of the rows have one answer left, for the others neither can be ruled out."
+        sure = float((size == 1).mean())
+        return "Every row has one answer left." if sure == 1 else f"{sure:.1%} of the rows have one answer left, for the others neither can be ruled out."
     return f"Sets hold {size.mean():.2f} of {classes} classes on average; {(size == 1).mean():.1%} hold a single one."
 
 

@@ -324,8 +324,8 @@ def _importance_displays(saved: pl.DataFrame, holdout: Holdout) -> Html:
     first = known["column"][0]
     chart = bars(known.head(12), "column", "loss", f"{first} matters most: shuffled, it costs {known['loss'][0]:.3g} {label}", low="low", high="high",
                  xlabel=f"{label} lost when the column is shuffled")
-    said = (f"No measurable use for {len(idle)} of {saved.height} columns: {', '.join(idle[:12])}{' …' if len(idle) > 12 else ''}. "
-            "Try the model without them, one at a time.") if idle else f"All {saved.height} columns help measurably."
+    said = (f"For {len(idle)} of {saved.height} columns no use can be told from chance when they are shuffled: {', '.join(idle[:12])}{' …' if len(idle) > 12 else ''}. "
+            "Leaving columns out and training again, below, tells which can go.") if idle else f"All {saved.height} columns help measurably."
     said += f" Of {len(holdout.model.features):,} columns the {COLUMNS} that contribute most were shuffled." if len(holdout.model.features) > COLUMNS else ""
     shown = saved.select("column", "loss", "low", "high", pl.col("share").round(3).alias("share of contributions"))
     return stack(chart, note(said, "warn" if idle else "go"),

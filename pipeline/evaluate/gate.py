@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #b383576a
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EVENT', 'ASKED', 'PATIENCE_S', 'stable_count', 'ground_of', 'answer_times', 'check_operations', 'check_acceptance',
-           'tell_answer']
+           'tell_answer', 'tell_span']
 
 # %% ../../nbs/lib/evaluate/08_gate.ipynb #7170753c
 EVENT = "evaluate.judged"
@@ -132,8 +133,8 @@ def tell_answer(
     _none_skipped(run)
     main = measured.claims[holdout.main]
     times = holdout.predictions["__time"] if "__time" in holdout.predictions.columns else None
-    when = f", {_day(times.min())} to {_day(times.max())}" if times is not None and holdout.predictions.height else ""
-    said = f"{main.title} is {in_words(holdout.main, main.value)}"
+    when = f", {tell_span(times)}" if times is not None and holdout.predictions.height else ""
+    said = f"{main.title} is {in_words(holdout.main, main.value, main.unit)}"
     if main.low is not None and main.high is not None:
         said += f" ({in_words(holdout.main, main.low)} to {in_words(holdout.main, main.high)})"
     reused = f" (reused: {holdout.looks} models were measured on them)" if holdout.looks > 1 else ""
@@ -143,7 +144,19 @@ def tell_answer(
         said += f", worth {in_words('value_per_1000', money.value, money.unit)} per 1,000 decisions against never acting"
     return f"{said}{run.unmet or '; every criterion is met'}."
 
-# %% ../../nbs/lib/evaluate/08_gate.ipynb #a21527ce
+
+def tell_span(
+    times: pl.Series,   # dates, moments, or numbers that order the rows
+) -> str:
+    "From when to when: days, with the hours where all rows are of one day."
+    first: Any = times.min()
+    last: Any = times.max()
+    if isinstance(first, dt.datetime):
+        day = f"{first:%Y-%m-%d}"
+        return f"{day} {first:%H:%M} to {last:%H:%M}" if first.date() == last.date() else f"{day} to {last:%Y-%m-%d}"
+    return f"{first} to {last}" if isinstance(first, dt.date) else f"{first:.10g} to {last:.10g}"
+
+# %% ../../nbs/lib/evaluate/08_gate.ipynb #fb7b4992
 def _on_validation(run: Run, holdout: Holdout, name: str) -> Claim:
     made = next((c for c in run.made_claims if c.name == f"validation_{name}"), None)
     answered = "evaluate/validation" if run.has("evaluate/validation") else "train/validation"
@@ -169,7 +182,3 @@ def _check_stability(run: Run, wanted: int) -> None:
     good = stable_count(trail)
     run.require(f"good in {wanted} runs in a row", good >= wanted, f"{good} so far, each on other seeds or data",
                 "run again with another seed or newer data: --set problem.seed=8 --run seed8", f"≥ {wanted}", ["evaluate.stable_runs", "I1"])
-
-
-def _day(value: Any) -> str:
-    return f"{value:%Y-%m-%d}" if hasattr(value, "strftime") else f"{value:.10g}"      # a date, or the number that orders the rows

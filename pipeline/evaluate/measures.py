@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PERCENT', 'ALIKE', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure',
-           'beside_validation', 'measure_over_seeds']
+           'beside_validation', 'measure_over_seeds', 'over_seeds_of']
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #d7d0ee4e
 PERCENT = ("accuracy", "balanced_accuracy", "precision_at_recall", "coverage_90")
@@ -150,21 +150,34 @@ def measure_over_seeds(
     holdout: Holdout,
 ) -> Html:
     "Claim the main metric's mean over seeds, with an interval for rows and seeds together; a box where there is one seed."
-    if len(holdout.seeds) < 2:
-        return note("The family was trained with one seed, so what the seed does is not known (train.seeds).", "warn")
-    claim = run.claim(
-        f"{holdout.main}_over_seeds", of="evaluate/predictions", by=score_over_seeds, on="holdout", better=BETTER[holdout.main],
-        using={"name": holdout.main, "prefixes": holdout.seeds} | holdout.using, title=f"{title_of(holdout.main)}, mean over {len(holdout.seeds)} seeds",
-    )
+    made, asked = len(holdout.seeds), run.problem.train.seeds
+    if made < 2:
+        fix = f"{asked} were asked for (train.seeds) and the budget paid for one: raise train.budget_s" if asked > 1 else "raise train.seeds"
+        return note(f"The family was trained with one seed, so what the seed does is not known; {fix}.", "warn")
     settings = Settings(**{k: holdout.using[k] for k in ("threshold", "recall", "costs")})
-    values = [metric_or_none(holdout.main, *predictions_of(holdout.predictions, holdout.using["classes"], s), settings=settings) for s in holdout.seeds]
+    answers = [predictions_of(holdout.predictions, holdout.using["classes"], s) for s in holdout.seeds]
+    alike = all(np.array_equal(p, answers[0][1]) for _, p in answers)   # the first is the model that is measured
+    claim = run.claim(
+        f"{holdout.main}_over_seeds", of="evaluate/predictions", on="holdout", better=BETTER[holdout.main],
+        title=f"{title_of(holdout.main)}, mean over {made} seeds", **over_seeds_of(holdout, alike),
+    )
+    values = [metric_or_none(holdout.main, y, p, settings=settings) for y, p in answers]
     known = [v for v in values if v is not None]
     if len(known) < 2 or not np.isfinite(claim.value):
         return note(f"{title_of(holdout.main)} is not defined on these rows for every seed.", "warn")
     shown = estimates([claim], "The same family trained with other seeds: interval over rows and seeds")
-    if max(known) == min(known):
-        return stack(shown, note(f"All {len(known)} seeds give the same answers: nothing in this configuration is drawn at random."))
-    return stack(
-        shown,
-        note(f"Seeds differ by a standard deviation of {number(float(np.std(known, ddof=1)))}: from {number(min(known))} to {number(max(known))}."),
-    )
+    fewer = [note(f"{asked} seeds were asked for (train.seeds), the budget paid for {made} of them: raise train.budget_s.", "warn")] if made < asked else []
+    if alike:
+        return stack(shown, note(f"All {made} seeds give the same answers: nothing in this configuration is drawn at random."))
+    spread = number(float(np.std(known, ddof=1)))
+    return stack(shown, note(f"Seeds differ by a standard deviation of {spread}: from {number(min(known))} to {number(max(known))}."), *fewer)
+
+
+def over_seeds_of(
+    holdout: Holdout,
+    alike: bool,              # every seed answers the same
+) -> dict[str, Any]:          # by and using of a claim
+    "How the mean over seeds is computed: where seeds make no difference it is one model's number, with that number's interval."
+    if alike:
+        return {"by": score, "using": {"name": holdout.main} | holdout.using}
+    return {"by": score_over_seeds, "using": {"name": holdout.main, "prefixes": holdout.seeds} | holdout.using}

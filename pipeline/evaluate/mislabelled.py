@@ -99,11 +99,12 @@ def stress_labels(
     costs, stored = cost_of_noise(shape, parts, run.rng("wrong labels"), seed=run.seed, threads=run.settings.threads)
     run.save("evaluate/mislabelled", costs)
     run.save("evaluate/mislabelled_losses", stored)
-    what = "squared error, as a share of the variance" if holdout.task == "regression" else "log loss a row"
+    what = "squared error (as a share of the variance)" if holdout.task == "regression" else "log loss a row"
     claim: Any = run.claim("mislabelled_rise", of="evaluate/mislabelled_losses", by=rise_with, using={"key": "noise10"}, on="newest fold of the training rows", better="lower",
                            title=f"rise of the {what} with one training label in ten wrong")
     part = costs.filter(pl.col("share") == 0.1)["of_all"][0]
-    said = f"One wrong label in ten raises the {what} by {claim.value:.4f}" + (f", {part:.0%} of what all columns bring." if part is not None else ".")
+    change = f"by {claim.value:+.4f}" + (f" ({claim.low:+.4f} to {claim.high:+.4f})" if claim.low is not None else "")
+    said = f"One wrong label in ten changes the {what} {change}" + (f": {part:.0%} of what all columns bring." if part is not None else ".")
     return stack(note(said, "warn" if part is not None and part > 0.2 else "info"),
                  table(costs.rename({"share": "labels wrong", "of_all": "of what all columns bring"}), "What wrong training labels cost a small model, on rows with untouched labels",
                        formats={"labels wrong": ".0%", "of what all columns bring": ".0%"} | dict.fromkeys(("rise", "low", "high"), "+.4f")))

@@ -206,7 +206,7 @@ def drop_columns(
     fewer = [row_losses(shape, side, np.flatnonzero(kept), run.seed, threads) for side in parts] if going else base
     unit = np.concatenate([np.unique(s.unit, return_inverse=True)[1] + 10**9 * i for i, s in enumerate(parts)])
     run.save("evaluate/removal_losses", pl.DataFrame({"unit": unit, "with_all": np.concatenate(base), "without": np.concatenate(fewer)}))
-    what = "squared error, as a share of the variance" if holdout.task == "regression" else "log loss a row"
+    what = "squared error (as a share of the variance)" if holdout.task == "regression" else "log loss a row"
     claim = run.claim("removal_rise", of="evaluate/removal_losses", by=rise_of, on="folds of the training rows", better="lower",
                       title=f"rise of the {what} without the {len(going)} columns that can go")
     told = f"{len(going)} of {len(encoder.columns)} can go" + (f": {', '.join(going[:8])}{' …' if len(going) > 8 else ''}" if going else "")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ['Disturbance', 'RARE_SHARE', 'ROWS', 'CELLS', 'add_noise', 'lose_cells', 'rename_levels', 'slip_point', 'push_out',
            'swap_numbers', 'exchange_levels', 'shift_dates', 'misspell', 'cut_feed', 'change', 'readers_of',
            'sent_columns', 'disturbances', 'answer_disturbed', 'stress_table', 'worst_change', 'metric_over_time',
-           'recall_by_class', 'recall_disturbed', 'rows_for', 'stress_model', 'show_over_time', 'show_by_class']
+           'recall_by_class', 'recall_disturbed', 'rows_for', 'stress_model', 'show_over_time', 'show_by_class',
+           'tell_rarest']
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #35f8f9bd
 def add_noise(frame: pl.DataFrame, kinds: dict[str, str], rng: np.random.Generator, size: float = 0.1) -> pl.DataFrame:
@@ -382,11 +383,21 @@ def show_by_class(
     found = recall_by_class(holdout.predictions, classes, threshold, holdout.unit, holdout.using["level"])
     found = found.join(recall_disturbed(stored, classes, {k: said[k] for k in keys}, threshold), on="class", how="left", maintain_order="left")
     run.save("evaluate/classes", found)
-    rarest = found.row(0, named=True)
+    least = run.problem.comply.least_cell
+    return table(found.rename({"at_worst": "found at worst"}), tell_rarest(found.row(0, named=True), least),
+                 formats=dict.fromkeys(("share", "found", "low", "high", "found at worst"), ".1%"), counts="n", least=least)
+
+
+def tell_rarest(
+    rarest: dict[str, Any],   # the first row of `recall_by_class`
+    least: int,               # cases below which nothing is published (comply.least_cell)
+) -> str:
+    "The title: how much of the rarest class is found, without a number where it has too few cases to publish one."
+    named = f"The rarest class, {rarest['class']}{' (fewer than one row in a hundred)' if rarest['share'] < RARE_SHARE else ''},"
+    if rarest["n"] < least:
+        return f"{named} has fewer than {least:,} cases: too few to tell how many are found"
     share = "none" if rarest["found"] is None else f"{rarest['found']:.0%}"
-    few = " (fewer than one row in a hundred)" if rarest["share"] < RARE_SHARE else ""
-    return table(found.rename({"at_worst": "found at worst"}), f"The rarest class, {rarest['class']}{few}, is found in {share} of its {rarest['n']:,} cases",
-                 formats=dict.fromkeys(("share", "found", "low", "high", "found at worst"), ".1%"), counts="n")
+    return f"{named} is found in {share} of its {rarest['n']:,} cases"
 
 # %% ../../nbs/lib/evaluate/04_stress.ipynb #b616fdc2
 def _answer_columns(holdout: Holdout) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.display import Html, estimates, note
+from ..core.display import Html, estimates, note, stack
 from ..core.intervals import units_of
 from ..core.metrics import BETTER, LABELS
 from ..data.contract import target_values
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['measure_targets']
+__all__ = ['measure_targets', 'who_answers']
 
 # %% ../../nbs/lib/evaluate/25_targets.ipynb #6ff4c04e
 def measure_targets(
@@ -39,4 +39,13 @@ def measure_targets(
         for i, a in enumerate(model.asked)
     ]
     how = "one model shared by all targets" if model.kind == "shared" else "a model for each target"
-    return estimates(claims, f"Every target on unseen rows, answered by {how}")
+    return stack(estimates(claims, f"Every target on unseen rows, answered by {how}"), note(who_answers(model.asked[0].name, [a.name for a in others])))
+
+
+def who_answers(
+    own: str,            # the problem's target
+    further: list[str],
+) -> str:
+    "Which model a caller gets for which target: the number above stands for the first."
+    return (f"{own} is served by the model that training chose and the numbers above judge; here it stands for comparison. "
+            f"What is measured here is served for {', '.join(further)} alone.")

@@ -132,6 +132,11 @@ class Evidence:
         return any(artifact in p.artifacts for p in self.phases)
 
     @property
+    def lost(self) -> set[str]:
+        "Artifacts that a finished phase saved and whose file is gone."
+        return {name for p in self.phases for name in p.receipt.get("outputs") or {} if name not in p.artifacts}
+
+    @property
     def missing(self) -> list[str]:
         "The phases of the ten that are not finished."
         rooms = {p.room for p in self.phases}

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from ..core.display import MISSING, Html, esc, number, region
-from .evidence import Evidence
+from .evidence import Evidence, Phase
 
 # %% auto #0
 __all__ = ['SECTIONS', 'RUBRIC', 'LEVELS', 'Item', 'score_items', 'section_scores', 'ml_test_score', 'level', 'show_readiness']
@@ -109,17 +109,26 @@ def _scored(item: Item, run: Evidence) -> dict[str, Any]:
     shown = next((where for where in item.shown if _exists(where, run)), None)
     asked = list(run.answering(item.code))
     tests = [(p, c) for p, c in asked if c.get("verdict") != "not applicable"]
+    gone = ", ".join(sorted(_rests_on(item, tests) & run.lost))
     if tests:
         phase, check = next((t for t in tests if t[1].get("verdict") != "go"), tests[0])
-        passed, based = check.get("verdict") == "go", bool(shown) or not item.shown
-        how = "tested in every run" if passed and based else "tested, what it rests on is missing" if passed else f"tested: {check['verdict']}"
-        return {**row, "score": 1.0 if passed and based else 0.5, "how": how, "phase": phase.name, "evidence": str(check["title"])}
+        passed, based = check.get("verdict") == "go", not gone and (bool(shown) or not item.shown)
+        how = "tested in every run" if passed else f"tested: {check['verdict']}"
+        missing = "" if based else f", but {gone} is missing" if gone else ", what it rests on is missing"
+        return {**row, "score": (passed + based) / 2, "how": f"{'tested' if passed and missing else how}{missing}", "phase": phase.name, "evidence": str(check["title"])}
     if asked and not tests:
         return {**row, "score": 0.0, "how": "could not be asked", "phase": asked[0][0].name, "evidence": str(asked[0][1].get("title"))}
     if shown:
         keeper = run.phase(shown.partition("/")[0])
-        return {**row, "score": 0.5, "how": "shown, not tested", "phase": keeper.name if keeper else "", "evidence": shown.replace("run:", "the run: ")}
-    return {**row, "score": 0.0, "how": "no evidence", "phase": "", "evidence": MISSING}
+        return {**row, "score": 0.0 if gone else 0.5, "how": f"shown, but {gone} is missing" if gone else "shown, not tested", "phase": keeper.name if keeper else "",
+                "evidence": shown.replace("run:", "the run: ")}
+    return {**row, "score": 0.0, "how": f"{gone} is missing" if gone else "no evidence", "phase": "", "evidence": MISSING}
+
+
+def _rests_on(item: Item, tests: Iterable[tuple[Phase, Mapping[str, Any]]]) -> set[str]:
+    "The artifacts that show an item, and those from which the numbers of its criteria were computed."
+    claims = {(p.name, c.get("name")): c for p, _ in tests for c in p.claims}
+    return set(item.shown).union(*(claims.get((p.name, c.get("claim")), {}).get("inputs") or () for p, c in tests))
 
 
 def _exists(where: str, run: Evidence) -> bool:

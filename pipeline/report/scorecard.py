@@ -17,8 +17,8 @@ from ..core.run import Estimate, Run
 from .evidence import Evidence
 
 # %% auto #0
-__all__ = ['SIDES', 'WATCHING', 'LEAST', 'OPEN', 'CARD', 'score_sides', 'mean_of', 'weakest_side', 'Selected', 'select_balanced',
-           'judge_balance']
+__all__ = ['SIDES', 'WATCHING', 'LEAST', 'FAIR', 'OPEN', 'CARD', 'score_sides', 'mean_of', 'weakest_side', 'Selected',
+           'select_balanced', 'judge_balance']
 
 # %% ../../nbs/lib/report/08_scorecard.ipynb #8d5e718f
 SIDES: dict[str, tuple[str, ...]] = {
@@ -29,6 +29,7 @@ SIDES: dict[str, tuple[str, ...]] = {
 }
 WATCHING = ("monitor",)     # rooms whose criteria all belong to monitoring
 LEAST = 0.5                 # of a side's score
+FAIR = "performance, repeatability, openness and monitoring: none fails"
 OPEN = 0.8                  # share of numbers and choices that must be open
 CARD = {"side": pl.String, "score": pl.Float64, "high": pl.Float64, "held": pl.Int64, "failed": pl.Int64, "open": pl.Int64, "of": pl.Int64, "verdict": pl.String, "worst": pl.String}
 
@@ -51,7 +52,7 @@ def _criteria(side: str, wanted: Sequence[str], evidence: Evidence) -> dict[str,
         return _row(side, 0.0, 1.0, 0, 0, 0, 0, "inconclusive", "no evidence")
     worst = next((str(c.get("title")) for v in ("no-go", "inconclusive") for c in found if c.get("verdict") == v), "")
     score = (held + 0.5 * undecided) / len(found)
-    verdict = "no-go" if score < LEAST else "inconclusive" if undecided and not failed and score < 1 else "go"
+    verdict = "no-go" if failed or score < LEAST else "inconclusive" if undecided else "go"
     return _row(side, score, (held + undecided) / len(found), held, failed, undecided, len(found), verdict, worst)
 
 
@@ -124,10 +125,14 @@ def judge_balance(
     run: Run,
     card: pl.DataFrame,     # from `score_sides`, kept as report/scorecard
 ) -> Html:
-    "Claim the weakest side, hold it against one half, and show all four."
+    "Claim the weakest side, hold it against one half, and show all four; a side in which a criterion failed is not outweighed."
     claim = run.claim("weakest_side", of="report/scorecard", by=weakest_side, on="evidence of this run", better="higher", title="score of the weakest of four sides")
     weakest = card.sort("score")["side"][0]
-    check = run.check("performance, repeatability, openness and monitoring: none fails", claim, at_least=LEAST, bound="low", why=f"weakest: {weakest}")
+    failing = [f"{r['side']}: {r['worst'] or 'too little holds'}" for r in card.filter(pl.col("verdict") == "no-go").iter_rows(named=True)]
+    if failing:
+        check = run.require(FAIR, False, "; ".join(failing), "mend what failed and run again", "no criterion of a side failed")
+    else:
+        check = run.check(FAIR, claim, at_least=LEAST, bound="low", why=f"weakest: {weakest}")
     shown = card.select("side", "score", "held", "failed", "open", "of", "verdict", "worst").rename({"worst": "first that does not hold"})
     return stack(note(f"{mean_of(card):.2f} of 1 with equal weights; the weakest side is {weakest} ({claim.value:.2f}).", check.verdict),
                  table(shown, "Four sides of equal weight", formats={"score": ".2f"}))

@@ -207,11 +207,15 @@ class Steering:
         by: str = "",
         revision: int | None = None,
     ) -> Rollout:
-        "To the old version, now: from a trial, or from production where the trial had ended well."
+        "To the version before, now: from a trial, from production where the trial had ended well, or from what came live by hand since."
         if not reason.strip():
             raise InputError(f"taking {name} back needs a reason; give one with --reason")
         for tried in range(TRIES):
             seen = self.rollouts.current(name)
+            if seen is not None and (since := self._came_since(seen)):
+                _check_seen(seen, revision)
+                now = self.plans.roll_back(name, reason, by or who())
+                return replace(seen, by=by or who(), reason=f"v{now.version} answers again, v{since} does not: {reason}")
             if seen is None or seen.status in ("rolled back", "aborted"):
                 raise InputError(f"there is no rollout of {name} to go back from{f': v{seen.version} was taken back already' if seen else ''}; "
                                  f"“pilothouse models {name} --back” brings the version before into production")
@@ -254,6 +258,15 @@ class Steering:
                 if tried == TRIES - 1 or fresh.revision == seen.revision:
                     raise                      # it was not a quicker one
         raise AssertionError
+
+    def _came_since(self, ended: Rollout) -> int:
+        "The version that a person made live after a rollout was over; 0: what it left answers still."
+        plan = self.plans.current(ended.name)
+        left = ended.digest if ended.status == "promoted" else ended.old
+        if ended.active or plan is None or plan.canary is not None or plan.live == left:
+            return 0
+        holder = self.registry.holder(ended.name)
+        return holder.version if holder is not None and holder.digest == plan.live else 0
 
     def _withdraw(self, rollout: Rollout, by: str, reason: str, production: bool = False) -> None:
         "The old version answers everything."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..deploy.versions import matches
 from .canary import Look, Rules
 from .sequential import losses, matched
 
@@ -160,12 +162,24 @@ def _sided(log: pl.DataFrame, reading: Reading) -> tuple[pl.DataFrame, str]:
             inside = pl.lit(False)
         else:
             for column, value in reading.slice:
-                inside = inside & (pl.col("inputs").str.json_path_match(f"$['{column}']") == value).fill_null(False)
+                sent = log.select(inside=pl.col("inputs").str.json_path_match(f"$['{column}']"))["inside"]
+                inside = inside & pl.lit(sent.is_in([text for text in sent.drop_nulls().unique() if _told_as(text, value)]).fill_null(False))
     role, version = pl.col("role"), pl.col("version")
     side = (pl.when((role == "canary") & (version == reading.version)).then(pl.lit("new")).when((role == "live") & (version != reading.version) & inside).then(pl.lit("old"))
             .when((role == "shadow") & (version == reading.version) & inside).then(pl.lit("shadow")).otherwise(pl.lit("")))
     who = pl.col("request_id") if reading.sticks != "subject" else pl.coalesce("subject", "request_id")
     return log.with_columns(side=side, who=who, size=pl.len().over("request_id", "role")).sort("number"), why
+
+
+def _told_as(text: str, wanted: str) -> bool:
+    "Whether a logged value, which has lost its quotes, is the one that a slice asks for; see `matches`."
+    if text == wanted:
+        return True
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, bool | int | float) and matches(value, wanted)
 
 
 def _number(frame: pl.DataFrame, reading: Reading) -> np.ndarray:

@@ -247,7 +247,8 @@ def runbook(
 ) -> Html:
     "What an operator does about each alert, with this problem's names and the drill's times; saved as text."
     where = f"{run.folder.parent.name}/{run.folder.name}"
-    entries: list[Entry] = make_runbook(run.problem, where)
+    file, root = run.problem_file.resolve(), run.settings.root
+    entries: list[Entry] = make_runbook(run.problem, where, file=(file.relative_to(root) if file.is_relative_to(root) else file).as_posix())
     drilled = in_words(found.exercises)
     run.save("rollout/runbook", as_text(entries, run.problem.problem.name, drilled), timing=True)   # names the run it belongs to
     missing = sorted({e.exercise for e in entries} - set(EXERCISES))

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/rollout/12_runbook.ipynb #43e44825
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ STEPS = {
     "log": Step("Read who did what, newest last", "pilothouse audit log --last 20"),
     "status": Step("See which phase is stale or interrupted", "pilothouse status @run@"),
     "data": Step("Take in the sources again, with all their checks", "pilothouse run @file@ --from 02_data"),
-    "retrain": Step("Train and judge a candidate on newer rows, as a run of its own", "pilothouse run @file@ --run next --from 04_train"),
+    "retrain": Step("Train and judge a candidate on newer rows, as a run of its own", "pilothouse run @file@ --run next"),
     "room": Step("Free the disk under outputs/ (old runs first, never outputs/store); the service goes on answering meanwhile", ""),
     "source": Step("Ask the owner of the source what has changed; its name and owner stand in the problem file", ""),
     "split": Step("Compare no numbers until the routing is mended: subjects are missing on one side", ""),
@@ -105,13 +106,14 @@ def make_runbook(
     problem: Problem,
     run: str,                              # problem/run, as commands name it
     alerts: Collection[str] = INCIDENTS,   # every class of alert that can be raised
+    file: str = "",                        # the problem file, as commands name it; params/NAME.yml by default
 ) -> list[Entry]:
     "An entry for each alert; raises `InputError` for an alert that nobody has thought about."
     for alert in alerts:
         if alert not in INCIDENTS:
             raise InputError(f"alert {alert!r} has no entry in the runbook{suggest(alert, INCIDENTS)}; add severity, owner, steps and an exercise to INCIDENTS")
     name = problem.problem.name
-    words = {"@name@": name, "@run@": run, "@file@": f"params/{name}.yml"}
+    words = {"@name@": name, "@run@": run, "@file@": shlex.quote(file or f"params/{name}.yml")}
     acts, decides = who_may(problem.comply.roles, "run"), who_may(problem.comply.roles, "promote")
     return [
         Entry(alert, i.severity, acts, decides, WITHIN[i.severity], i.damage, tuple(_filled(STEPS[s], words) for s in i.steps), i.exercise)

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError, suggest
-from ..deploy.versions import point
+from ..deploy.versions import matches, point
 
 # %% auto #0
 __all__ = ['points', 'routed', 'in_slice', 'subjects_of', 'split_table']
@@ -47,7 +47,8 @@ def in_slice(
     for column, value in slice_.items():
         if column not in frame.columns:
             raise InputError(f"rollout.slice asks for column {column!r}, which the requests do not have{suggest(column, frame.columns)}")
-        inside &= (frame[column].cast(pl.String) == str(value)).fill_null(False).to_numpy()
+        among = [v for v in frame[column].unique().to_list() if matches(v, value)]
+        inside &= frame[column].is_in(among).fill_null(False).to_numpy()
     return inside
 
 

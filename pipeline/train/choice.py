@@ -220,7 +220,7 @@ def why_not_ship(
     if trial.family == "student" and (lacking := why_not_student(cost.beside if cost else None)):
         return lacking
     if 1.1 * trial.size_bytes > 1e6 * limits.model_mb:
-        return f"about {1.1 * trial.size_bytes / 1e6:.1f} MB, {limits.model_mb:g} MB are allowed (deploy.model_mb)"
+        return f"about {1.1 * trial.size_bytes / 1e6:.4g} MB, {limits.model_mb:g} MB are allowed (deploy.model_mb)"
     if limits.timed and cost is None:
         return "what an answer costs was not measured"
     if cost is not None and MARGIN * cost.row_ms > limits.latency_ms:

@@ -38,8 +38,8 @@ from .workers import Cluster, Workers
 __all__ = ['TUNED', 'OVERSHOOT', 'IN_WORDS', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest',
            'show_plan', 'hold_contest', 'check_tuning', 'measure_answers', 'answer_costs', 'recorded_costs',
            'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle',
-           'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'show_seeds',
-           'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+           'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'tell_resumed',
+           'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -417,22 +417,43 @@ def show_costs(run: Any, contest: Contest) -> Html:
               why="" if spent <= contest.plan.budget_s else "raise train.budget_s, or drop a family")
     rows = pl.concat([costs.select(total.columns), total]).rename({"wall_s": "wall", "cpu_s": "computing", "gram_co2e": "CO₂e"})
     kind = "info" if spent <= OVERSHOOT * contest.plan.budget_s else "warn"
+    taken = tell_resumed(costs)
     waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work." if wall > 1.2 * spent and contest.unit == "s" else ""
     return stack(
-        note(f"{spent:.0f} {contest.unit} of the budget's {contest.plan.budget_s:g} {contest.unit} are spent.{waited}", kind),
+        note(f"{spent:.0f} {contest.unit} of the budget's {contest.plan.budget_s:g} {contest.unit} are spent.{waited}", kind), *([note(taken)] if taken else []),
         table(rows, "Spent on each fit", formats={"wall": ".1f", "computing": ".1f", "money": ".5f", "CO₂e": ".3f"},
               units={"wall": "s", "computing": "core-s", "money": currency, "CO₂e": "g"}, rows=40),
     )
 
 
-def show_seeds(final: Final, seeds: pl.DataFrame) -> Html:
-    "How much the seed decides."
-    planned = f"{seeds.height} seeds"
-    if seeds.height > 1 and not seeds["largest_difference"].max():
-        return stack(note(f"{planned}, one model: nothing in this family's fit is left to chance.", "go"), table(seeds, "Other seeds against the shipped model"))
+def tell_resumed(
+    costs: pl.DataFrame,   # train/costs
+) -> str:                  # empty where every fit was made here
+    "How much of the work was found in the checkpoints of an earlier try; a fit that was screened just now is no such find."
+    screened = costs.filter((pl.col("stage") == "screen") & (pl.col("resumed") == 0))["candidate"].implode()
+    found = costs.with_columns(pl.col("resumed") - (pl.col("stage").eq("full") & pl.col("candidate").is_in(screened)).cast(pl.Int64)).filter(pl.col("resumed") > 0)
+    if found.is_empty():
+        return ""
+    named = ", ".join(dict.fromkeys(found["candidate"]))
+    return (f"An earlier try was cut short, and training went on from its checkpoints: {found['resumed'].sum()} fits, of {named}, were kept. "
+            "What they took then is not in this table.")
+
+
+def show_seeds(
+    final: Final,
+    seeds: pl.DataFrame,   # train/seeds
+    asked: int,            # train.seeds
+) -> Html:
+    "How much the seed decides, and how many of the seeds that were asked for the budget did not pay."
+    short = [note(f"{asked} seeds were asked for (train.seeds), {seeds.height} of them fitted before the budget was spent; raise train.budget_s.", "warn")]
+    said = short if seeds.height < asked else []
+    if seeds.height < 2:
+        return stack(*said, note("The chosen one was fitted with one seed, so what another would make is not known (train.seeds)."))
+    if not seeds["largest_difference"].max():
+        return stack(*said, note(f"{seeds.height} seeds, one model: nothing in this family's fit is left to chance.", "go"), table(seeds, "Other seeds against the shipped model"))
     unit = "probability" if final.model.task != "regression" else "target's unit"
-    return table(seeds, f"Other seeds against the shipped model: differences of the answers ({unit})",
-                 formats={"seed": "d", "mean_difference": ".4f", "largest_difference": ".3f"})
+    return stack(*said, table(seeds, f"Other seeds against the shipped model: differences of the answers ({unit})",
+                              formats={"seed": "d", "mean_difference": ".4f", "largest_difference": ".3f"}))
 
 # %% ../../nbs/lib/train/11_contest.ipynb #2d9b4cff
 def score_beside(

@@ -370,10 +370,9 @@ def run_search(
         step = _with_config(planned, trials, goal)
         if step is None:
             continue
-        need = meter.expect(step)
-        if step.optional and need > meter.left(trials):
-            said = f"passed over: about {need:.1f} s, {max(0.0, meter.left(trials)):.1f} s of the budget are left for candidates"
-            trials.append(Trial(step.name, step.family, step.config, step.stage, 0, "skipped", said, planned_s=0.0))
+        need, rest = meter.expect(step), meter.left(trials)
+        if step.optional and need > rest:
+            trials.append(_passed_over(step, need, rest))
             continue
         attempt(step, plan.steps[place + 1:])
     if further:
@@ -399,14 +398,26 @@ def _go_on(trials: list[Trial], rows: Rows, plan: Plan, goal: Goal, seed: int, m
         cost = sum(price("portfolio", len(train), rows.shape, config) for train, _ in rows.folds)
         return Step(f"proposal {place + 1}", "portfolio", config, "full", max(len(train) for train, _ in rows.folds), cost, True)
 
+    dear: list[Trial] = []   # too dear when they came up; told where a later, cheaper one follows
     for place in range(most):
         step = proposed(place)
-        paid = meter.expect(step) <= meter.left(trials)
+        need, rest = meter.expect(step), meter.left(trials)
+        paid = need <= rest
         over = ends(step.name, step.stage)() < 0 if recorded is None else paid and not recorded.began(step.name, step.stage)
         if over or any(t.status == "stopped" for t in trials):
             break
-        if paid:
+        if not paid:
+            dear.append(_passed_over(step, need, rest))
+        else:
+            trials += dear
+            dear = []
             attempt(step, [] if long else [proposed(later) for later in range(place + 1, most)])   # Optuna learns from each before it asks again
+
+
+def _passed_over(step: Step, need: float, rest: float) -> Trial:
+    "A step that what is left does not pay for, as a row of the table."
+    said = f"passed over: about {need:.1f} s, {max(0.0, rest):.1f} s of the budget are left for candidates"
+    return Trial(step.name, step.family, step.config, step.stage, 0, "skipped", said, planned_s=0.0)
 
 
 def goal_is_log(rows: Rows) -> bool:

@@ -28,8 +28,8 @@ from .search import Fold, Found, Goal, Rows, Trial, final_config, run_search
 from .trees import DEFAULT, PORTFOLIO, Trees, is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['GOALS', 'FEW_VALUES', 'PROBED', 'ORDER', 'KEEP', 'END', 'contract_of', 'folds_for', 'order_matters', 'Fitted',
-           'fit_table']
+__all__ = ['GOALS', 'FEW_VALUES', 'PROBED', 'ORDER', 'KEEP', 'END', 'LENGTHY', 'SPARE', 'COPIES', 'contract_of', 'folds_for',
+           'order_matters', 'Fitted', 'fit_table']
 
 # %% ../../nbs/lib/train/23_tables.ipynb #5b249be9
 GOALS = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "rmse"}
@@ -117,13 +117,14 @@ def order_matters(
 ORDER = ("slow", "regular", "coded", "wide", "shallow", "extra")   # of the portfolio, where the budget is short
 KEEP = 0.05                                                        # of the best's gain over the default may be given up for a simpler model
 END = 1.05                                                         # times the budget: by then the last fits must be over
+LENGTHY, SPARE, COPIES = 120.0, 0.15, 6   # seconds of a budget of which a share is kept for fitting the best one with other seeds, so many in all at most
 
 
 @dataclass(frozen=True)
 class Fitted:
     "What came of it."
 
-    best: Model              # the candidates weighed together, where that is better
+    best: Model              # the candidates weighed together, where that is better; with a long budget the mean over several seeds
     shipped: Model           # the simplest within the tolerance
     found: Found             # all trials
     ordered: bool            # did the order of rows matter?
@@ -161,7 +162,8 @@ def fit_table(
     rows = Rows(shape, matrix, outcomes, folds, np.arange(len(outcomes)), target)
     goal = Goal(metric or GOALS[contract.task])
     plan = replace(_plan(rows, families, budget_s / dear), budget_s=budget_s, dear=dear)
-    found = run_search(rows, plan, goal, seed, threads, clock=spent, further="portfolio" in families, ensemble=True)
+    lengthy = budget_s / dear >= LENGTHY
+    found = run_search(rows, plan, goal, seed, threads, clock=spent, further="portfolio" in families, ensemble=True, later_s=SPARE * budget_s / dear if lengthy else 0.0)
 
     def left() -> float:
         return END * budget_s - spent()
@@ -171,7 +173,7 @@ def fit_table(
 
     last = _Last(found, rows, told, encoder, seed, threads, left, took)
     best, shipped = _keep(last, tolerance, most_mb)
-    return Fitted(best, shipped, found, ordered, spent())
+    return Fitted(_averaged(best, last, lambda: budget_s - spent()) if lengthy else best, shipped, found, ordered, spent())
 
 # %% ../../nbs/lib/train/23_tables.ipynb #1ba3dc58
 def _plan(rows: Rows, families: Sequence[str], budget_s: float) -> Plan:
@@ -287,6 +289,23 @@ def _keep(last: _Last, tolerance: float | None, most_mb: float) -> tuple[Model, 
         other = last.fit(rival)
         return best, other if megabytes(other) <= most_mb or cut is None else cut
     return best, cut or shipped
+
+
+def _averaged(model: Model, last: _Last, spare: Callable[[], float]) -> Model:
+    "The same candidate with other seeds, averaged, while the budget lasts: what one seed owes to chance falls away."
+    trial = next(t for t in last.found.trials if t.name == model.about["candidate"] and t.stage == "full")
+    need = 1.1 * sum(map(last.need, last.parts(trial)))
+    fits, some = [model.estimator], last.rows.matrix[:1_000]
+    while "from_the_last_fold" not in model.about and len(fits) < COPIES and need <= spare():
+        fits.append(fit(trial.family, last.rows.shape, last.rows.matrix, last.rows.target, Fitting(final_config(trial), last.seed + 100_003 * len(fits), last.threads)))
+        if np.array_equal(fits[0].predict(some), fits[-1].predict(some)):     # this family leaves nothing to a seed
+            return model
+    if len(fits) == 1:
+        return model
+    members = [(family, weight / len(fits), member) for one in fits
+               for family, weight, member in (one.members if isinstance(one, Ensemble) else ((trial.family, 1.0, one),))]
+    mean: Any = Ensemble(last.rows.shape, tuple(members), max(one.steps for one in fits))
+    return replace(model, family="ensemble", estimator=mean, about=model.about | {"seeds": len(fits)})
 
 
 def _cut(model: Model, trial: Trial, last: _Last, most_mb: float) -> tuple[Model | None, float]:

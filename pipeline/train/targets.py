@@ -563,6 +563,8 @@ def show_ways(
     less = f" Both learned from {used:,} of {whole:,} rows; a larger train.budget_s uses more." if used < whole else ""
     shown = found.board.with_columns(metric=pl.col("metric").replace_strict(LABELS, default=None)).rename({"gain": "gain by sharing"})
     costs = found.costs.rename({"size_mb": "size", "row_ms": "one row"})
-    return stack(note(f"{found.chose.capitalize()}: {found.because}.{less}", "go"),
+    own = found.board["target"][0]
+    who = f" {own} itself is answered by the model chosen above, whichever way is taken for the further ones." if found.board.height > 1 else ""
+    return stack(note(f"{found.chose.capitalize()}: {found.because}.{less}{who}", "go"),
                  table(shown, "One model for all targets against one for each; low and high allow for the number of targets"),
                  table(costs, "What each way costs", units={"size": "MB", "one row": "CPU-ms"}, formats={"size": ".2f", "one row": ".2f"}))

@@ -4,6 +4,7 @@
     python -m tests.bench.serving                    # everything but fuzz and soak, at most 15 minutes
     python -m tests.bench.serving [speed] [swaps] [kill] [kill_two_workers] [--rounds 3] [--only pilothouse,FastAPI]
     python -m tests.bench.serving tls                # with and without TLS, in turn
+    python -m tests.bench.serving tails              # p99 of ours and of the best peer, in turn
     python -m tests.bench.serving fuzz
     python -m tests.bench.serving soak --soak 600    # ten minutes at the promised rate, three times kill -9
 
@@ -12,6 +13,8 @@
          windows of 3 s for each server, and how much of the cores' time the hypervisor took in each
 `swaps`  10,000 requests through 20 hot swaps and 10 blue-green switches; every answer held against its version's
 `kill`   kill -9 of the worker under load; `kill_two_workers` of one of two
+`tails`  ours, the best peer and a socket that computes nothing stand on one core and are asked in turn, in open loops of 2 s at half of
+         what 16 clients get: what a machine adds to a p99 changes within minutes, so only windows side by side can be compared
 `tls`    ours alone, with and without TLS, in turn: single rows at 1 and 16 clients on open connections, and a connection for each request
 `fuzz`   schemathesis makes 10,000 bodies from the service's own OpenAPI document
 `soak`   the promised rate, every answer held against the model's, three kills
@@ -169,6 +172,7 @@ class Server:
     token: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     keeps: str = ""     # what `prepare` makes in the world, once
+    computes: bool = True     # its answers are the model's
 
 
 @dataclass
@@ -270,7 +274,7 @@ def running(server: Server, world: Path, *more: str) -> Iterator[Running]:
                     certificate=more[more.index("--tls-cert") + 1] if "--tls-cert" in more else "")
     try:
         asked, wanted = pl.read_parquet(world / "asked.parquet").head(100).to_dicts(), np.load(world / "p1.npy")[:100]
-        await_answers(found, json.dumps(server.body(asked)).encode(), wanted)
+        await_answers(found, json.dumps(server.body(asked)).encode(), wanted if server.computes else None)
         found.start_s = time.monotonic() - begun
         yield found
     finally:
@@ -291,8 +295,8 @@ def running(server: Server, world: Path, *more: str) -> Iterator[Running]:
         log.close()
 
 
-def await_answers(server: Running, body: bytes, wanted: np.ndarray, within_s: float = 120.0) -> None:
-    "Until it answers; its answers must be the model's."
+def await_answers(server: Running, body: bytes, wanted: np.ndarray | None, within_s: float = 120.0) -> None:
+    "Until it answers; its answers must be those that are wanted, where any are."
     deadline, said = time.monotonic() + within_s, ""
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
@@ -307,7 +311,7 @@ def await_answers(server: Running, body: bytes, wanted: np.ndarray, within_s: fl
             time.sleep(0.1)
     else:
         raise SystemExit(f"{server.server.name} was not ready within {within_s:g} s: {said}")
-    gap = np.abs(np.array(server.server.p(answer)) - wanted).max()
+    gap = 0.0 if wanted is None else np.abs(np.array(server.server.p(answer)) - wanted).max()
     if not gap < 1e-9:
         raise SystemExit(f"{server.server.name} answers something else: {gap:g}")
 
@@ -418,6 +422,33 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         table[[r["server"] for r in table].index("pilothouse")] |= {
             "peer_rate": found["pilothouse"][-1]["peer_rate"], "peer_rate_p99_ms": median("pilothouse", "at_peer_rate", "p99_ms")}
     return {"table": table}
+
+
+def tails(world: Path, number: int = 30, seconds: float = 2.0) -> dict[str, Any]:
+    "p99 in windows that take turns; the ratio's interval is a bootstrap over turns."
+    ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == "FastAPI async")
+    control = Server("socket", lambda w, p: [_peer("python"), "socket_app.py", str(p[0])], computes=False)
+    with running(peer, world) as best, running(ours, world) as mine, running(control, world) as floor:
+        sent = {server.server.name: bodies(world, server.server, 1, 500) for server in (best, mine, floor)}
+        wrk(best, sent[peer.name], 16, 1)
+        rates = {server.server.name: statistics.median(wrk(server, sent[server.server.name], 16, 4)["rps"] for _ in range(3)) / 2 for server in (best, mine)}
+        arms = {peer.name: (best, rates[peer.name]), "pilothouse": (mine, rates["pilothouse"]), "pilothouse at that peer's rate": (mine, rates[peer.name]),
+                "socket at pilothouse's rate": (floor, rates["pilothouse"]), "socket at that peer's rate": (floor, rates[peer.name])}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+        for turn in range(number):
+            for name in list(arms)[:: 1 if turn % 2 else -1]:
+                server, rate = arms[name]
+                before = psutil.cpu_times()
+                row = told(open_loop(server, sent[server.server.name], rate, seconds, seed=turn))
+                found[name].append(row | {"stolen": (psutil.cpu_times().steal - before.steal) / (seconds * (os.cpu_count() or 1))})
+    p99 = {name: np.array([row["p99_ms"] for row in rows]) for name, rows in found.items()}
+    turns = np.random.default_rng(0).integers(0, number, (2000, number))
+    ratios = {}
+    for name in ("pilothouse", "pilothouse at that peer's rate"):
+        drawn = np.median(p99[name][turns], axis=1) / np.median(p99[peer.name][turns], axis=1)
+        ratios[name] = {"of": peer.name, "value": float(np.median(p99[name]) / np.median(p99[peer.name])), "interval": [float(v) for v in np.quantile(drawn, [0.025, 0.975])]}
+    return {"ratios": ratios, "table": [{"arm": name, "rate": arms[name][1]} | {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
+        "p99_quartiles_ms": [float(v) for v in np.quantile(p99[name], [0.25, 0.75])]} for name, rows in found.items()], "windows": number, "seconds": seconds}
 
 
 def certificate(place: Path) -> list[str]:
@@ -605,6 +636,12 @@ def show(found: dict[str, Any]) -> None:
                 print(f"| {name} | {us['rps_16'] / r['rps_16']:.1f} × | {us['p50_1_ms'] / r['p50_1_ms']:.2f} × | {us['rps_100'] / r['rps_100']:.1f} × | {us['half_p99_ms'] / r['half_p99_ms']:.2f} × |")
             print("\nRequests a second by our own generator instead of wrk, 16 clients: " + ", ".join(f"{r['server']} {r['own_rps_16'] / r['rps_16']:.2f} ×" for r in found["speed"]["table"]))
             print(f"\nAt half of the best peer's capacity ({us['peer_rate']:,.0f} a second): p99 {us['peer_rate_p99_ms']:.2f} ms.")
+    if "tails" in found:
+        print("| open loop | a second | p50 ms | p99 ms (quartiles of windows) | stolen |\n|---|---|---|---|---|")
+        for r in found["tails"]["table"]:
+            print(f"| {r['arm']} | {r['rate']:,.0f} | {r['p50_ms']:.2f} | {r['p99_ms']:.2f} ({r['p99_quartiles_ms'][0]:.2f}–{r['p99_quartiles_ms'][1]:.2f}) | {r['stolen']:.1%} |")
+        for name, r in found["tails"]["ratios"].items():
+            print(f"\np99 of {name}: {r['value']:.2f} × {r['of']} ({r['interval'][0]:.2f}–{r['interval'][1]:.2f})")
     if "tls" in found:
         print("| with and without TLS | requests/s | p50 ms | CPU ms a request |\n|---|---|---|---|")
         for what, said in (("one", "1 client, open connection"), ("sixteen", "16 clients, open connections"), ("anew", "16 clients, a connection for each request")):
@@ -656,6 +693,7 @@ def main() -> None:
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "speed": lambda: speed(place, [n for n in given.only.split(",") if n], given.rounds, given.seconds, given.most),
         "tls": lambda: tls(place, given.rounds, given.seconds),
+        "tails": lambda: tails(place),
         "swaps": lambda: swaps(place),
         "kill": lambda: kill(place, given.rate),
         "kill_two_workers": lambda: kill(place, given.rate, workers=2),
