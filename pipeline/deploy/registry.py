@@ -149,6 +149,15 @@ class Registry:
             rows = connection.execute(wanted if name is None else wanted.where(table.c.name == name)).mappings().all()
         return [_entry(row) for row in rows]
 
+    def before(
+        self,
+        name: str,
+    ) -> Entry | None:       # None: nothing is in production, or nothing was before it
+        "What a rollback would bring back."
+        with _said_plainly(self.url), self.engine.connect() as connection:
+            current = self._in_state(connection, name, "production")
+            return None if current is None else self._before(connection, name, current.digest)
+
     def entry(self, name: str, version: int) -> Entry:
         "One package; raises `InputError` for one that nobody registered."
         known = self.entries(name)

@@ -306,8 +306,12 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
         if record["event"] == "plan refused":
             audit.append(store, "traffic.refused", {"name": name, "revision": record["revision"], "why": record["error"]})
 
+    def before() -> str | None:
+        found = held[0].registry.before(name) if held else None
+        return found.digest if found else None
+
     service.traffic.load = load
-    return Follower(service.traffic, current, note=note, also=[service.tokens.refresh] if service.tokens else [])
+    return Follower(service.traffic, current, note=note, also=[service.tokens.refresh] if service.tokens else [], before=before)
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #bff45b92
 def is_loopback(host: str) -> bool:

@@ -335,6 +335,15 @@ class Traffic:
             self._forget()
             return True
 
+    def fetch(
+        self,
+        digest: str,
+    ) -> None:
+        "Have a version at hand that no plan names yet; raises what `load` raises."
+        with self._changing:
+            if digest not in self._kept:
+                self._at_hand(digest)
+
     def text(self) -> str:
         "What it does, in Prometheus' text format."
         routing = self.routing
@@ -383,10 +392,13 @@ class Follower:
         every_s: float = 0.2,
         note: Callable[[dict[str, Any]], Any] | None = None,  # what happened, a record each
         also: Sequence[Callable[[], Any]] = (),             # looked after as often: files that may have changed
+        before: Callable[[], str | None] = lambda: None,    # the package that going back would bring
     ) -> None:
         self.traffic, self.current, self.every_s, self.also = traffic, current, every_s, tuple(also)
         self.note = note or (lambda record: print(json.dumps(record), file=sys.stderr, flush=True))
+        self.before = before
         self.fault = ""              # why the database or a file could not be read
+        self._behind = ""            # the live package for which the one before it was fetched
         self._seen = 0               # the revision that was tried last
         self._again = 0.0            # when a plan that could not be followed is tried again
         self._ended = threading.Event()
@@ -423,6 +435,20 @@ class Follower:
         self.note(told | ({"canary": canary.version} if canary else {}) if followed else {"event": "plan refused", "revision": plan.revision, "error": self.traffic.refused})
         return followed
 
+    def look_behind(self) -> None:
+        "Fetch the package before the live one, once for each that goes live: going back must not wait for a model to be read."
+        live = self.traffic.routing.live
+        if live.digest == self._behind:
+            return
+        self._behind = live.digest
+        try:
+            digest = self.before()
+            if digest is not None:
+                self.traffic.fetch(digest)
+        except Exception as error:     # it is live that counts; whoever goes back reads the package then
+            self.note({"event": "older version not at hand", "live": live.version, "error": f"{type(error).__name__}: {error}"})
+
     def _run(self) -> None:
         while not self._ended.wait(self.every_s):
             self.step()
+            self.look_behind()
