@@ -424,7 +424,7 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"table": table}
 
 
-def tails(world: Path, number: int = 30, seconds: float = 2.0) -> dict[str, Any]:
+def tails(world: Path, number: int = 20, seconds: float = 2.0) -> dict[str, Any]:
     "p99 in windows that take turns; the ratio's interval is a bootstrap over turns."
     ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == "FastAPI async")
     control = Server("socket", lambda w, p: [_peer("python"), "socket_app.py", str(p[0])], computes=False)
