@@ -343,12 +343,13 @@ def bootstrap(
     settings = settings.but(**using)
     value = metric(name, y, p, group=group, settings=settings)
     within = RANGES.get(name, (0.0, 1.0))
-    rarest = _rarest(name, *checked(name, y, p))
+    read = checked(name, y, p)
+    rarest = _rarest(name, *read)
     if _unknown(name, rarest, p):
         return Estimate(value, *within, n=len(y))
     prepared = redraw(name, y, p, unit, settings, group)
     _, low, high = span([(1.0, prepared)], seed, draws, level)
-    down, up = _of_rare_classes(name, *checked(name, y, p), level)
+    down, up = _of_rare_classes(name, *read, level)
     low, high = low - down, high + up
     if low == high == value and value in within and math.isfinite(sum(within)):
         hidden = wilson(0, min(prepared.units, rarest), student(max(prepared.units - 1, 1), level))[1] * (within[1] - within[0])

@@ -383,15 +383,18 @@ def one_turn(server: Server, world: Path, seconds: float, seed: int, found: dict
         return row
 
 
+def window(server: Running, some: Sequence[bytes], rate: float, seconds: float, seed: int) -> dict[str, float]:
+    "One short open loop, and the share of the cores' time that the hypervisor took meanwhile."
+    before = psutil.cpu_times().steal
+    seen = told(open_loop(server, some, rate, seconds, seed=seed))
+    return seen | {"stolen": (psutil.cpu_times().steal - before) / (seconds * (os.cpu_count() or 1))}
+
+
 def windows(server: Running, some: Sequence[bytes], rate: float, seed: int, number: int = 9, seconds: float = 3.0) -> dict[str, Any]:
     "Several short open loops, the medians of what they saw: a virtual machine stands still for milliseconds now and then, and one such moment is the p99 of a long loop."
-    found, stolen = [], []
-    for k in range(number):
-        before = psutil.cpu_times()
-        found.append(told(open_loop(server, some, rate, seconds, seed=100 * seed + k)))
-        stolen.append((psutil.cpu_times().steal - before.steal) / (seconds * (os.cpu_count() or 1)))
-    return {key: statistics.median(one[key] for one in found) for key in found[0]} | {
-        "windows": number, "windows_p99_ms": [round(one["p99_ms"], 3) for one in found], "windows_stolen": [round(share, 4) for share in stolen]}
+    found = [window(server, some, rate, seconds, 100 * seed + k) for k in range(number)]
+    return {key: statistics.median(one[key] for one in found) for key in found[0] if key != "stolen"} | {
+        "windows": number, "windows_p99_ms": [round(one["p99_ms"], 3) for one in found], "windows_stolen": [round(one["stolen"], 4) for one in found]}
 
 
 def told(sample: pl.DataFrame) -> dict[str, float]:
@@ -438,9 +441,7 @@ def tails(world: Path, number: int = 20, seconds: float = 2.0) -> dict[str, Any]
         for turn in range(number):
             for name in list(arms)[:: 1 if turn % 2 else -1]:
                 server, rate = arms[name]
-                before = psutil.cpu_times()
-                row = told(open_loop(server, sent[server.server.name], rate, seconds, seed=turn))
-                found[name].append(row | {"stolen": (psutil.cpu_times().steal - before.steal) / (seconds * (os.cpu_count() or 1))})
+                found[name].append(window(server, sent[server.server.name], rate, seconds, turn))
     p99 = {name: np.array([row["p99_ms"] for row in rows]) for name, rows in found.items()}
     turns = np.random.default_rng(0).integers(0, number, (2000, number))
     ratios = {}
