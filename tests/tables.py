@@ -168,5 +168,6 @@ REFUSED = [
     Refused("zero_byte", "y", b"x,y\n1,0\n\x00,1\n", ("zero_byte.csv:3", "zero byte")),
     Refused("no_parquet", "y", b"PAR1 and then nothing", ("no whole parquet file",), suffix="parquet"),
     Refused("open_quote", "y", b'x,y\n1,0\n"2,1\n3,0\n', ("open_quote.csv:3", "never closed")),
+    Refused("titled", "y", b"Sales of 2024;;\nx;y;z\n" + b"1;0;2\n2;1;3\n" * 40, ("names 1 of 3 columns", "a title stands above the table")),
     Refused("names_as_target", "y", b"x,y\n" + b"".join(b"%d,name%d\n" % (i, i) for i in range(80)), ("80 different texts",)),
 ]

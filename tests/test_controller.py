@@ -516,6 +516,11 @@ def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path
     begun = time.monotonic()
     code, told = say(tmp_path, "back", "late", "--reason", "the drill")
     assert code == 0 and told["status"] == "rolled back" and live(steering) == (1, None, 0) and time.monotonic() - begun < 30
+    steering.plans.go_live("late", steering.plans.current("late").revision, registry.entry("late", 3).digest, "deployed in a hurry", "eve")
+    (tmp_path / "params" / "late.yml").write_text("problem: {name: late, statment: broken}\n")
+    code, told = say(tmp_path, "back", "late", "--reason", "the wrong one")
+    assert (code, live(steering)[0]) == (0, 1), "a slip in the problem file stops no rollback"
+    assert (told.get("status"), told["version"], told["state"], told["why"]) == (None, 1, "production", "rollback: the wrong one"), "not the old rollout's table"
     registry.close()
 
 

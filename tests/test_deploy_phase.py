@@ -28,13 +28,15 @@ def recomputed(run: Path, phase: str) -> None:
 
 
 def test_a_good_package_goes(tmp_path: Path) -> None:
-    run = world.build(tmp_path, deploy={"latency_p99_ms": 1000, "rss_mb": 4000, "soak_s": 6, "uptime": 0.5, "cost_per_1000": 1.0})
+    run = world.build(tmp_path, deploy={"latency_p99_ms": 1000, "rss_mb": 4000, "soak_s": 6, "uptime": 0.5, "cost_per_1000": 1.0,
+                                        "cpu_ms_per_1000": 1e9, "offline": True, "region": "eu-central-1", "regions": ["eu-central-1"]})
     names = world.execute("06_deploy", tmp_path)
     assert names["error"] is None
     found = checks(run, "06_deploy")
     assert {c["verdict"] for c in found.values()} <= {"go", "not applicable"} and {c["verdict"] for title, c in found.items() if title.startswith("Soak")} == {"go"}
-    for limit in ("latency_p99_ms", "throughput_rps", "model_mb", "rss_mb", "uptime", "cost_per_1000"):
+    for limit in ("latency_p99_ms", "throughput_rps", "model_mb", "rss_mb", "uptime", "cost_per_1000", "cpu_ms_per_1000", "offline", "regions"):
         assert any(f"deploy.{limit}" in title for title in found)
+    assert found["Works without a network (deploy.offline)"]["found"].startswith("8 of 8 rows answered ")
     recomputed(run, "06_deploy")
     claims = {c.name: c.value for c in read_claims(run / "06_deploy")}
     soak = pl.read_parquet(run / "06_deploy/soak.parquet")
@@ -80,7 +82,8 @@ def test_many_classes_and_a_linear_model_go(tmp_path: Path) -> None:
 
 
 def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> None:
-    run = world.build(tmp_path, "regression", 400, spoilt=True, deploy={"latency_p99_ms": 0.01, "model_mb": 0.001, "rss_mb": 1.0})
+    run = world.build(tmp_path, "regression", 400, spoilt=True, deploy={"latency_p99_ms": 0.01, "model_mb": 0.001, "rss_mb": 1.0,
+                                                                        "cpu_ms_per_1000": 0.01, "regions": ["eu-central-1"], "licences": ["MIT"]})
     names = world.execute("06_deploy", tmp_path)
     assert names["error"].exit_code == 1
     found = checks(run, "06_deploy")
@@ -92,8 +95,12 @@ def test_another_preprocessing_and_a_missed_limit_are_named(tmp_path: Path) -> N
         ("Latency, 99th percentile (deploy.latency_p99_ms)", "≤ 0.01 (high end of the interval)"),
         ("Model on disk (deploy.model_mb)", "≤ 0.001"),
         ("Memory of the service (deploy.rss_mb)", "≤ 1"),
+        ("Processor time of 1,000 answers (deploy.cpu_ms_per_1000)", "≤ 0.01"),
     ):
         assert (found[title]["verdict"], found[title]["limit"]) == ("no-go", limit) and float(found[title]["found"].split(" ")[0]) > 0
+    region, licences = found["Hosted where it may be (deploy.regions)"], found["Libraries come under allowed licences (deploy.licences)"]
+    assert (region["verdict"], region["found"], region["limit"]) == ("no-go", "no region is declared", "eu-central-1")
+    assert (licences["verdict"], licences["found"]) == ("no-go", "0 of 0 libraries"), "what cannot be shown is not met"
     failed = [title for title, check in found.items() if check["verdict"] == "no-go"]
     assert json.loads((run / "06_deploy/answer.json").read_text())["answer"].endswith(f"; not met: {failed[0]} and {len(failed) - 1} more.")
 

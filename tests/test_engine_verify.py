@@ -133,6 +133,31 @@ def test_reproduce_compares_all_but_times(copy: Path) -> None:
     assert again.returncode == 3 and "01_p1: p1/value came out differently" in again.stderr
 
 
+def test_a_run_of_some_phases_is_done_again_with_these(copy: Path) -> None:
+    "And with the notebooks that it used, though the house has others."
+    some = copy / "some"
+    some.mkdir()
+    write_notebook(some / "01_p1.ipynb", *claiming("01_p1", None, step=5))
+    assert call(copy, "run", "tiny", "--run", "part", "--phases", "some").returncode == 0
+    assert call(copy, "run", "tiny", "--run", "first", "--only", "p1").returncode == 0
+    for run, value in (("part", 5), ("first", 1)):
+        again = call(copy, "reproduce", f"tiny/{run}")
+        assert again.returncode == 0 and "3 artifacts equal bit by bit" in again.stdout, again.stdout + again.stderr
+        done_again = copy / f"outputs/tiny/{run}-again"
+        assert not (done_again / "02_p2").exists() and json.loads((done_again / "01_p1/value.json").read_text())["value"] == value
+
+
+def test_a_phase_left_behind_says_so_and_has_not_the_last_word(copy: Path) -> None:
+    write_notebook(copy / "nbs/phases/01_p1.ipynb", *claiming("01_p1", None, step=7)[:-2], 'run.require("x", False, "no")', 'run.conclude("It is not.")', "run.finish()")
+    page = copy / "outputs/tiny/main/02_p2/report.html"
+    early = call(copy, "run", "tiny", "--only", "p1")
+    assert early.returncode == 1 and "NO-GO  It is not." in early.stdout, early.stdout     # not the go that 02_p2 had said of another 01_p1
+    assert "note: 02_p2 is older than what it rests on: p1/value changed" in early.stdout
+    assert "This page is out of date: p1/value changed since it was made." in page.read_text()
+    assert "out of date" in (copy / "outputs/tiny/main/index.html").read_text() and call(copy, "verify", "tiny/main").returncode == 0
+    assert call(copy, "run", "tiny").returncode == 0 and "out of date" not in page.read_text()
+
+
 def test_reproduce_replaces_no_other_run(copy: Path) -> None:
     "Every refusal comes before anything is run or written."
     from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError

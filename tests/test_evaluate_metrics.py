@@ -280,6 +280,42 @@ def test_intervals_hold_the_truth(world: str, way: str, name: str) -> None:
     assert 0.9 <= inside <= 0.99 and max(below, above) <= 0.075
 
 
+FEW_OF_A_CLASS = [
+    ("8 positives of 300 rows", ("roc_auc", "average_precision", "f1", "balanced_accuracy")), ("15 positives of 300 rows", ("roc_auc", "f1", "log_loss")),
+    ("four classes, the rarest 8 of 300 rows", ("f1", "balanced_accuracy")),
+]
+
+
+@pytest.mark.parametrize(("name", "metrics"), FEW_OF_A_CLASS)
+def test_intervals_of_few_positives_hold_the_truth(name: str, metrics: tuple[str, ...]) -> None:
+    from tests.bench.intervals import WORLDS as MORE
+    from tests.bench.intervals import measure
+
+    for line in measure(next(w for w in MORE if w.name == name), "one model", 300, metrics):
+        assert line["inside"] >= 0.93 and line["truth_below"] <= 0.065, line
+
+
+@pytest.mark.parametrize("name", ["accuracy", "roc_auc", "f1", "ece", "brier", "value_per_1000", "precision_at_recall"])
+def test_seeds_that_agree_say_no_more_than_one_model(name: str) -> None:
+    "The mean over seeds stands on the same rows: its interval is no narrower than one model's, however alike the seeds are."
+    rng = np.random.default_rng(3)
+    p = rng.beta(1, 4, 200)
+    y = (rng.random(200) < p).astype(int)
+    alike = [np.clip(p + shift, 0, 1) for shift in (0, 1e-9, 2e-9)]
+    one, mean = (found(name, y, q, seed=1, threshold=0.3, costs=COSTS) for found, q in ((bootstrap, p), (over_seeds, alike)))
+    assert mean.value == pytest.approx(one.value, abs=1e-6)
+    assert mean.low <= one.low + 1e-6 * abs(one.low) and mean.high >= one.high - 1e-6 * abs(one.high)
+
+
+def test_r2_over_seeds_is_as_unsure_as_r2_of_one() -> None:
+    "Thirty rows with one far off."
+    rng = np.random.default_rng(2)
+    y = np.r_[rng.normal(size=29), 9.0]
+    answers = [y * 0.8 + 0.3 * rng.normal(size=30) for _ in range(3)]
+    alone, mean = [bootstrap("r2", y, p) for p in answers], over_seeds("r2", y, answers)
+    assert mean.value - mean.low >= np.mean([e.value - e.low for e in alone]) and mean.high - mean.value >= np.mean([e.high - e.value for e in alone]) * 0.999
+
+
 def test_a_perfect_score_on_few_rows_is_no_certainty() -> None:
     y, p = np.array([0, 1] * 15), np.array([0.1, 0.9] * 15)
     for name in ("accuracy", "balanced_accuracy", "f1", "roc_auc", "average_precision"):

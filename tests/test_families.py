@@ -1,6 +1,7 @@
 "Every family keeps the same contract: it learns, it is read back, it minds weights, and it never answers with what is no number."
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,25 @@ def test_a_spoilt_weight_of_a_net_names_its_layer_and_never_reaches_a_client() -
     weights[name].flat[0] = np.nan
     with pytest.raises(InputError, match=name):
         from_files("nets", shape, files | {"weights.safetensors": save(weights)}).predict(matrix)
+
+
+@pytest.mark.parametrize(("named", "file", "part"), [("linear", "coefficients.json", "mean"), ("linear", "coefficients.json", "coefficients"), ("nets", "net.json", "scale")])
+def test_a_stored_number_that_is_none_names_its_part(named: str, file: str, part: str) -> None:
+    "An infinite mean would otherwise silently take the column out of the sum."
+    _, shape, matrix, target = encoded("binary")
+    files = fit(named, shape, matrix, target, Fitting({"epochs": 1} if named == "nets" else {})).to_files()
+    content = json.loads(files[file])
+    content[part][0] = [float("inf")] if isinstance(content[part][0], list) else float("inf")
+    with pytest.raises(InputError, match=f"{part} of the .* holds 1 numbers that are not finite"):
+        from_files(named, shape, files | {file: json.dumps(content).encode()})
+
+
+def test_row_weights_that_are_no_numbers_are_refused(family: str, quick: dict[str, Any]) -> None:
+    frame, target, contract = table("binary")
+    weights = np.ones(len(target))
+    weights[2] = np.nan
+    with pytest.raises(InputError, match="finite numbers from 0 up"):
+        train_model(family, frame, target, contract, Fitting(quick, weights=weights))
 
 
 def test_a_net_that_flies_off_stops_and_names_where() -> None:

@@ -183,7 +183,7 @@ def test_a_model_that_is_too_large_or_too_slow_does_not_pass(place: Place) -> No
     place.prepare("binary", family="trees", seeds=1)
     (place.root / "tiny.yml").write_text((place.root / "tiny.yml").read_text() + "\ndeploy: {model_mb: 0.001, latency_p99_ms: 0.001}\n")
     found = verdicts(only(place, check_operations))
-    assert found["the model is small enough to ship (deploy.model_mb)"] == "no-go"
+    assert found["the model is small enough to ship, in MB (deploy.model_mb)"] == "no-go"
     assert found["one answer is quick enough, before any network (deploy.latency_p99_ms)"] == "no-go"
     assert answer_times(lambda row: row, [{"x": 1}] * 5).height == 5
 

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from pipeline.cli.main import main
 from pipeline.core.errors import InputError
 from pipeline.scope.hosting import OPTIONS, WEIGHTS, Answers, advise_hosting, rank_options, read_answers, weigh_hosting
 
@@ -83,3 +85,16 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     values: Any = tmp_path / "nothing.yml"
     with pytest.raises(InputError, match="write one with at least these lines: .*data_must_stay.*operations"):
         advise_hosting(values)
+
+
+def test_nothing_left_is_a_failed_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "The exit code and one sentence: which rule each option breaks, and the answer that would bring one back."
+    path = tmp_path / "answers.yml"
+    path.write_text("data_must_stay: premises\noperations: strong\nlatency_p99_ms: 10\n")
+    assert main(["advise", "hosting", str(path)]) == 1
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told.startswith("No option keeps to all answers (") and "virtual machine: the data may not leave the premises" in told
+    assert told.endswith("one other answer would do: latency_p99_ms: 100 instead of 10 (own servers)")
+    path.write_text("data_must_stay: premises\noperations: none\ngpu: true\nlatency_p99_ms: 10\n")
+    assert main(["advise", "hosting", str(path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["told"].endswith("more than one answer has to give")

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
+from pipeline.core.run import Check
 from pipeline.deploy.package import Contents, release
 from pipeline.deploy.registry import EVENT, Registry
 from pipeline.deploy.schema import make_schema
@@ -47,7 +48,7 @@ def world(request, tmp_path):
 
         admin = sqlalchemy.create_engine(fill_secrets(running.url)[0], isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
-            connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS packages, moves, plans"))
+            connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS packages, moves, failures, plans"))
         admin.dispose()
         url = running.url
     hour = np.random.default_rng(5).uniform(5, 23, 200)
@@ -98,23 +99,45 @@ def test_a_failed_gate_cannot_be_promoted(world):
 def test_what_fails_after_the_package_was_made_bars_it_too(world):
     registry, _, packages = world
     digest = registry.entry("late", 3).digest
-    assert registry.judge(digest, "no-go", "late/main", by="ci").verdict == "no-go"
+    assert registry.judge(packages[2], "no-go", "late/main", by="ci").verdict == "no-go"
     with pytest.raises(InputError, match=r"verdict no-go \(late/main\) and cannot become staging"):
         registry.move("late", 3, "staging", "please")
     assert registry.register(packages[2], "go", "late/main").verdict == "no-go", "the deploy phase alone does not lift what the whole run has said"
-    assert registry.judge(digest, "go", "late/main").verdict == "go"
+    assert registry.judge(packages[2], "go", "late/main").verdict == "go"
     up(registry, 3, "staging")
-    registry.judge(digest, "no-go", "late/stricter")
+    registry.judge(packages[2], "no-go", "late/stricter")
     with pytest.raises(InputError, match=r"no-go \(late/stricter\) and cannot become canary"):
         registry.move("late", 3, "canary", "please")
     with pytest.raises(InputError, match="verdict no-go"):
         Plans(registry).go_live("late", 0, digest, "straight to the callers")
-    registry.judge(digest, "inconclusive", "late/main")
+    registry.judge(packages[2], "inconclusive", "late/main")
     up(registry, 3, "canary", "production")
-    assert registry.judge(digest, "no-go", "late/main").verdict == "inconclusive" and registry.judge("0" * 64, "go", "late/main") is None
+    assert registry.judge(packages[2], "no-go", "late/main").verdict == "inconclusive" and registry.judge(packages[2], "no-go", "late/main", by="ci").state == "production"
     told = [e["details"]["reason"] for e in audit.entries(registry.store) if e["details"].get("from") == e["details"].get("to")]
     assert told == ["judged no-go by the run late/main; before: go, by late/main", "judged go by the run late/main; before: no-go, by late/main",
                     "judged no-go by the run late/stricter; before: go, by late/main", "judged inconclusive by the run late/main; before: no-go, by late/stricter"]
+
+
+def test_a_looser_limit_lifts_nothing(world):
+    registry, _, packages = world
+
+    def judged(number: int, verdict: str, limit: str):
+        return registry.judge(packages[number], verdict, f"late/{limit}", by="ci", checks=[Check("ROC AUC", verdict, "0.71", limit)])
+
+    assert judged(2, "no-go", "≥ 0.8").verdict == "no-go"
+    assert judged(2, "go", "≥ 0.6").verdict == "no-go" and judged(2, "go", "≥ 0.6").verdict == "no-go"
+    with pytest.raises(InputError, match=r"failed: ROC AUC, limit ≥ 0.8\); mend what failed and run again, or answer for it by name: .* --waive --reason"):
+        registry.move("late", 3, "staging", "it says go")
+    with pytest.raises(InputError, match="needs a reason"):
+        registry.move("late", 3, "staging", " ", waive=True)
+    assert judged(2, "inconclusive", "≥ 0.8").verdict == "inconclusive", "measured again at the same limit"
+    assert judged(2, "no-go", "≥ 0.8").verdict == "no-go"
+    assert Plans(registry).move("late", 3, "staging", "the owner asks for 0.6", by="ann", waive=True).verdict == "waived"
+    told = audit.entries(registry.store)[-1]["details"]
+    assert (told["to"], told["by"], told["reason"]) == ("staging", "ann", "waived (ROC AUC, limit ≥ 0.8): the owner asks for 0.6")
+    up(registry, 3, "canary", "production")
+    with pytest.raises(InputError, match="nothing bars it from becoming staging; leave --waive out"):
+        registry.move("late", 1, "staging", "please", waive=True)
 
 
 def test_an_older_package_is_not_a_new_one(world):

@@ -88,7 +88,7 @@ class Shown:
         "The verdict, what happened, and where to look."
         self.close()
         self.notes(list(outcome.notes))
-        did = f"{len(outcome.ran)} phases ran, {len(outcome.fresh)} were fresh" if outcome.ran else f"nothing changed; all {len(outcome.fresh)} phases are fresh"
+        did = f"{len(outcome.ran)} {'phase' if len(outcome.ran) == 1 else 'phases'} ran, {len(outcome.fresh)} {'was' if len(outcome.fresh) == 1 else 'were'} fresh" if outcome.ran else f"nothing changed; all {len(outcome.fresh)} phases are fresh"
         self._line(f"{MARKS.get(outcome.verdict, '')} {outcome.verdict.upper()}  {without_word(outcome.verdict, outcome.answer)}")
         self._line(did + ("" if outcome.complete else "; not all phases are in place yet"))
         page = outcome.run / "index.html"

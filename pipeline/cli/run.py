@@ -49,7 +49,8 @@ def run_named(
         path = candidate if candidate.is_absolute() else settings.root / candidate
         if path.is_dir() and path.parent.parent == settings.outputs:
             return run_folder(settings, path)
-    raise InputError(f"no run {name}{suggest(name, [f'{r.parent.name}/{r.name}' for r in runs])}")
+    known = suggest(name, [f"{r.parent.name}/{r.name}" for r in runs])
+    raise InputError(f"no run {name}{known or f'; nothing in {settings.outputs.name}/ has run yet, begin with: pilothouse run params/PROBLEM.yml'}")
 
 # %% ../../nbs/lib/cli/03_run.ipynb #6a492d7b
 CODES = {"go": 0, "no-go": 1, "inconclusive": 5}

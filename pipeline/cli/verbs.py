@@ -250,7 +250,10 @@ def versions(
     from pipeline.core.settings import load_settings
     from pipeline.data.versions import list_versions
 
-    found = list_versions(load_settings().store, table)
+    settings = load_settings()
+    found = list_versions(settings.store, table)
+    if not found:
+        _known_problem(table, settings)
     shown = [{**row, "at": f"{dt.datetime.fromtimestamp(row['at'] / 1000, dt.UTC):%Y-%m-%d %H:%M:%S} UTC"} for row in found]
     say(found, partial(_show_rows, shown) if found else f"no version of {table} is kept yet", as_json)
     return 0
@@ -383,6 +386,7 @@ def models(
     back: Annotated[bool, typer.Option("--back", help="Bring back what was in production before.")] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why; goes into the audit trail.")] = "",
     downgrade: Annotated[bool, typer.Option("--downgrade", help="Yes, a package older than one that was in production.")] = False,
+    waive: Annotated[bool, typer.Option("--waive", help="Yes, although it failed a criterion: you answer for it by name and reason.")] = False,
     history: Annotated[bool, typer.Option("--history", help="Every move instead of every package.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Which is the most balanced: performance, repeatability, openness, monitoring.")] = False,
     as_json: Json = False,
@@ -401,11 +405,13 @@ def models(
         raise InputError("a move names one version and one state (--move 3 --to staging), and --back stands alone")
     if back and not reason.strip():
         raise InputError("going back needs a reason; give one with --reason")
+    if (waive or downgrade) and not move:
+        raise InputError("--waive and --downgrade are about a move; add --move VERSION --to STATE --reason '…'")
     settings = load_settings()
     registry = Registry(settings.store, settings.database)
     try:
         plans = Plans(registry)      # the traffic follows the registry
-        moved = plans.roll_back(problem, reason) if back else plans.move(problem, move, to, reason, downgrade=downgrade) if move else None
+        moved = plans.roll_back(problem, reason) if back else plans.move(problem, move, to, reason, downgrade=downgrade, waive=waive) if move else None
         rows = [vars(e) for e in (registry.moves(problem or None) if history else registry.entries(problem or None))]
     finally:
         registry.close()
@@ -454,20 +460,25 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the audit 
 
 
 @contextmanager
-def _steering(problem: str) -> Iterator[tuple[Any, Any]]:
-    from pipeline.cli.run import problem_file
-    from pipeline.core.problem import load_problem
+def _steering(problem: str) -> Iterator[tuple[Any, str]]:
+    "What moves a problem's traffic, and its name; a name that the registry knows needs no problem file, so that a slip in it stops no rollback."
     from pipeline.core.settings import load_settings
     from pipeline.deploy.registry import Registry
     from pipeline.rollout.controller import Steering
 
     settings = load_settings()
-    found = load_problem(problem_file(problem, settings))
     registry = Registry(settings.store, settings.database)
     try:
-        yield Steering(registry), found
+        yield Steering(registry), problem if registry.entries(problem) else _problem_of(problem, settings).problem.name
     finally:
         registry.close()
+
+
+def _problem_of(name: str, settings: Any) -> Any:
+    from pipeline.cli.run import problem_file
+    from pipeline.core.problem import load_problem
+
+    return load_problem(problem_file(name, settings))
 
 
 def _show_rollout(rollout: Any, as_json: bool) -> int:
@@ -499,10 +510,12 @@ def rollout_start(
     debug: Debug = False,
 ) -> int:
     "Try a version on the first share of the traffic, by the rules of the problem file."
-    with _steering(problem) as (steering, found):
+    from pipeline.core.settings import load_settings
+
+    with _steering(problem) as (steering, _):
         from pipeline.rollout.controller import begin_rollout
 
-        return _show_rollout(begin_rollout(steering.registry, found, version, reason), as_json)
+        return _show_rollout(begin_rollout(steering.registry, _problem_of(problem, load_settings()), version, reason), as_json)
 
 
 @rollouts.command("status", epilog="Example: pilothouse rollout status flights --history")
@@ -513,8 +526,7 @@ def rollout_status(
     debug: Debug = False,
 ) -> int:
     "Where a rollout stands: stage, traffic, and each test with the evidence at which it acts."
-    with _steering(problem) as (steering, found):
-        name = found.problem.name
+    with _steering(problem) as (steering, name):
         last = steering.rollouts.current(name)
         if last is None:
             raise InputError(f"nothing of {name} was ever rolled out; start with: pilothouse rollout start {name} --version N --reason '…'")
@@ -529,15 +541,15 @@ def rollout_status(
 @rollouts.command("hold", epilog="Example: pilothouse rollout hold flights --reason 'the fair is on'")
 def rollout_hold(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
     "Stop the way forward until `resume`; a model that fails goes back all the same."
-    with _steering(problem) as (steering, found):
-        return _show_rollout(steering.hold(found.problem.name, reason), as_json)
+    with _steering(problem) as (steering, name):
+        return _show_rollout(steering.hold(name, reason), as_json)
 
 
 @rollouts.command("resume", epilog="Example: pilothouse rollout resume flights --reason 'the fair is over'")
 def rollout_resume(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
     "Go on after a hold."
-    with _steering(problem) as (steering, found):
-        return _show_rollout(steering.resume(found.problem.name, reason), as_json)
+    with _steering(problem) as (steering, name):
+        return _show_rollout(steering.resume(name, reason), as_json)
 
 
 @rollouts.command("promote", epilog="Example: pilothouse rollout promote flights --reason 'the owner has decided'")
@@ -549,21 +561,21 @@ def rollout_promote(
     debug: Debug = False,
 ) -> int:
     "One stage further on a person's word."
-    with _steering(problem) as (steering, found):
-        return _show_rollout(steering.promote(found.problem.name, reason, whole=whole), as_json)
+    with _steering(problem) as (steering, name):
+        return _show_rollout(steering.promote(name, reason, whole=whole), as_json)
 
 
 @rollouts.command("back", epilog="Example: pilothouse rollout back flights --reason 'complaints since noon'")
 def rollout_back(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
     "To the version that was live before, now; one that came to production by hand too."
-    with _steering(problem) as (steering, found):
-        name = found.problem.name
-        if steering.rollouts.current(name) is not None:
-            return _show_rollout(steering.back(name, reason), as_json)
-        from pipeline.rollout.desk import production_back
+    with _steering(problem) as (steering, name):
+        from pipeline.deploy.registry import Entry
 
-        entry = production_back(steering.registry, name, reason)
-        say({"name": name, "version": entry.version, "state": entry.state}, f"{name} v{entry.version} is {entry.state}", as_json)
+        done = steering.back(name, reason)
+        if not isinstance(done, Entry):
+            return _show_rollout(done, as_json)
+        told = {"name": done.name, "version": done.version, "state": done.state, "by": done.by, "why": done.reason}
+        say(told, f"{done.name} v{done.version} is in {done.state} again\n  {done.by}: {done.reason}", as_json)
         return 0
 
 
@@ -578,14 +590,13 @@ def rollout_run(
     import threading
     from dataclasses import asdict
 
-    with _steering(problem) as (steering, found):
+    with _steering(problem) as (steering, name):
         from pipeline.rollout.controller import lead
 
         def told(decision: Any) -> None:
             say({"event": "reviewed", **asdict(decision)}, f"{decision.share:g} %, {decision.new:,} and {decision.old:,} requests: {decision.decision}, {decision.why}", as_json)
             sys.stdout.flush()
 
-        name = found.problem.name
         if once and steering.rollouts.active(name) is None:
             raise InputError(f"no rollout of {name} goes on, so there is none to lead to its end; start one with: pilothouse rollout start {name} --version N --reason '…'")
         def waits(other: str) -> None:
@@ -647,19 +658,19 @@ def advise_hosting(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    "Where a model should run: options ranked, those that your answers rule out, and which answer would turn the advice."
-    from pipeline.scope.hosting import read_answers, weigh_hosting
+    "Where a model should run: options ranked, those that your answers rule out, and which answer would turn the advice (exit 1 where nothing is left)."
+    from pipeline.scope.hosting import in_words, read_answers, weigh_hosting
 
     found = weigh_hosting(read_answers(file))
     options, flips = found.options.to_dicts(), found.flips.to_dicts()
 
     def show() -> None:
-        print(f"advice: {found.best or 'nothing that is left keeps to your answers'}")
+        print(in_words(found))
         _show_rows([{k: f"{row[k]:.2f}" if isinstance(row[k], float) else row[k] for k in ("option", "score", "month", "why_not")} for row in options])
         _show_rows(flips)
 
-    say({"best": found.best, "options": options, "flips": flips}, show, as_json)
-    return 0
+    say({"best": found.best, "told": in_words(found), "options": options, "flips": flips}, show, as_json)
+    return 0 if found.best else 1
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #f194b5c1
 @app.command(epilog="Example: pilothouse predict flights/main --data tomorrow.csv --out answers.csv")

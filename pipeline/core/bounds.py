@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -14,7 +15,7 @@ from .errors import InputError
 
 # %% auto #0
 __all__ = ['NOISE', 'UNSEEN', 'wilson', 'student', 'share_bounds', 'share_interval', 'studentized', 'studentized_rest',
-           'expanded', 'acceleration', 'accelerated', 'inverted']
+           'ranking_bounds', 'mean_of_parts', 'expanded', 'acceleration', 'accelerated', 'inverted']
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #7ff89e75
 def wilson(
@@ -116,6 +117,39 @@ def studentized_rest(
     away = np.abs(np.log(rests[usable] / rest)) * rests[usable] / errors[usable]
     half = float(np.quantile(away, level, method="weibull")) * error / rest
     return 1 - rest * math.exp(half), 1 - rest * math.exp(-half)
+
+# %% ../../nbs/lib/core/10_bounds.ipynb #94dbeebe
+def ranking_bounds(
+    value: float,
+    error: float,               # its standard error, blocks kept together
+    cases: Sequence[int],       # rows of each class that the metric rests on
+    freedom: int,               # degrees of freedom of the error
+    level: float = 0.95,
+) -> tuple[float, float]:
+    "An interval of a ranked metric on the logit scale, with one case more of each class than was seen."
+    quantile = student(max(freedom, 1), level)
+    if not 0 < value < 1:
+        n = min(*cases, freedom + 1)
+        return wilson(value * n, n, student(max(n - 1, 1), level))
+    spread = value * (1 - value)
+    half = quantile * math.sqrt((error / spread) ** 2 + sum(1 / (n * (n + 1)) for n in cases) / spread)
+    odds = (1 - value) / value
+    return 1 / (1 + odds * math.exp(min(half, 700))), 1 / (1 + odds * math.exp(-min(half, 700)))
+
+# %% ../../nbs/lib/core/10_bounds.ipynb #d830daf3
+def mean_of_parts(
+    values: np.ndarray,     # (parts,)
+    lows: np.ndarray,       # (parts,)
+    highs: np.ndarray,      # (parts,)
+    pulls: np.ndarray,      # (parts, blocks) how each block pulls each part
+) -> tuple[float, float, float]:    # mean, low, high
+    "The mean of parts with its interval, from theirs (Zou and Donner 2008)."
+    sizes = np.sqrt((pulls**2).sum(1))
+    alike = np.eye(len(values))
+    np.divide(pulls @ pulls.T, np.outer(sizes, sizes), out=alike, where=(np.outer(sizes, sizes) > 0) & (alike == 0))
+    down, up = (math.sqrt(max(float(away @ alike @ away), 0.0)) / len(values) for away in (values - lows, highs - values))
+    mean = float(values.mean())
+    return mean, mean - down, mean + up
 
 # %% ../../nbs/lib/core/10_bounds.ipynb #90dee88b
 def expanded(

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .bounds import accelerated, expanded, inverted, share_bounds, student, studentized, studentized_rest, wilson
+from pipeline.core.bounds import (
+    accelerated, expanded, inverted, mean_of_parts, ranking_bounds, share_bounds, student, studentized, studentized_rest, wilson,
+)
 from .errors import InputError
 from .lists import GROUPED
 from .metrics import RANKED, Ranking, Settings, checked, from_sums, metric, predictions_of, rankings, row_parts
@@ -80,7 +82,7 @@ def drawn_together(
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #89e4cf07
 MOST = 5_000   # blocks that are drawn: more make draws dearer and intervals no better
-BY_CASE = (*RANKED, "f1", "balanced_accuracy", "log_loss", "brier", "value_per_1000")   # of two classes, the rarer one moves them most
+BY_CASE = (*RANKED, "f1", "balanced_accuracy", "log_loss", "brier", "value_per_1000", "ece", "ece_debiased")   # of two classes, the rarer one moves them most
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,17 @@ class Redrawn:
     ) -> np.ndarray:             # (draws,); NaN where a draw does not define it
         "The metric on each draw."
         if self.sums is not None:
-            return from_sums(self.name, np.einsum("du,um->dm", drawn.astype(float), self.sums))
+            return from_sums(self.name, drawn.astype(float) @ self.sums)
         return np.mean([r.values(self.name, drawn[:, placed], self.recall) for r, placed in self.ranked], axis=0)
 
     def pulls(
         self,
         drawn: np.ndarray,       # (draws, units)
     ) -> np.ndarray:             # (draws, units)
-        "How much each block pulls a summed metric on each draw: slope times distance from the mean block."
+        "How much each block pulls a summed metric on each draw: slope times distance from the mean block of all rows."
         assert self.sums is not None
-        total = np.einsum("du,um->dm", drawn.astype(float), self.sums)
-        pulled = np.einsum("dm,um->du", _slopes(self.name, total, np.abs(self.sums).sum(0)), self.sums)
-        return pulled - np.einsum("du,du->d", drawn, pulled)[:, None] / self.units
+        slopes = _slopes(self.name, drawn.astype(float) @ self.sums, np.abs(self.sums).sum(0))
+        return slopes @ (self.sums - self.sums.mean(axis=0)).T   # type: ignore[no-any-return]
 
 
 def redraw(
@@ -201,7 +202,7 @@ RANGES = {
     "mae": (0.0, math.inf), "rmse": (0.0, math.inf), "log_loss": (0.0, math.inf), "brier": (0.0, 2.0), "r2": (-math.inf, 1.0),
     "value_per_1000": (-math.inf, math.inf), "pinball_90": (0.0, math.inf),
 }
-SHARES = ("accuracy", "coverage_90")
+SHARES = ("accuracy", "coverage_90", "balanced_accuracy", "f1")
 CALIBRATION = ("ece", "ece_debiased")
 RARE = 5       # rows of the rarer class below which a ranking is no evidence
 FEW = 10       # blocks, or rows of the rarer class, below which draws have no tails worth measuring
@@ -214,13 +215,16 @@ def span(
     draws: int = 500,
     level: float = 0.95,
 ) -> tuple[float, float, float]:          # the combination, low, high
-    """A combination of metrics with the interval that its kind needs, wider where few blocks hold the rarer class; raises
+    """A metric, or the difference of two, with the interval that its kind needs, wider where few blocks hold the rarer class; raises
     `InputError` when most draws are undefined."""
     first = terms[0][1]
     if first.units < 2:
         raise InputError(f"{first.units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
+    if len(terms) == 1 and (first.ranked or first.name in SHARES):
+        return _of_parts(first, seed, draws, level)
     value, low, high = _span(terms, seed, draws, level)
-    if first.cases < first.units:
+    enough = len(terms) == 1 and (first.name in CALIBRATION or first.name in ("log_loss", "brier") and first.cases >= RARE)
+    if first.cases < first.units and not enough:
         wider = expanded(max(first.cases, 2), level) / expanded(first.units, level)
         low, high = value + (low - value) * wider, value + (high - value) * wider
     return value, low, high
@@ -234,10 +238,8 @@ def _span(terms: list[tuple[float, Redrawn]], seed: int, draws: int, level: floa
     value = float(_combined(terms, one)[0])
     if first.sums is None:
         drawn = np.concatenate([_combined(terms, d) for d in drawn_together(units, seed, draws, first.rows)])
-        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level, careful=len(first.ranked) > 1 or first.name == "precision_at_recall" and len(terms) > 1))
+        return (value, *accelerated(value, drawn, _combined(terms, _leaving_out(units)), units, level, careful=len(first.ranked) > 1 or first.name == "precision_at_recall"))
     error = float(_errors(terms, one)[0])
-    if len(terms) == 1 and first.name in SHARES:
-        return (value, *share_bounds(value, error, units, first.rows, level))
     if units < FEW:
         half = student(units - 1, level) * error
         return value, value - half, value + half
@@ -284,8 +286,53 @@ def _combined(terms: list[tuple[float, Redrawn]], drawn: np.ndarray) -> np.ndarr
 def _errors(terms: list[tuple[float, Redrawn]], drawn: np.ndarray) -> np.ndarray:
     "The standard error of the sum of summed metrics on each draw."
     pulls = np.sum([factor * term.pulls(drawn) for factor, term in terms], axis=0)
-    units = drawn.shape[1]
-    return np.sqrt(np.einsum("du,du,du->d", drawn, pulls, pulls) * units / (units - 1))
+    units, drawn_pulls = drawn.shape[1], drawn * pulls
+    return np.sqrt(np.maximum(np.einsum("du,du->d", drawn_pulls, pulls) - drawn_pulls.sum(axis=1) ** 2 / units, 0) * units / (units - 1))
+
+
+def _of_parts(term: Redrawn, seed: int, draws: int, level: float) -> tuple[float, float, float]:
+    "A share, a ranking, or a mean of those over classes: each part with its interval, then all together."
+    parts = _ranked_parts(term, seed, draws, level) if term.ranked else _share_parts(term, level)
+    values, lows, highs, pulls = zip(*parts)
+    return mean_of_parts(np.array(values), np.array(lows), np.array(highs), np.array(pulls))
+
+
+def _share_parts(term: Redrawn, level: float) -> Iterator[tuple[float, float, float, np.ndarray]]:
+    "Accuracy as it is; of balanced accuracy each class; of F1 each class, through the share of its rows and answers that are both."
+    assert term.sums is not None
+    hits, rows = np.split(term.sums, 2, axis=1) if term.sums.shape[1] == 2 else np.split(term.sums[:, :-1], 2, axis=1)
+    rows = rows - hits if term.name == "f1" else rows
+    for hit, of in zip(hits.T, rows.T):
+        if total := float(of.sum()):
+            share, units = float(hit.sum()) / total, term.units
+            pull = (hit - share * of) / total
+            seen = int((of > 0).sum())
+            error = math.sqrt(units / (units - 1) * float(pull @ pull))
+            ends = share_bounds(share, error, seen if total > seen else units, int(total), level)
+            yield *((2 * s / (1 + s) for s in (share, *ends)) if term.name == "f1" else (share, *ends)), pull
+
+
+def _ranked_parts(term: Redrawn, seed: int, draws: int, level: float) -> Iterator[tuple[float, float, float, np.ndarray]]:
+    "Each class against the rest."
+    for ranking, placed in term.ranked:
+        value = ranking.value(term.name, recall=term.recall)
+        rows = [int((ranking.positive == one).sum()) for one in (1, 0)]
+        seen = [len(np.unique(placed[ranking.positive == one])) for one in (1, 0)]
+        pull: np.ndarray = np.ones(1)     # one part alone: nothing to go together with
+        if term.name == "precision_at_recall":
+            drawn = np.concatenate([term.on(d) for d in drawn_together(term.units, seed, draws, term.rows)])
+            known = drawn[np.isfinite(drawn)]
+            if len(known) < 0.5 * draws:
+                raise InputError(f"{draws - len(known)} of {draws} draws do not define the metric; measure more rows or draw by smaller blocks")
+            error = float(known.std())
+        else:
+            pull = np.bincount(placed, ranking.pulls(term.name), term.units)
+            error = math.sqrt(term.units / (term.units - 1) * float(pull @ pull))
+        if term.name == "roc_auc":
+            ends = ranking_bounds(value, error, rows, min(s if r > s else term.units for r, s in zip(rows, seen)) - 1, level)
+        else:
+            ends = ranking_bounds(value, error, rows[:1], seen[0] - 1, level)
+        yield value, *ends, pull
 
 
 def _leaving_out(units: int) -> np.ndarray:
@@ -302,14 +349,14 @@ def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int,
     bins = (first.sums.shape[1] - 1) // (1 if first.name == "ece" else 3)
     value = float(_combined(terms, one)[0])
     if len(terms) == 1:
-        total, wider = first.sums.sum(0), math.sqrt(units / (units - 1))
-        sums = np.concatenate([np.einsum("du,um->dm", d.astype(float), first.sums[:, :bins]) for d in drawn_together(units, seed, draws)])
+        total, wider = first.sums.sum(0), math.sqrt(units / (units - 1) * expanded(max(first.cases, 2), level))
+        sums = np.concatenate([d.astype(float) @ first.sums[:, :bins] for d in drawn_together(units, seed, draws)])
         return (value, *inverted(total[:bins], (sums - total[:bins]) * wider, float(total[-1]), level))
     clean, drawn = 0.0, np.zeros(draws)
     for factor, term in terms:
         assert term.sums is not None
         sums = term.sums[:, :bins]
-        off = np.concatenate([np.einsum("du,um->dm", d.astype(float), sums) for d in drawn_together(units, seed, draws)])
+        off = np.concatenate([d.astype(float) @ sums for d in drawn_together(units, seed, draws)])
         spread = off.std(axis=0)
         clean += factor * float(_without_noise(sums.sum(0), spread)) / float(term.sums[:, -1].sum())
         drawn += factor * _without_noise(off, spread) / float(term.sums[:, -1].sum())
@@ -340,42 +387,32 @@ def bootstrap(
     **using: Any,                      # settings that differ: threshold, recall, costs
 ) -> Estimate:
     "The metric with its bootstrap interval; raises `InputError` when these rows do not define it."
-    settings = settings.but(**using)
+    found = _alone(name, y, p, unit, group, seed, draws, level, settings.but(**using))
+    return Estimate(found[0], *_inside(*found, RANGES.get(name, (0.0, 1.0))), n=len(y))
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #c01c2750
+def _alone(
+    name: str, y: Any, p: Any, unit: np.ndarray | None, group: np.ndarray | None, seed: int, draws: int, level: float, settings: Settings,
+) -> tuple[float, float, float]:
+    "One model's metric, low and high, which may lie beyond what the metric can be."
     value = metric(name, y, p, group=group, settings=settings)
     within = RANGES.get(name, (0.0, 1.0))
-    read = checked(name, y, p)
-    rarest = _rarest(name, *read)
-    if _unknown(name, rarest, p):
-        return Estimate(value, *within, n=len(y))
+    rarest = _rarest(name, *checked(name, y, p))
+    if name in RANKED and rarest < RARE:
+        return value, *within
     prepared = redraw(name, y, p, unit, settings, group)
     _, low, high = span([(1.0, prepared)], seed, draws, level)
-    down, up = _of_rare_classes(name, *read, level)
-    low, high = low - down, high + up
     if low == high == value and value in within and math.isfinite(sum(within)):
         hidden = wilson(0, min(prepared.units, rarest), student(max(prepared.units - 1, 1), level))[1] * (within[1] - within[0])
         low, high = value - hidden, value + hidden
-    return Estimate(value, *_inside(value, low, high, within), n=len(y))
+    return value, min(low, value), max(high, value)
 
-# %% ../../nbs/lib/core/10_intervals.ipynb #c01c2750
+
 def _rarest(name: str, y: np.ndarray, p: np.ndarray) -> int:
     "Rows of the rarest class; all rows where there are none."
     if name in GROUPED or not np.isin(y, np.arange(100)).all():
         return len(y)
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 else p.shape[1]).min())
-
-
-def _of_rare_classes(name: str, y: np.ndarray, p: np.ndarray, level: float) -> tuple[float, float]:
-    "What classes of few rows could take from, or add to, balanced accuracy: the draws of two rows that were both missed never hit."
-    down = up = 0.0
-    if name == "balanced_accuracy" and p.ndim == 2:
-        said = p.argmax(axis=1)
-        for k in range(p.shape[1]):
-            of = y == k
-            if 0 < (n := int(of.sum())) < FEW:
-                share = float((said[of] == k).mean())
-                low, high = wilson(share * n, n, NormalDist().inv_cdf((1 + level) / 2))
-                down, up = down + (share - low) / p.shape[1], up + (high - share) / p.shape[1]
-    return down, up
 
 
 def _unknown(name: str, rarest: int, p: Any) -> bool:
@@ -468,20 +505,11 @@ def over_seeds(
     if k < 2:
         raise InputError(f"an interval over seeds needs at least two, found {k}; raise train.seeds")
     settings = settings.but(**using)
-    values = [metric(name, y, p, group=group, settings=settings) for p in predictions]
-    mean, within = float(np.mean(values)), RANGES.get(name, (0.0, 1.0))
-    if _unknown(name, _rarest(name, *checked(name, y, predictions[0])), predictions[0]):
-        return Estimate(mean, *within, n=len(y))
-    terms = [(1 / k, redraw(name, y, p, unit, settings, group)) for p in predictions]
-    units = terms[0][1].units
-    _, low, high = span(terms, seed, draws, level)
-    seeds, middle = float(np.var(values, ddof=1)) / k, mean if name not in CALIBRATION else (low + high) / 2
-    ends = []
-    for end in (low, high):
-        rows = ((end - middle) / student(max(units - 1, 1), level)) ** 2
-        freedom = (seeds + rows) ** 2 / (seeds**2 / (k - 1) + rows**2 / max(units - 1, 1)) if seeds + rows > 0 else 1.0
-        ends.append(student(freedom, level) * math.sqrt(seeds + rows))
-    return Estimate(mean, *_inside(mean, middle - ends[0], middle + ends[1], within), n=len(y))
+    found = np.array([_alone(name, y, p, unit, group, seed, draws, level, settings) for p in predictions])
+    value, low, high = found.mean(axis=0)
+    seeds = student(k - 1, level) * float(found[:, 0].std(ddof=1)) / math.sqrt(k)
+    low, high = value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds)
+    return Estimate(float(value), *_inside(value, low, high, RANGES.get(name, (0.0, 1.0))), n=len(y))
 
 
 def combine_seeds(

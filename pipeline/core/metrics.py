@@ -316,6 +316,26 @@ class Ranking:
             best = np.where(found / positives[:, None] >= recall, precision, -1).max(1)
             return np.where(best >= 0, best, np.nan)
 
+    def pulls(
+        self,
+        name: str,                             # roc_auc or average_precision
+    ) -> np.ndarray:                           # (n,) in the ranking's order
+        "How the metric changes with the weight of each row (for the ROC curve: DeLong et al. 1988)."
+        n = len(self.order)
+        starts = np.arange(n) if self.starts is None else self.starts
+        mass = np.diff(np.r_[starts, n]).astype(float)
+        tied = np.repeat(np.arange(len(starts)), mass.astype(int))
+        hits = np.add.reduceat(self.positive, starts)
+        found, seen = np.cumsum(hits), np.cumsum(mass)
+        positives, negatives = found[-1], n - found[-1]
+        if name == "roc_auc":
+            above, below = found - hits / 2, negatives - (seen - found) + (mass - hits) / 2
+            shares = np.where(self.positive == 1, below[tied] / negatives, above[tied] / positives)
+            return (shares - (hits * below).sum() / (positives * negatives)) / np.where(self.positive == 1, positives, negatives)   # type: ignore[no-any-return]
+        precision = found / seen
+        gained, lost = (np.cumsum(each[::-1])[::-1][tied] for each in (hits / seen, hits * precision / seen))
+        return (self.positive * (precision[tied] - (hits * precision).sum() / positives + gained) - lost) / positives   # type: ignore[no-any-return]
+
 
 def rankings(
     y: np.ndarray,     # checked outcomes

@@ -292,6 +292,11 @@ class DeploySection(Section):
     throughput_rps: NotNegative = 0.0
     uptime: Annotated[float, Field(gt=0, le=1)] = 0.99
     cost_per_1000: NotNegative | None = Field(None, description="money that 1,000 answers may cost in processor time; empty: no limit")
+    cpu_ms_per_1000: Positive | None = Field(None, description="milliseconds of processor time that 1,000 answers may take; empty: no limit")
+    offline: bool = Field(False, description="package and service must work without a network: tried in a process that has none")
+    region: str | None = Field(None, description="where the service is hosted, as the provider names it, such as eu-central-1")
+    regions: list[str] = Field([], description="where it may be hosted; empty: anywhere")
+    licences: list[str] = Field([], description="licences that the service's libraries may have, as SPDX names them, such as MIT; empty: not asked")
     soak_s: NotNegative = Field(0.0, description="seconds of load at the promised rate while the worker is killed three times; 0: none")
     target: Literal["server", "edge"] = Field("server", description="edge: one file for a small runtime, checked on one thread")
     log_inputs: Literal["minimised", "none"] = Field("minimised", description="what the inference log keeps of a request: the fields that the model reads, or nothing")

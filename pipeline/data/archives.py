@@ -141,7 +141,7 @@ def open_member(
     members = list_members(path)
     if member is None and len(members) != 1:
         some = ", ".join(list(members)[:6])
-        raise InputError(f"{path.name} holds {len(members)} files ({some}); say which one as `member`" if members else f"{path.name} holds no file; give an archive with a table")
+        raise InputError(f"{path.name} holds {len(members)} files ({some}); say which one as `member`, or at the start as FILE#MEMBER" if members else f"{path.name} holds no file; give an archive with a table")
     chosen = member if member is not None else next(iter(members))
     if chosen not in members:
         raise InputError(f"{path.name} has no file '{chosen}'{suggest(chosen, list(members)[:200])}")

@@ -15,6 +15,7 @@ from ..core.display import estimates, note, stack
 from ..core.intervals import wilson
 from ..core.run import Estimate, Run
 from ..core.store import Artifact
+from .contract import Contract
 from .inventory import incompatible, unlicensed
 from .leaks import unwaived
 from .splits import Parts, repeats
@@ -182,13 +183,15 @@ def keep_parts(
     return {name: run.save(f"data/{name}", frame, sealed=name == "holdout") for name, frame in held.items()}
 
 
-def say_answer(run: Run, parts: Parts, target: Target, features: int) -> str:
+def say_answer(run: Run, parts: Parts, target: Target, contract: Contract) -> str:
     "The phase's answer in one line."
+    features, left = len(contract.features), len(contract.left_out)
+    without = f" ({left:,} {'column is' if left == 1 else 'columns are'} left out)" if left else ""
     train = parts.summary()["train"]
     span = f" from {train['from'][:10]} to {train['to'][:10]}" if parts.ordered and isinstance(train["from"], str) else ""
     name = target.values.name
     shown = f", {share_of(parts.train, name, target.positive).value:.1%} of them {name} = {target.positive}" if target.positive else ""
     later = f"; {parts.holdout.height:,} are sealed as holdout" + (f", {parts.production.height:,} later ones play production" if parts.production is not None else "")
     leaks = len(unwaived(run.load("data/leaks")))
-    return (f"{parts.train.height:,} rows{span} with {features} {'feature' if features == 1 else 'features'} to learn from{shown}{later}; "
+    return (f"{parts.train.height:,} rows{span} with {features:,} {'feature' if features == 1 else 'features'} to learn from{without}{shown}{later}; "
             f"{leaks or 'no'} {'features leak' if leaks > 1 else 'feature leaks'}{run.unmet}.")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib
 import importlib.util
 import io
@@ -56,6 +57,9 @@ def tidy_names(
             raise InputError(f"{file}: column {position} is called '{name}', which would be taken for a pattern that means other columns too; rename it")
         if len(name) > 200:
             raise InputError(f"{file}: the name of column {position} has {len(name)} characters (at most 200); it begins {name[:40]!r}")
+    blank = sum(not name.strip() for name in names)
+    if 2 * blank > len(names) > 2:
+        raise InputError(f"{file}: the first row names {len(names) - blank} of {len(names)} columns; if a title stands above the table, delete it, so that the names come first")
     twice = [name for name, n in Counter(tidy).items() if n > 1]
     if twice:
         where = [i for i, name in enumerate(tidy, 1) if name == twice[0]]
@@ -122,7 +126,7 @@ class Table:
     origins: tuple[tuple[str, int], ...] = ()   # each source and its rows, in order; empty where a module joined them
 
 
-NULLS = ["", "NA", "N/A", "#N/A", "null", "NULL", "None"]   # NaN stays NaN: in a target it must be refused, not lost
+NULLS = ["", "NA", "N/A", "n/a", "#N/A", "<NA>", "null", "NULL", "None"]   # NaN stays NaN: in a target it must be refused, not lost
 BROKEN = (Exception, pl.exceptions.PanicException)   # what polars raises for a broken file: several unrelated kinds
 FORMATS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
            ".xlsx": "excel", ".xlsm": "excel", ".xls": "excel"}
@@ -159,7 +163,8 @@ def read_table(
     "Read one file whole; raises `InputError` naming file and line, `IntegrityError` for a hostile one."
     path = Path(path)
     if not path.is_file():
-        near = suggest(path.name, sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:8]) if path.parent.is_dir() else ""
+        beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+        near = suggest(path.name, difflib.get_close_matches(path.name, beside, 1) or beside[:8])
         raise InputError(f"no data file {path}{near or '; check the path'}" if not path.is_dir() else f"{path} is a folder, not a file; name the file in it")
     if is_archive(path):
         name, blocks = open_member(path, member)
@@ -285,9 +290,24 @@ def _read_csv(data: bytes, file: str) -> Table:
         )
     if not data.endswith((b"\n", b"\r")):
         notes.append(f"{file} does not end with a line end; its last cell may have been cut")
-    comma = separator == ";" and bool(re.search(rb'(^|[;\n"])-?\d+,\d+($|[;\r\n"])', data[:100_000]))
-    frame, doubts = _parse_csv(data, file, separator, names, comma)
+    comma = has_decimal_commas(data, separator)
+    frame, doubts = _parse_csv(without_thousands(data) if comma else data, file, separator, names, comma)
     return Table(frame, (*notes, *([f"{file}: decimal commas"] if comma else []), *doubts))
+
+
+def has_decimal_commas(
+    data: bytes,         # a CSV's content, or its beginning
+    separator: str,
+) -> bool:
+    "Whether numbers are written 1,5 or 1.234,5."
+    return separator == ";" and bool(re.search(rb'(^|[;\n"])-?(\d+|\d{1,3}(\.\d{3})+),\d+($|[;\r\n"])', data[:100_000]))
+
+
+def without_thousands(
+    data: bytes,         # a CSV with decimal commas
+) -> bytes:
+    "1.234,50 as 1234,50; what has no comma may be something else and stays."
+    return re.sub(rb'(?<=[;\n"])-?\d{1,3}(?:\.\d{3})+,\d+(?=[;\r\n"])', lambda found: found[0].replace(b".", b""), data)
 
 
 def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: bool) -> tuple[pl.DataFrame, list[str]]:
@@ -302,39 +322,59 @@ def _parse_csv(data: bytes, file: str, separator: str, names: list[str], comma: 
         except BROKEN as error:
             raise InputError(f"{file} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error
     frame.columns = names
-    return _dated(frame, file)
+    return _dated(frame, file, comma)
 
 
-def _dated(frame: pl.DataFrame, file: str) -> tuple[pl.DataFrame, list[str]]:
+def _dated(frame: pl.DataFrame, file: str, comma: bool = False) -> tuple[pl.DataFrame, list[str]]:
     "Columns of texts that are all dates as dates, and doubts about the order of day and month."
     found = {name: dates for name, kind in frame.schema.items() if kind == pl.String and (dates := parse_dates(frame[name]))}
     notes = [f"{file}: column '{name}' was read as {format_}, though day and month could be the other way round"
              for name, (_, format_) in found.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and parse_dates(frame[name], [OTHER_ORDER[format_]])]
     dated = frame.with_columns(dates for dates, _ in found.values())
-    return dated, [*notes, *odd_texts(dated, file)]
+    return dated, [*notes, *odd_texts(dated, file, comma)]
 
 # %% ../../nbs/lib/data/00_sources.ipynb #4165ed0b
 def odd_texts(
     frame: pl.DataFrame,
     file: str,
-) -> list[str]:     # sentences
+    comma: bool = False,    # numbers have decimal commas in this file
+) -> list[str]:             # sentences
     "What looks as if dates or numbers were meant and stays text."
     texts = frame.select(pl.col(pl.String)).get_columns()
     notes = [f"{file}: column '{column.name}' holds dates written in several ways ({'; '.join(ways)}), so it stays text; write them in one, best as 2024-01-31"
              for column in texts if len(ways := _ways(column)) > 1]
-    return notes + [f"{file}: column '{column.name}' holds numbers as people write them ({shown}), so it stays text and nothing can be counted with it; write them plain, such as 1234.5"
-                    for column in texts if (shown := _counted(column))]
+    notes += [f"{file}: column '{column.name}' holds numbers as people write them ({shown}), so it stays text and nothing can be counted with it; write them plain, such as {'1234,5' if comma else '1234.5'}"
+              for column in texts if (shown := _counted(column, comma))]
+    return notes + [f"{file}: column '{column.name}' holds numbers in {share:.0%} of its cells and other texts in the rest, so it stays text and nothing can be counted with it; if numbers are meant, empty the others"
+                    for column in texts if (share := _between(column, comma))]
 
 # %% ../../nbs/lib/data/00_sources.ipynb #ad36fe9e
 FOR_PEOPLE = r"^[-+(]?\s*([$€£¥]|EUR|USD|GBP|CHF)?\s*[-+]?(0|[1-9]\d{0,2}([.,'’\s]\d{3})+|[1-9]\d*)([.,]\d+)?\s*(%|[$€£¥]|EUR|USD|GBP|CHF)?\)?$"
 
 
-def _counted(texts: pl.Series) -> str:
+def _plain(texts: pl.Series, comma: bool) -> pl.Series:
+    numbers = texts.str.replace(r"^([-+]?\d+),(\d+)$", "$1.$2") if comma else texts
+    return numbers.cast(pl.Float64, strict=False).is_not_null()
+
+
+def _counted(texts: pl.Series, comma: bool) -> str:
     "An example of numbers with signs of money, per cent or thousands, where nine in ten of the first values are such; else nothing."
     some = texts.drop_nulls().head(50).str.strip_chars()
-    plain = some.cast(pl.Float64, strict=False).is_not_null()
+    plain = _plain(some, comma)
     signed = some.filter(some.str.contains(FOR_PEOPLE) & ~plain)
     return repr(signed[0]) if len(signed) and len(signed) + plain.sum() >= 0.9 * len(some) else ""
+
+
+MANY_VALUES = 20    # fewer are the names of categories
+
+
+def _between(texts: pl.Series, comma: bool) -> float:
+    "The share of plain numbers, where it is more than half and too little for a column of numbers; else 0."
+    some = texts.drop_nulls()
+    some = some.gather_every(max(1, len(some) // 1_000)).str.strip_chars()
+    plain = _plain(some, comma)
+    share = int(plain.sum()) / max(len(some), 1)
+    return share if 0.5 < share < 0.95 and some.n_unique() > MANY_VALUES else 0.0
 
 
 def _ways(texts: pl.Series) -> list[str]:
@@ -471,18 +511,25 @@ def _read_excel(data: bytes, file: str, sheet: str | None) -> Table:
         chosen = sheet or book.sheet_names[0]
         header = book.load_sheet(chosen, header_row=None, n_rows=1, dtypes="string").to_polars()
         if header.width == 0:
-            raise InputError(f"{file}: sheet '{chosen}' is empty; name another as `sheet`{suggest(chosen, [n for n in book.sheet_names if n != chosen])}")
+            raise InputError(f"{file}: sheet '{chosen}' is empty{_other_sheets(book.sheet_names, chosen)}")
         names = tidy_names([str(cell or "") for cell in header.row(0)], file)
         frame = book.load_sheet(chosen, header_row=0, schema_sample_rows=None).to_polars()
     except (fastexcel.FastExcelError, pl.exceptions.PanicException) as error:
         raise InputError(f"{file} is no whole workbook, or has a password ({str(error).splitlines()[0][:120]}); save it again as .xlsx") from error
     if frame.width != len(names):
         raise InputError(f"{file}: sheet '{chosen}' has {frame.width} columns under a header of {len(names)}; put the names of the columns into its first row")
+    if frame.height == 0:
+        raise InputError(f"{file}: sheet '{chosen}' has a header of {len(names)} columns and no rows{_other_sheets(book.sheet_names, chosen)}")
     frame.columns = names
     frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))
     others = [n for n in book.sheet_names if n != chosen] if sheet is None else []
     dated, doubts = _dated(frame.with_columns(_as_typed(values) for values in frame.iter_columns()), file)
-    return Table(dated, (*([f"{file}: sheet '{chosen}' was read, the first of {len(others) + 1}"] if others else []), *doubts))
+    return Table(dated, (*([f"{file}: sheet '{chosen}' was read, the first of {len(others) + 1} (the others: {_and(others[:5])})"] if others else []), *doubts))
+
+
+def _other_sheets(names: Sequence[str], chosen: str) -> str:
+    others = [repr(name) for name in names if name != chosen]
+    return f"; name another as `sheet`, or at the start as FILE#SHEET: {_and(others[:8])}" if others else "; give a workbook with a header and rows"
 
 
 def _check_spread(book: Any, file: str) -> None:

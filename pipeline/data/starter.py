@@ -19,7 +19,7 @@ from ..core.problem import Problem, Source, Task, check_name, parse_problem, rea
 from ..core.settings import Settings, load_settings
 from ..core.store import write_whole
 from .contract import learn, looks_like_id, read_as_declared, target_of
-from .archives import inner_name
+from .archives import inner_name, is_archive, list_members
 from .inventory import place_of
 from .personal import find_personal
 from .sources import format_of, gather, read_table, tidy_names
@@ -167,11 +167,11 @@ def problem_text(
     target: str,
     found: Guess,
     split: str,               # lines of data.split
-    replayed: tuple[int, float] | None = None,   # rows and days that play production
+    replayed: tuple[int, float, float] | None = None,   # rows and days that play production; days from the last row learned from to the last replayed
 ) -> str:                     # YAML
     "A problem file with each guess beside its reason."
     checked = check_target(table[target], found.task)
-    place = ", ".join(f"{key}: {_q(str(value))}" for key, value in (("path", source.path), ("url", source.url), ("table", source.table)) if value)
+    place = ", ".join(f"{key}: {_q(str(value))}" for key in ("path", "url", "table", "sheet", "member") if (value := getattr(source, key)))
     lines = [
         f"# Written by `pilothouse new` from {table.height:,} rows and {table.width:,} columns. Every guess says why; change what is wrong.",
         "# yaml-language-server: $schema=problem.schema.json",
@@ -274,12 +274,13 @@ def _evaluate_lines(table: pl.DataFrame, checked: Any, found: Guess) -> list[str
     return [*lines, "  acceptance:", f"    - {limit}   # guessed: {why}; raise it to what makes the work worth while", ""]
 
 
-def _rollout_lines(rows: int, days: float) -> list[str]:
+def _rollout_lines(rows: int, days: float, aged: float) -> list[str]:
     stages = [1, 5, 25, 50, 100] if rows >= 20_000 else [10, 50, 100] if rows >= 2_000 else [50, 100]
     each = max(days / (len(stages) + 1), 0.01)
     return ["rollout:", f"  stages: [{', '.join(map(str, stages))}]   # per cent of requests; guessed: {rows:,} rows play production, and each stage needs some",
             f"  days_per_stage: {_n(each)}   # guessed: the stages fit into the {_n(days)} days that are replayed", "monitor:",
-            f"  window_days: {_n(max(days / 8, 0.01))}   # guessed: eight windows in that time", ""]
+            f"  window_days: {_n(max(days / 8, 0.01))}   # guessed: eight windows in that time",
+            *([f"  retire_after_days: {_n(1.1 * aged)}   # guessed: the replay ends {_n(aged)} days after the last row that is learned from; say how old a model may become"] if aged > 360 else []), ""]
 
 
 def _later_lines(table: pl.DataFrame, found: Guess) -> list[str]:
@@ -295,11 +296,12 @@ def _later_lines(table: pl.DataFrame, found: Guess) -> list[str]:
 # %% ../../nbs/lib/data/13_starter.ipynb #a36b92cf
 def source_of(
     name: str,                # of the problem
-    data: Path | str,         # a file, a Delta folder, https://…, s3://…, or dialect://…#table
+    data: Path | str,         # a file, a Delta folder, https://…, s3://…, dialect://…#table, workbook#sheet or archive#file
     root: Path,               # paths inside it are written relative to it
 ) -> Source:
     "The source that a person means by what stands after --data; raises `InputError` for a database without a table."
     text = str(data)
+    whole, _, part = text.rpartition("#")
     if "://" in text:
         url, _, table = text.partition("#")
         if url.split("://")[0] in ("http", "https", "s3", "file", "ftp"):
@@ -307,6 +309,9 @@ def source_of(
         if not table:
             raise InputError("a database holds many tables; write the one that is meant after '#', such as sqlite:///shop.db#baskets")
         return Source(name=name, kind="sql", url=url, table=table)
+    if part and not Path(text).exists() and Path(whole).is_file():
+        source, packed = source_of(name, whole, root), is_archive(whole) and len(list_members(Path(whole))) > 1
+        return source.model_copy(update={"kind": format_of(part), "member": part} if packed else {"sheet": part})
     real = Path(data).resolve()
     shown = real.relative_to(root.resolve()).as_posix() if real.is_relative_to(root.resolve()) else real.as_posix()
     if (real / "_delta_log").is_dir():
@@ -337,8 +342,8 @@ def start_problem(
     if source.kind in ("sql", "delta", "url"):
         path = gather([source], lambda found: found, settings or load_settings(root))[source.name]
     else:
-        path = Path(file)
-    read = read_table(path)
+        path = root / str(source.path)
+    read = read_table(path, source.member, source.sheet)
     table = read.frame
     target = tidy_names([target], "target")[0]
     if target not in table.columns:
@@ -372,12 +377,12 @@ def _first_that_runs(name: str, source: Source, table: pl.DataFrame, target: str
     raise refusals[-1]
 
 
-def _replayed(table: pl.DataFrame, found: Guess) -> tuple[int, float]:
-    "Rows and days of the newest fifth."
+def _replayed(table: pl.DataFrame, found: Guess) -> tuple[int, float, float]:
+    "Rows and days of the newest fifth, and the days from the beginning of the holdout, the newest fifth before it, to the end."
     order = typed(table.select(str(found.time)), {})[0].to_series().drop_nulls().sort()
     later = order.slice(int(len(order) * 0.8))
-    span: Any = later[-1] - later[0]
-    return len(later), span.total_seconds() / 86_400
+    spans: list[Any] = [order[-1] - first for first in (later[0], order[int(len(order) * 0.64)])]
+    return len(later), spans[0].total_seconds() / 86_400, spans[1].total_seconds() / 86_400
 
 
 def _splits(table: pl.DataFrame, found: Guess) -> list[tuple[Guess, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import resource
 import sys
 import time
@@ -22,7 +21,7 @@ import polars as pl
 
 from ..core.errors import EnvironmentFault, InputError
 from ..core.problem import Problem
-from .sources import DATES, NULLS, TIMES, Table, count_cells, guess_separator, odd_texts, parse_dates, tidy_names
+from .sources import DATES, NULLS, TIMES, Table, count_cells, guess_separator, has_decimal_commas, odd_texts, parse_dates, tidy_names, without_thousands
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'BLOCK_BYTES', 'Tell', 'LARGE_BYTES', 'SAMPLE_CELLS', 'Stream', 'open_stream', 'stream_frame',
@@ -182,7 +181,7 @@ def _open_csv(path: Path, block_bytes: int, tell: Tell | None) -> Stream:
     separator = guess_separator(head)
     header = next(csv.reader(io.StringIO(head.decode("utf-8", "ignore").lstrip("\r\n"), newline=""), delimiter=separator))
     names = tidy_names(header, path.name)
-    comma = separator == ";" and bool(re.search(rb'(^|[;\n"])-?\d+,\d+($|[;\r\n"])', head[:100_000]))
+    comma = has_decimal_commas(head, separator)
     rows, last, formats, first = 0, b"", dict[str, list[str]](), pl.DataFrame()
     kinds: dict[str, pl.DataType] = {name: pl.Null() for name in names}
     for body, line in _blocks(path, separator, names, block_bytes):
@@ -205,13 +204,13 @@ def _open_csv(path: Path, block_bytes: int, tell: Tell | None) -> Stream:
     notes += [f"{path.name}: decimal commas"] if comma else []
     notes += [f"{path.name}: column '{name}' was read as {format_}, though day and month could be the other way round"
               for name, format_ in dates.items() if format_ in ("%d/%m/%Y", "%m/%d/%Y") and len({"%d/%m/%Y", "%m/%d/%Y"} & set(formats[name])) == 2]
-    notes += odd_texts(first.select(pl.col(name).cast(pl.String) for name, kind in schema.items() if kind == pl.String and name not in dates), path.name)
+    notes += odd_texts(first.select(pl.col(name).cast(pl.String) for name, kind in schema.items() if kind == pl.String and name not in dates), path.name, comma)
     return Stream(path.name, dict(_dated(pl.DataFrame(schema=schema), dates).schema), rows, batches, tuple(notes))
 
 
 def _parse(body: bytes, separator: str, names: Sequence[str], schema: Mapping[str, pl.DataType] | None, comma: bool, file: str, line: int) -> pl.DataFrame:
     try:
-        frame = pl.read_csv(io.BytesIO(body), separator=separator, null_values=NULLS, has_header=False, decimal_comma=comma, infer_schema_length=None,
+        frame = pl.read_csv(io.BytesIO(without_thousands(body) if comma else body), separator=separator, null_values=NULLS, has_header=False, decimal_comma=comma, infer_schema_length=None,
                             schema=None if schema is None else {f"column_{i}": kind for i, kind in enumerate(schema.values(), 1)})
     except Exception as error:   # polars raises several unrelated kinds for a broken file
         raise InputError(f"{file}: the lines from {line} cannot be read as CSV ({str(error).splitlines()[0][:160]}); mend it or save it as parquet") from error

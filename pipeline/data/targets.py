@@ -57,7 +57,8 @@ class Target:
 
 
 LONGEST = 200   # characters of a class's name
-OPPOSITES = {"true": "false", "1": "0", "yes": "no", "y": "n", "t": "f", "positive": "negative", "pos": "neg"}   # positive: negative
+OPPOSITES = {"true": "false", "1": "0", "yes": "no", "y": "n", "t": "f", "positive": "negative", "pos": "neg", "ja": "nein", "oui": "non", "sí": "no", "si": "no", "sì": "no",
+             "sim": "não", "tak": "nie", "да": "нет", "是": "否", "はい": "いいえ", "예": "아니요", "نعم": "لا"}   # positive: negative
 
 
 def check_target(

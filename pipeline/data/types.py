@@ -30,6 +30,8 @@ def guess_type(
     dtype = values.dtype
     if dtype == pl.Boolean:
         return "bool", "true or false"
+    if dtype.is_integer() and _too_long(values):
+        return "category", "whole numbers so long that as numbers some would be the same"
     if dtype.is_numeric() or dtype in (pl.Duration, pl.Time):
         return "number", "stored as numbers"
     if dtype in (pl.Date, pl.Datetime):
@@ -47,6 +49,16 @@ def _named(dtype: pl.DataType) -> str:
     return str(dtype.base_type().__name__).lower()
 
 
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"   # written without blanks; about two signs a word
+
+
+def _too_long(values: pl.Series) -> bool:
+    ends = values.drop_nulls()
+    if ends.is_empty() or (cast(int, ends.min()) >= -(2**53) and cast(int, ends.max()) <= 2**53):
+        return False
+    return ends.cast(pl.Float64).n_unique() < ends.n_unique()
+
+
 def _guess_texts(texts: pl.Series) -> tuple[Kind, str]:
     if texts.is_empty():
         return "category", "no value in any row"
@@ -56,7 +68,7 @@ def _guess_texts(texts: pl.Series) -> tuple[Kind, str]:
     if read >= MOSTLY:
         return "number", "reads as numbers" if read == 1 else f"{read:.1%} read as numbers"
     length = cast(float, texts.str.len_chars().mean())
-    words = cast(float, texts.str.count_matches(r"\s+").mean()) + 1
+    words = cast(float, texts.str.count_matches(r"\s+").mean()) + 1 + cast(float, texts.str.count_matches(_UNSPACED).mean()) / 2
     distinct = texts.n_unique()
     if length > 60 or (words >= 4 and distinct > len(texts) / 2):
         return "text", f"{words:.0f} words a cell, {distinct:,} different"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from .cluster import Part, answer_on_cluster, answer_rows
 from .frames import check_frame
 from .further import WISHES, can_say, explain
 from .reading import cut, read_pieces
+from .schema import dtype_of
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -40,22 +41,19 @@ def read_rows(
     "A table as it stands; raises `InputError` for a file that is missing, empty or of another kind."
     path = _there(path)
     with _read_errors(path):
-        if path.suffix.lower() == ".parquet":
-            return pl.read_parquet(path)
-        if path.suffix.lower() == ".csv":
-            return pl.read_csv(path, infer_schema=False, null_values=[""])
-        return pl.concat(list(read_pieces(path, None, AT_ONCE)))
+        return pl.read_parquet(path) if path.suffix.lower() == ".parquet" else pl.concat(list(read_pieces(path, None, AT_ONCE)))
 
 
 def stream_rows(
     path: Path | str,                 # .csv, .parquet, .jsonl or .xlsx
     columns: Sequence[str],           # that are wanted; all where one of them is not there
     at_once: int = AT_ONCE,           # rows of a part
+    numbers: Collection[str] = (),    # columns in which a CSV's 1,5 may be a number
 ) -> Iterator[Part]:                  # at least one
     "The same rows in parts, in bounded memory."
     path, start = _there(path), 0
     with _read_errors(path):
-        for number, rows in enumerate(cut(read_pieces(path, columns, at_once), at_once)):
+        for number, rows in enumerate(cut(read_pieces(path, columns, at_once, numbers=numbers), at_once)):
             yield Part(number, start, rows)
             start += rows.height
 
@@ -71,7 +69,7 @@ def write_rows(
 def _there(path: Path | str) -> Path:
     path = Path(path)
     if not path.is_file():
-        near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        near = suggest(path.name, [p.name for p in path.parent.iterdir() if p.suffix.lower() in KINDS] if path.parent.is_dir() else [])
         raise InputError(f"no data file {path}{near or '; check the path after --data'}")
     if path.suffix.lower() not in KINDS:
         raise InputError(f"{path.name} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; convert it first")
@@ -115,7 +113,7 @@ def predict_file(
     folder, key = package_of(run_folder)
     predictor = load_package(folder, key)
     beside = _served(predictor, beside)
-    parts = stream_rows(data, predictor.schema.names, at_once)
+    parts = stream_rows(data, predictor.schema.names, at_once, [f.name for f in predictor.schema.fields if dtype_of(f.dtype).is_numeric()])
     first = next(parts)
     second = next(parts, None)
     if second is None and engine == "local":

@@ -12,13 +12,15 @@ import polars as pl
 
 from ..core.errors import InputError, suggest
 from ..data.features import compute
+from ..data.sources import DATES, TIMES
 from ..data.targets import class_names
 from ..data.terms import refuse_breaches
+from ..data.types import convert
 from .rows import shortened
 from .schema import Field, Schema, dtype_of
 
 # %% auto #0
-__all__ = ['NOTHING', 'check_frame']
+__all__ = ['NOTHING', 'PLAIN', 'check_frame']
 
 # %% ../../nbs/lib/deploy/03_frames.ipynb #b0d3c096
 def check_frame(
@@ -44,6 +46,8 @@ def _cast(series: pl.Series, spec: Field, infinite: bool = False) -> pl.Series:
     if series.dtype == pl.String and wanted != pl.String:
         return _from_text(series, spec, wanted)
     given = _no_infinity(series, spec) if infinite else series
+    if given.dtype in (pl.Duration, pl.Time) and wanted.is_numeric():
+        given = convert(given, "number")     # seconds, as training counted them
     if given.dtype == wanted:
         return class_names(given) if wanted == pl.String else given     # texts as training read them
     cast = given.cast(wanted, strict=False)
@@ -90,8 +94,11 @@ def _from_text(series: pl.Series, spec: Field, wanted: Any) -> pl.Series:
     return _all_read(series, read, read.is_null() & text.is_not_null(), spec)
 
 
+PLAIN = [f for f in (*DATES, *TIMES) if ("/" not in f or f.startswith("%Y")) and not f.endswith("z")]   # day and month cannot be taken for each other
+
+
 def _moments(text: pl.Series, wanted: Any) -> pl.Series:
-    "ISO dates, with or without a time, a zone or a `Z`."
+    "ISO dates, with or without a time, a zone or a `Z`; and other ways that can be read in one way only."
     values = []
     for value in text:
         try:
@@ -101,4 +108,6 @@ def _moments(text: pl.Series, wanted: Any) -> pl.Series:
     zone = getattr(wanted, "time_zone", None)
     plain = [v if v is None or v.tzinfo is None else v.astimezone(dt.UTC).replace(tzinfo=None) for v in values]
     read = pl.Series(text.name, plain, pl.Datetime("us"))
+    for way in PLAIN if read.null_count() > text.null_count() else ():
+        read = read.fill_null(text.str.strptime(pl.Date if way in DATES else pl.Datetime("us"), way, strict=False).cast(pl.Datetime("us")))
     return (read.dt.replace_time_zone("UTC") if zone else read).cast(wanted)

@@ -43,6 +43,7 @@ class Blueprint:
     days_per_stage: float = 4.0
     errors_max: float = 0.01
     uptime: float = 0.99                 # deploy.uptime
+    region: str = ""                     # deploy.region; empty: anywhere
     false_alarms_per_month: float = 0.05   # monitor.false_alarms_per_month
 
     @property
@@ -285,6 +286,7 @@ def _probe(path: str, **more: int) -> dict[str, Any]:
 def _pod(b: Blueprint) -> dict[str, Any]:
     mounts = [{"name": "tls", "mountPath": f"/run/secrets/{key}", "subPath": key, "readOnly": True} for key in ("tls.crt", "tls.key")]
     return {
+        **({"nodeSelector": {"topology.kubernetes.io/region": b.region}} if b.region else {}),
         "serviceAccountName": b.service, "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 30,
         "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}},
         "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {"matchLabels": _labels(b)}}],

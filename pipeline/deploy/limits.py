@@ -101,6 +101,10 @@ def claim_costs(
         asked = "money_per_1000" if run.problem.problem.mode == "online" else "batch_money_per_1000"
         run.check("Money for 1,000 answers (deploy.cost_per_1000)", next(c for c in made if c.name == asked), at_most=run.problem.deploy.cost_per_1000,
                   answers=["deploy.cost_per_1000"])
+    if run.problem.deploy.cpu_ms_per_1000 is not None:
+        asked = "cpu_ms_per_1000" if run.problem.problem.mode == "online" else "batch_cpu_ms_per_1000"
+        run.check("Processor time of 1,000 answers (deploy.cpu_ms_per_1000)", next(c for c in made if c.name == asked), at_most=run.problem.deploy.cpu_ms_per_1000,
+                  answers=["deploy.cpu_ms_per_1000"])
     return made
 
 
@@ -128,8 +132,9 @@ def tell(
     sample = rehearsal.latencies.filter(pl.col("counts"))
     p99 = latency_quantile(sample, 0.99).value
     same = "the same answers as measured" if gap <= 1e-9 else f"answers that differ from what was measured by up to {gap:.3g}"
+    slow = f"99 % of single-row requests take under {p99:.3g} ms" if np.isfinite(p99) else "more than 1 % of single-row requests got no answer"
     return (
         f"{packed.manifest['name']} version {packed.manifest['version']} gives {same} on {rehearsal.rows:,} holdout rows over HTTP; "
-        f"99 % of single-row requests take under {p99:.3g} ms (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "
+        f"{slow} (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "
         f"{folder_mb(packed.folder):.3g} MB on disk, {rehearsal.resources['rss_mb']:.0f} MB in memory{run.unmet}."
     )

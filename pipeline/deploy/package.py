@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from ..core import audit
 from ..core.errors import InputError, IntegrityError
 from ..core.store import digest_bytes, digest_file, disk_errors, locked, to_json, write_whole
-from .further import TARGETS, read_further
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -62,6 +61,8 @@ def fill(
     with disk_errors("building the package"):
         shutil.copytree(model, folder / "model")
         if contents.targets is not None:
+            from pipeline.deploy.further import TARGETS
+
             shutil.copytree(contents.targets, folder / TARGETS)
     for name, value in (("contract", contents.contract), ("schema", contents.schema), ("threshold", contents.threshold),
                         ("claims", contents.claims), ("card", contents.card)):
@@ -197,6 +198,7 @@ def load_package(
     newest: int = 0,        # the highest version seen so far
 ) -> Predictor:
     "Verify everything, then read the model; raises `IntegrityError`."
+    from pipeline.deploy.further import read_further
     from pipeline.deploy.predict import Predictor
     from pipeline.deploy.schema import Schema
     from pipeline.evaluate.group_thresholds import GroupRule

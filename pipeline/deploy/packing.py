@@ -19,7 +19,7 @@ from ..core.store import digest, digest_file
 from .card import card_markdown, make_card
 from .further import typical_row
 from .package import KEY, LOCK, MANIFEST, SBOM, Contents, load_package, release, verify_package
-from .sbom import check_sbom, lock_text, make_sbom, read_lock, serving_lock
+from .sbom import check_sbom, lock_text, make_sbom, read_licences, read_lock, serving_lock
 from .schema import make_schema
 from ..evaluate.holdout import shipped
 
@@ -112,7 +112,7 @@ def _contents(run: Run, model: dict[str, Any], model_digest: str) -> Contents:
     origin = {"data_version": versions["data"], "label_version": versions["label"], "model": model_digest, "python": interpreter()}
     lock = run.settings.root / LOCK
     installed = serving_lock(read_lock(lock.read_text(encoding="utf-8"))) if lock.is_file() else []
-    sbom = make_sbom(said.name, model | {"digest": model_digest}, installed, interpreter(), {k: versions[k] for k in ("data", "label")})
+    sbom = make_sbom(said.name, model | {"digest": model_digest}, installed, interpreter(), {k: versions[k] for k in ("data", "label")}, read_licences(installed))
     check_sbom(sbom)
     return Contents(
         contract,

@@ -69,7 +69,7 @@ def blueprint_of(run: Run, packed: Packed, base: str) -> Blueprint:
         run.problem.problem.name, packed.manifest["version"], digest_file(packed.folder / MANIFEST), base,
         str(file.relative_to(root)) if file.is_relative_to(root) else file.name, ".".join(platform.python_version_tuple()[:2]),
         deploy.rss_mb, deploy.latency_p99_ms, deploy.throughput_rps, stages=tuple(rollout.stages), days_per_stage=rollout.days_per_stage, errors_max=rollout.errors_max,
-        uptime=deploy.uptime, false_alarms_per_month=run.problem.monitor.false_alarms_per_month,
+        uptime=deploy.uptime, region=deploy.region or "", false_alarms_per_month=run.problem.monitor.false_alarms_per_month,
     )
 
 

@@ -5,24 +5,28 @@
 # %% ../../nbs/lib/deploy/09_reading.ipynb #164f01b8
 from __future__ import annotations
 
+import codecs
+import csv
 import datetime as dt
 import io
 import posixpath
 import re
+import unicodedata
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from ..core.errors import InputError, IntegrityError
-from ..data.sources import BROKEN, NULLS, check_object, flatten, tidy_names
+from ..data.sources import BROKEN, NULLS, check_object, flatten, guess_separator, has_decimal_commas, tidy_names, without_thousands
 
 # %% auto #0
-__all__ = ['BLOCK', 'JSON_BLOCK', 'LOOKED_AT', 'MOST_SHARED', 'MOST_CELL', 'MOST_COLUMNS', 'DATED', 'read_pieces', 'cut',
-           'csv_blocks', 'json_blocks', 'is_dated', 'moment_of']
+__all__ = ['BLOCK', 'JSON_BLOCK', 'HEAD', 'LOOKED_AT', 'MOST_SHARED', 'MOST_CELL', 'MOST_COLUMNS', 'DATED', 'read_pieces', 'cut',
+           'Dialect', 'dialect_of', 'csv_blocks', 'json_blocks', 'is_dated', 'moment_of']
 
 # %% ../../nbs/lib/deploy/09_reading.ipynb #ce27f75a
 BLOCK = 16_000_000         # bytes of a CSV that are read at a time
@@ -34,6 +38,7 @@ def read_pieces(
     columns: Sequence[str] | None,     # that are wanted; all where one of them is not there, or None
     at_once: int,                      # rows of a piece, where the reader can tell
     block: int | None = None,          # bytes, where it cannot; BLOCK or JSON_BLOCK by default
+    numbers: Collection[str] = (),     # columns of a CSV in which 1,5 is a number, where the file writes numbers so
 ) -> Iterator[pl.DataFrame]:
     "A table in pieces of the same columns and kinds; of an empty table one without rows."
     kind = path.suffix.lower()
@@ -41,18 +46,10 @@ def read_pieces(
         yield from _json_pieces(path, columns, block or JSON_BLOCK)
     elif kind == ".xlsx":
         yield from _sheet_pieces(path, columns, at_once)
+    elif kind == ".parquet":
+        yield from _parquet_pieces(path, columns, at_once)
     else:
-        lazy = pl.scan_parquet(path) if kind == ".parquet" else pl.scan_csv(path, infer_schema=False, null_values=[""])
-        known = lazy.collect_schema()
-        wanted = _wanted(columns, known.names())
-        yield pl.DataFrame(schema={n: known[n] for n in wanted})
-        if kind == ".parquet":
-            import pyarrow.parquet as pq
-
-            parquet = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)     # else every page that was read stays in memory
-            yield from (pl.DataFrame(pl.from_arrow(batch)) for batch in parquet.iter_batches(at_once, columns=wanted))
-        else:      # every cell is counted: a line that is too long is an error
-            yield from (pl.read_csv(text, infer_schema=False, null_values=[""]).select(wanted) for text in csv_blocks(path, block or BLOCK))
+        yield from _csv_pieces(path, columns, block or BLOCK, numbers)
 
 
 def cut(
@@ -72,6 +69,69 @@ def cut(
 # %% ../../nbs/lib/deploy/09_reading.ipynb #1df5dec3
 def _wanted(columns: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     return list(columns) if columns is not None and set(columns) <= set(known) else list(known)
+
+# %% ../../nbs/lib/deploy/09_reading.ipynb #762e3ccd
+def _parquet_pieces(path: Path, columns: Sequence[str] | None, at_once: int) -> Iterator[pl.DataFrame]:
+    import pyarrow.parquet as pq
+
+    known = pl.scan_parquet(path).collect_schema()
+    wanted = _wanted(columns, known.names())
+    yield pl.DataFrame(schema={n: known[n] for n in wanted})
+    parquet = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)     # else every page that was read stays in memory
+    yield from (pl.DataFrame(pl.from_arrow(batch)) for batch in parquet.iter_batches(at_once, columns=wanted))
+
+# %% ../../nbs/lib/deploy/09_reading.ipynb #4b0d5c01
+HEAD = 2_000_000     # first bytes of a CSV, which tell how it is written
+
+
+@dataclass(frozen=True)
+class Dialect:
+    "How a CSV is written."
+
+    encoding: str      # utf-8 or cp1252
+    separator: str
+    comma: bool        # numbers are written 1,5
+    names: list[str]   # of its columns
+
+    def read(self, block: bytes, numbers: Collection[str] = ()) -> pl.DataFrame:
+        "A piece of it with its header, every cell as text; numbers of such columns with a decimal point."
+        data = block if self.encoding == "utf-8" else block.decode(self.encoding, "replace").encode()
+        data = without_thousands(data) if self.comma else data
+        rows = pl.read_csv(data, separator=self.separator, infer_schema=False, null_values=[""])     # every cell is counted: a line that is too long is an error
+        rows.columns = self.names
+        return rows.with_columns(pl.col(n).str.replace(r"^(\s*[+-]?\d+),(\d+\s*)$", "$1.$2") for n in numbers if self.comma and n in self.names)
+
+
+def dialect_of(
+    path: Path,       # a CSV
+) -> Dialect:
+    "Told from its first bytes, as `pipeline.data.sources.read_table` tells it; raises `InputError` for what is none."
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path.name} is UTF-16; save it as UTF-8")
+    head = head.removeprefix(codecs.BOM_UTF8)
+    if not head.strip():
+        raise InputError(f"{path.name} is empty; a header and rows are needed")
+    encoding = "utf-8"
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        encoding, text = "cp1252", head.decode("cp1252", "replace")
+    separator = guess_separator(head)
+    given = next(csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=separator))
+    names = [unicodedata.normalize("NFC", name).strip() or f"unnamed_{i}" for i, name in enumerate(given, 1)]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise InputError(f"{path.name}: {names.count(twice)} columns are named '{twice}'; rename all but one")
+    return Dialect(encoding, separator, has_decimal_commas(head, separator), names)
+
+# %% ../../nbs/lib/deploy/09_reading.ipynb #e8acc7d2
+def _csv_pieces(path: Path, columns: Sequence[str] | None, size: int, numbers: Collection[str]) -> Iterator[pl.DataFrame]:
+    dialect = dialect_of(path)
+    wanted = _wanted(columns, dialect.names)
+    yield pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
+    yield from (dialect.read(block, numbers).select(wanted) for block in csv_blocks(path, size))
 
 # %% ../../nbs/lib/deploy/09_reading.ipynb #7f8ca0ae
 def csv_blocks(

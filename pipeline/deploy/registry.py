@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import audit
 from ..core.display import Html, note, stack, table
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
-from ..core.run import clock, overall, room_of
+from ..core.run import Check, clock, overall, room_of
 from ..core.store import digest_file, locked
 from ..data.network import fill_secrets, shown_url
 from .package import KEY, MANIFEST, verify_package
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.packing import Packed
 
 # %% auto #0
-__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'Entry', 'Move', 'Registry', 'enter', 'judge_package']
+__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'WHOLE', 'Entry', 'Move', 'Registry', 'enter', 'judge_package']
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #1bb06f54
 STATES = ("candidate", "staging", "canary", "production", "retired")
@@ -39,6 +40,7 @@ MOVES: dict[str, tuple[str, ...]] = {
 }
 ALONE = ("canary", "production")   # at most one package of a name is in each of these
 ROLLBACK, DOWNGRADE = "rollback", "downgrade"
+WHOLE = Check("the run as a whole", "go", "", "go")   # where nobody says which criterion failed
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Entry:
     version: int          # of the package, from 1
     digest: str           # of its manifest
     state: str
-    verdict: str          # of the run that made it: go, no-go, inconclusive
+    verdict: str          # of the run that made it: go, no-go, inconclusive; waived: a person answers for what failed
     run: str              # problem/run
     revision: int         # grows with each move
     changed: dt.datetime  # UTC
@@ -97,6 +99,7 @@ class Registry:
         run: str = "",        # problem/run
         by: str = "",         # who; the user at work by default
         reason: str = "released by the deploy phase",
+        checks: Iterable[Check] = (),   # of the run so far
     ) -> Entry:
         "Take a signed package in as a candidate; the same package twice is one entry."
         manifest = verify_package(package, audit.public_key(self.store, KEY))
@@ -105,36 +108,39 @@ class Registry:
         with self.transaction(manifest["name"]) as connection:
             found = self._one(connection, table.c.digest == digest)
             if found is None:
+                verdict = self._weigh(connection, manifest, digest, verdict, checks, run)
                 connection.execute(table.insert().values(
                     digest=digest, name=manifest["name"], version=manifest["version"], state="candidate", verdict=verdict, run=run,
                     revision=1, changed=clock(), by=by or who(), reason=reason))
                 self._note(connection, manifest["name"], manifest["version"], digest, "", "candidate", by or who(), reason)
-            elif not (run and run == found.run and found.verdict == "no-go"):   # no run lifts its own no-go before it has come to its end
-                self._judge(connection, found, verdict, run, by)
+            else:
+                self._judge(connection, found, manifest, verdict, checks, run, by)
         self.tell_moves()
         return self.entry(manifest["name"], manifest["version"])
 
     def judge(
         self,
-        digest: str,      # of a package
+        package: Path,    # its folder
         verdict: str,     # of the whole run that made it
         run: str,         # problem/run
         by: str = "",     # who; the user at work by default
+        checks: Iterable[Check] = (),   # of the whole run
     ) -> Entry | None:    # None: it is not registered
         "A run's last word on its package, while nobody relies on it yet; another verdict than before is written down."
-        from sqlalchemy import select
-
-        table = self.tables.packages
-        with _said_plainly(self.url), self.engine.connect() as connection:
-            name = connection.execute(select(table.c.name).where(table.c.digest == digest)).scalar()
-        if name is None:
-            return None
-        with self.transaction(name) as connection:
-            found = self._one(connection, table.c.digest == digest)
-            assert found
-            self._judge(connection, found, verdict, run, by)
+        manifest = json.loads((Path(package) / MANIFEST).read_text(encoding="utf-8"))
+        with self.transaction(manifest["name"]) as connection:
+            found = self._one(connection, self.tables.packages.c.digest == digest_file(Path(package) / MANIFEST))
+            if found is None:
+                return None
+            met = [] if verdict == "no-go" else [WHOLE]
+            self._judge(connection, found, manifest, verdict, [*checks, *met], run, by)
         self.tell_moves()
-        return self.entry(name, found.version)
+        return self.entry(found.name, found.version)
+
+    def failed(self, entry: Entry) -> list[str]:
+        "The criteria that bar a package, each with its limit."
+        with _said_plainly(self.url), self.engine.connect() as connection:
+            return self._failed(connection, entry)
 
     def entries(
         self,
@@ -155,8 +161,7 @@ class Registry:
     ) -> Entry | None:       # None: nothing is in production, or nothing was before it
         "What a rollback would bring back."
         with _said_plainly(self.url), self.engine.connect() as connection:
-            current = self._in_state(connection, name, "production")
-            return None if current is None else self._before(connection, name, current.digest)
+            return self._before(connection, name)
 
     def entry(self, name: str, version: int) -> Entry:
         "One package; raises `InputError` for one that nobody registered."
@@ -194,10 +199,11 @@ class Registry:
         by: str = "",                   # who
         expected: str | None = None,    # the state that the caller saw; refused when it is another by now
         downgrade: bool = False,        # yes, although a newer package was in production
+        waive: bool = False,            # yes, although it failed a criterion
     ) -> Entry:
         "Move a package, all or nothing; whoever was in production makes room for it. Raises `InputError`, `IntegrityError` for an older package."
         with self.transaction(name) as connection:
-            self.put(connection, name, version, to, reason, by, expected, downgrade)
+            self.put(connection, name, version, to, reason, by, expected, downgrade, waive)
         self.tell_moves()
         return self.entry(name, version)
 
@@ -214,14 +220,13 @@ class Registry:
     ) -> Entry:          # what is in production now
         "Back to the package that was in production before; the one that is there now is retired."
         with self.transaction(name) as connection:
-            before = self.predecessor(connection, name)
-            self.put_live(connection, name, before.digest, reason, by, back=True)
+            before = self.put_back(connection, name, reason, by)
         self.tell_moves()
         return self.entry(name, before.version)
 
     # parts of somebody's transaction, which tells the moves when it is over
 
-    def put(self, connection: Any, name: str, version: int, to: str, reason: str, by: str = "", expected: str | None = None, downgrade: bool = False) -> Entry:
+    def put(self, connection: Any, name: str, version: int, to: str, reason: str, by: str = "", expected: str | None = None, downgrade: bool = False, waive: bool = False) -> Entry:
         "A move; as the package was before it."
         if to not in STATES:
             raise InputError(f"{to!r} is no state of a package; states: {', '.join(STATES)}")
@@ -233,20 +238,22 @@ class Registry:
         if to not in MOVES[found.state]:
             allowed = ", ".join(MOVES[found.state]) or "none (only a rollback brings it back)"
             raise InputError(f"{name} v{version} is {found.state} and cannot become {to}; next states: {allowed}")
+        if waive:
+            found, reason = self._waived(connection, found, to, reason)
         reason = self._judged(connection, found, to, reason, downgrade)
         if to in ALONE:
             self._make_room(connection, name, to, found, by or who(), reason)
         self._change(connection, found, to, by or who(), reason)
         return found
 
-    def predecessor(self, connection: Any, name: str) -> Entry:
-        "What a rollback brings back; raises `InputError`."
-        current = self._in_state(connection, name, "production")
-        if current is None:
-            raise InputError(f"{name} has nothing in production, so there is nothing to go back from; promote a package first")
-        before = self._before(connection, name, current.digest)
+    def put_back(self, connection: Any, name: str, reason: str, by: str = "") -> Entry:
+        "What was in production before is there again; raises `InputError` where nothing was."
+        before = self._before(connection, name)
         if before is None:
-            raise InputError(f"{name} v{current.version} is the first that was ever in production; there is nothing older to go back to")
+            current = self._in_state(connection, name, "production")
+            raise InputError(f"{name} has nothing in production, so there is nothing to go back from; promote a package first" if current is None else
+                             f"{name} v{current.version} is the first that was ever in production; there is nothing older to go back to")
+        self.put_live(connection, name, before.digest, reason, by, back=True)
         return before
 
     def check_live(
@@ -324,11 +331,14 @@ class Registry:
         table = self.tables.packages
         return self._one(connection, table.c.name == name, table.c.state == state)
 
-    def _before(self, connection: Any, name: str, digest: str) -> Entry | None:
-        "The package that left production last because another one came, and was not rolled back itself."
+    def _before(self, connection: Any, name: str) -> Entry | None:
+        "The package that left production last because the one that is there came, and was not rolled back itself."
+        current = self._in_state(connection, name, "production")
+        if current is None:
+            return None
         table = self.tables.moves
         rows = connection.execute(table.select().where(
-            (table.c.name == name) & (table.c.came_from == "production") & (table.c.digest != digest)).order_by(table.c.number.desc())).mappings().all()
+            (table.c.name == name) & (table.c.came_from == "production") & (table.c.digest != current.digest)).order_by(table.c.number.desc())).mappings().all()
         for row in rows:
             found = self._one(connection, self.tables.packages.c.digest == row["digest"])
             if found is not None and found.state == "retired" and not row["reason"].startswith(ROLLBACK):
@@ -338,7 +348,9 @@ class Registry:
     def _judged(self, connection: Any, found: Entry, to: str, reason: str, downgrade: bool) -> str:
         "Raise for what must not come near callers; the reason as it is written down."
         if to in ("staging", "canary", "production") and found.verdict == "no-go":
-            raise InputError(f"{found.name} v{found.version} comes from a run with the verdict no-go{f' ({found.run})' if found.run else ''} and cannot become {to}; mend what failed and run again")
+            failed = "; ".join(self._failed(connection, found))
+            raise InputError(f"{found.name} v{found.version} comes from a run with the verdict no-go{f' ({found.run})' if found.run else ''} and cannot become {to}{f' (failed: {failed})' if failed else ''}; mend what failed and run again, "
+                             f"or answer for it by name: pilothouse models {found.name} --move {found.version} --to staging --waive --reason '…'")
         newest = self._newest(connection, found.name)
         if to not in ALONE or found.version >= newest:
             return reason
@@ -346,8 +358,40 @@ class Registry:
             raise IntegrityError(f"{found.name} v{found.version} is older than v{newest}, which was in production; go back by a rollback, or say --downgrade, which is written down")
         return f"{DOWNGRADE} below v{newest}: {reason}"
 
-    def _judge(self, connection: Any, found: Entry, verdict: str, run: str, by: str) -> None:
-        if found.state not in ("candidate", "staging") or found.verdict == verdict:
+    def _weigh(self, connection: Any, manifest: Mapping[str, Any], digest: str, verdict: str, checks: Iterable[Check], run: str) -> str:
+        "The verdict that holds: what a model failed stays failed, whatever it is packed in, until it meets that same limit."
+        table, checks = self.tables.failures, list(checks)
+        model = manifest["created_from"].get("model") or digest
+        failed = [c for c in checks if c.verdict == "no-go"] or ([WHOLE] if verdict == "no-go" else [])
+        met = {(c.title, c.limit) for c in checks if c.verdict in ("go", "inconclusive")}
+        held = connection.execute(table.select().where((table.c.name == manifest["name"]) & (table.c.model == model)).order_by(table.c.run, table.c.criterion)).mappings().all()
+        stands = {(r["criterion"], r["limit"]): r["run"] for r in held if (r["criterion"], r["limit"]) not in met} | {(c.title, c.limit): run for c in failed}
+        connection.execute(table.delete().where(table.c.digest == digest))
+        for (criterion, limit), of in stands.items():
+            connection.execute(table.insert().values(digest=digest, name=manifest["name"], model=model, criterion=criterion, limit=limit, run=of))
+        return "no-go" if stands else verdict
+
+    def _failed(self, connection: Any, found: Entry) -> list[str]:
+        table = self.tables.failures
+        rows = connection.execute(table.select().where(table.c.digest == found.digest).order_by(table.c.run, table.c.criterion)).mappings().all()
+        return [f"{r['criterion']}, limit {r['limit']}" + (f", in {r['run']}" if r["run"] not in ("", found.run) else "") for r in rows]
+
+    def _waived(self, connection: Any, found: Entry, to: str, reason: str) -> tuple[Entry, str]:
+        "A person answers for what failed."
+        if to not in ("staging", "canary", "production") or found.verdict != "no-go":
+            raise InputError(f"{found.name} v{found.version} is {found.verdict} and nothing bars it from becoming {to}; leave --waive out")
+        table, failures = self.tables.packages, self.tables.failures
+        what = "; ".join(self._failed(connection, found)) or "no-go"
+        models = failures.select().with_only_columns(failures.c.model).where(failures.c.digest == found.digest)
+        connection.execute(failures.delete().where((failures.c.name == found.name) & failures.c.model.in_(models.scalar_subquery())))
+        connection.execute(table.update().where(table.c.digest == found.digest).values(verdict="waived"))
+        return replace(found, verdict="waived"), f"waived ({what}): {reason}"
+
+    def _judge(self, connection: Any, found: Entry, manifest: Mapping[str, Any], verdict: str, checks: Iterable[Check], run: str, by: str) -> None:
+        if found.state not in ("candidate", "staging"):
+            return
+        verdict = self._weigh(connection, manifest, found.digest, verdict, checks, run)
+        if found.verdict == verdict:
             return
         table = self.tables.packages
         connection.execute(table.update().where(table.c.digest == found.digest).values(verdict=verdict, run=run, revision=found.revision + 1, changed=clock()))
@@ -405,6 +449,7 @@ class _Tables:
     meta: Any
     packages: Any
     moves: Any
+    failures: Any
 
 
 def _tables(engine: Any) -> _Tables:
@@ -429,7 +474,13 @@ def _tables(engine: Any) -> _Tables:
         Column("by", String(200), nullable=False), Column("reason", String(2000), nullable=False),
         Column("at", DateTime(timezone=True), nullable=False), Column("audited", Boolean, nullable=False),
     )
-    return _Tables(meta, packages, moves)
+    failures = Table(
+        "failures", meta,
+        Column("digest", String(64), primary_key=True), Column("criterion", String(300), primary_key=True), Column("limit", String(300), primary_key=True),
+        Column("name", String(64), nullable=False), Column("model", String(64), nullable=False), Column("run", String(200), nullable=False),
+        Index("failures_of_a_model", "name", "model"),
+    )
+    return _Tables(meta, packages, moves, failures)
 
 
 def _engine(url: str, store: Path) -> Any:
@@ -483,17 +534,23 @@ def enter(
     packed: Packed,   # its package
 ) -> Html:
     "Register the package as a candidate; what is known of the name so far."
-    name, verdicts = run.problem.problem.name, [str(run.verdict)]
-    verdicts += [run.answer(room)["verdict"] for room in ("data", "label", "train", "evaluate") if room in {room_of(p) for p in run.phases()}]
+    name, rooms = run.problem.problem.name, [room for room in ("data", "label", "train", "evaluate") if room in {room_of(p) for p in run.phases()}]
+    verdicts = [str(run.verdict), *(run.answer(room)["verdict"] for room in rooms)]
+    checks = [*run.made_checks, *(check for room in rooms for check in run.checks(room))]
     registry = Registry(run.store, run.settings.database)
     try:
-        entry = registry.register(packed.folder, overall(verdicts), f"{run.folder.parent.name}/{run.folder.name}")
-        known = registry.entries(name)
+        entry = registry.register(packed.folder, overall(verdicts), f"{run.folder.parent.name}/{run.folder.name}", checks=checks)
+        known, failed = registry.entries(name), registry.failed(entry)
     finally:
         registry.close()
     rows = [{"version": e.version, "state": e.state, "verdict of its run": e.verdict, "run": e.run, "since": f"{e.changed:%Y-%m-%d %H:%M} UTC", "by": e.by} for e in known]
-    barred = "; it cannot go further than that, its run was judged no-go" if entry.verdict == "no-go" else ""
-    return stack(note(f"{name} v{entry.version} is {entry.state}{barred}.", "warn" if barred else "info"), table(rows, "What the registry holds of this name", rows=10))
+    return stack(_standing(entry, failed), table(rows, "What the registry holds of this name", rows=10))
+
+
+def _standing(entry: Entry, failed: Sequence[str]) -> Html:
+    barred = entry.state in ("candidate", "staging") and entry.verdict == "no-go"
+    told = f"; it cannot go further than that, since its model failed: {'; '.join(failed)}. Meeting the same limit lifts that, or a person by name and reason" if barred else ""
+    return note(f"{entry.name} v{entry.version} is {entry.state}{told}.", "warn" if barred else "info")
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #3e3430d7
 def judge_package(
@@ -502,12 +559,11 @@ def judge_package(
     "Tell the registry how the whole run was judged."
     if not run.has("deploy/package"):
         return note("No package was made, so the registry has nothing to learn.")
+    checks = [*run.made_checks, *(check for phase in run.phases() for check in run.checks(room_of(phase)))]
     registry = Registry(run.store, run.settings.database)
     try:
-        entry = registry.judge(digest_file(Path(run.load("deploy/package")) / MANIFEST), run.verdict, f"{run.folder.parent.name}/{run.folder.name}")
+        entry = registry.judge(run.load("deploy/package"), run.verdict, f"{run.folder.parent.name}/{run.folder.name}", checks=checks)
+        failed = registry.failed(entry) if entry else []
     finally:
         registry.close()
-    if entry is None:
-        return note("The package of this run is not in the registry, so it can go nowhere.", "warn")
-    barred = entry.state in ("candidate", "staging") and entry.verdict == "no-go"
-    return note(f"{entry.name} v{entry.version} is {entry.state}{'; it cannot go further than that' if barred else ''}.", "warn" if barred else "info")
+    return _standing(entry, failed) if entry else note("The package of this run is not in the registry, so it can go nowhere.", "warn")

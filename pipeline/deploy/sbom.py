@@ -15,7 +15,8 @@ from typing import Any
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 
 # %% auto #0
-__all__ = ['SERVING', 'SPEC', 'Locked', 'read_lock', 'serving_lock', 'lock_text', 'installed', 'make_sbom', 'check_sbom']
+__all__ = ['SERVING', 'SPEC', 'WORDS', 'Locked', 'read_lock', 'serving_lock', 'lock_text', 'installed', 'make_sbom', 'check_sbom',
+           'read_licences', 'allows', 'outside']
 
 # %% ../../nbs/lib/deploy/05_sbom.ipynb #109c042a
 SERVING = ("cryptography", "httptools", "lightgbm", "msgspec", "numba", "numpy", "polars", "psutil", "pyarrow", "pydantic", "pyyaml",
@@ -102,10 +103,11 @@ def make_sbom(
     locked: Iterable[Locked],       # the lock that it is installed from
     python: str,                    # such as cpython 3.11.7
     data: Mapping[str, str],        # versions of data and labels that it was made from
+    licences: Mapping[str, str] | None = None,   # of libraries, by name
 ) -> dict[str, Any]:
     "A CycloneDX document of the model, its interpreter and its libraries."
     locked = installed(locked, python)
-    libraries = [_library(one) for one in locked]
+    libraries = [_library(one, (licences or {}).get(one.name, "")) for one in locked]
     known = {part["name"]: part["bom-ref"] for part in libraries}
     kind, _, version = python.partition(" ")
     described = {"bom-ref": "model", "type": "machine-learning-model", "name": name, "version": str(model.get("digest", ""))[:16] or "unknown",
@@ -139,6 +141,89 @@ def check_sbom(
     return len(refs)
 
 # %% ../../nbs/lib/deploy/05_sbom.ipynb #55447084
-def _library(one: Locked) -> dict[str, Any]:
+def _library(one: Locked, licence: str) -> dict[str, Any]:
     purl = f"pkg:pypi/{one.name}@{one.version}"
-    return {"bom-ref": purl, "type": "library", "name": one.name, "version": one.version, "purl": purl}
+    told = {"bom-ref": purl, "type": "library", "name": one.name, "version": one.version, "purl": purl}
+    return told | ({"licenses": [{"expression": licence} if _spdx(licence) else {"license": {"name": licence}}]} if licence else {})
+
+
+def _spdx(licence: str) -> bool:
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        return canonicalize_license_expression(licence) == licence
+    except InvalidLicenseExpression:
+        return False
+
+# %% ../../nbs/lib/deploy/05_sbom.ipynb #78b4d9ea
+WORDS = {"MIT License": "MIT", "Apache Software License": "Apache-2.0", "ISC License (ISCL)": "ISC", "ISC License": "ISC", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+         "Python Software Foundation License": "PSF-2.0"}      # classifiers that mean one licence; “BSD License” means several and stays as it is
+
+
+def read_licences(
+    locked: Iterable[Locked],
+) -> dict[str, str]:       # by library: an SPDX expression, or the words that it uses; nothing for one that says nothing
+    "What the installed libraries say of their licences."
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    found = {}
+    for one in locked:
+        try:
+            told = metadata(one.name)
+        except PackageNotFoundError:
+            continue
+        words = [line.rpartition("::")[2].strip() for line in told.get_all("Classifier") or [] if line.startswith("License ::")]
+        short, expression = ((told.get_all(key) or [""])[0].strip() for key in ("License", "License-Expression"))
+        said = expression or (short if _spdx(short) else " OR ".join(words) if len(words) > 1 and all(w in WORDS for w in words) else (words or [""])[0])
+        if said and told["Version"] == one.version:
+            found[one.name] = " OR ".join(WORDS.get(word, word) for word in said.split(" OR "))
+    return found
+
+
+def allows(
+    allowed: Iterable[str],    # licences
+    licence: str,              # an SPDX expression, or words; empty: unknown
+) -> bool:
+    "Whether what is allowed is enough: one side of each OR, every side of each AND."
+    known = {one.lower() for one in allowed}
+    if not _spdx(licence):
+        return licence.lower() in known
+    said = [word for part in re.split(r"([()]|\bAND\b|\bOR\b)", licence) if (word := part.strip())]
+
+    def one() -> bool:
+        word = said.pop(0)
+        if word == "(":
+            inside = either()
+            said.pop(0)
+            return inside
+        return word.lower() in known
+
+    def both() -> bool:
+        found = [one()]
+        while said and said[0] == "AND":
+            said.pop(0)
+            found.append(one())
+        return all(found)
+
+    def either() -> bool:
+        found = [both()]
+        while said and said[0] == "OR":
+            said.pop(0)
+            found.append(both())
+        return any(found)
+
+    return either()
+
+
+def outside(
+    document: Mapping[str, Any],   # CycloneDX
+    allowed: Iterable[str],        # licences
+) -> list[str]:                    # “name (licence)” of each library
+    "Libraries whose licence is unknown or not among the allowed ones."
+    allowed, found = list(allowed), []
+    for part in document["components"]:
+        told = (part.get("licenses") or [{}])[0]
+        licence = told.get("expression") or told.get("license", {}).get("name", "")
+        if part["type"] == "library" and not allows(allowed, licence):
+            found.append(f"{part['name']} ({licence or 'no licence told'})")
+    return found

@@ -64,11 +64,10 @@ class Trace:
     def to_text(self, most: int = 24) -> str:
         "For people: a heading a stage, a line a step; long stages are cut in the middle."
         lines = [f"{self.model} ({self.family})"]
-        for stage in STAGES:
+        made = [stage for stage in STAGES if any(s.stage == stage for s in self.steps)]
+        for number, stage in enumerate(made, 1):
             steps = [s for s in self.steps if s.stage == stage]
-            if not steps:
-                continue
-            lines.append(HEADINGS[stage])
+            lines.append(f"{number} {HEADINGS[stage]}")
             left_out = len(steps) - most
             shown = steps if left_out <= 1 else [*steps[: most // 2], None, *steps[-(most // 2):]]
             wide = min(44, max(len(s.what) for s in steps))
@@ -76,8 +75,8 @@ class Trace:
         return "\n".join([*lines, "equal to the served answer, bit by bit" if self.equal else "NOT equal to the served answer"])
 
 # %% ../../nbs/lib/deploy/20_trace.ipynb #7e09f974
-HEADINGS = {"sent": "1 sent", "read": "2 read by the schema", "made": "3 made by feature functions", "coded": "4 coded for the model", "inside": "5 inside the model",
-            "contribution": "6 what each column added to the score", "score": "7 score", "probability": "8 answer as numbers", "decision": "9 decision", "served": "10 the service's own answer"}
+HEADINGS = {"sent": "sent", "read": "read by the schema", "made": "made by feature functions", "coded": "coded for the model", "inside": "inside the model",
+            "contribution": "what each column added to the score", "score": "score", "probability": "answer as numbers", "decision": "decision", "served": "the service's own answer"}
 
 
 def _shown(value: Any) -> str:

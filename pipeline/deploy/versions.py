@@ -139,10 +139,11 @@ class Plans:
         reason: str,
         by: str = "",
         downgrade: bool = False,
+        waive: bool = False,
     ) -> Entry:          # as it is now
         "`Registry.move`, and the traffic follows to what a person made production; where a trial goes on, its rollout sees to that."
         with self.registry.transaction(name) as connection:
-            digest = self.registry.put(connection, name, version, to, reason, by, downgrade=downgrade).digest
+            digest = self.registry.put(connection, name, version, to, reason, by, downgrade=downgrade, waive=waive).digest
             plan = self._newest(connection, name)
             if to == "production" and plan is not None and plan.canary is None and plan.live != digest:
                 self._next(connection, plan, name, plan.revision, reason, by, {"live": digest})
@@ -158,8 +159,7 @@ class Plans:
     ) -> Entry:          # what is in production now
         "The package before, in the registry and, where there is a plan, in the traffic: one transaction, so that nothing is half done."
         with self.registry.transaction(name) as connection:
-            before = self.registry.predecessor(connection, name)
-            self.registry.put_live(connection, name, before.digest, reason, by, back=True)
+            before = self.registry.put_back(connection, name, reason, by)
             plan = self._newest(connection, name)
             if plan is not None and plan.live != before.digest:
                 self._next(connection, plan, name, plan.revision, reason, by, {"live": before.digest, "canary": None, "share": 0.0, "shadow": False, "hold": False})

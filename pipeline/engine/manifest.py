@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ def phase_entry(
 def final_verdict(
     phases: dict[str, dict[str, Any]],   # the manifest's phases, in order
     last: str,                           # the last phase there is
+    stale: Container[str] = (),          # phases that answered from what has changed since
 ) -> str:
-    "The last phase's verdict where it has spoken; before that the worst of those that have."
-    if last in phases:
+    "The last phase's verdict where it has spoken of what is there now; before that the worst of those that have."
+    if last in phases and last not in stale:
         return str(phases[last]["verdict"])
-    verdicts = [entry["verdict"] for entry in phases.values()]
+    verdicts = [entry["verdict"] for name, entry in phases.items() if name != last]
     return "no-go" if "no-go" in verdicts else "inconclusive" if "inconclusive" in verdicts else "go"
 
 # %% ../../nbs/lib/engine/07_manifest.ipynb #5587448c
@@ -78,12 +80,12 @@ def write_manifest(
     phases: dict[str, dict[str, Any]],   # phase -> `phase_entry`
     last: str,                           # the last phase there is
     git: dict[str, Any],
-    extra: dict[str, Any],               # threads, audit head
+    extra: dict[str, Any],               # threads, stale phases with the first reason, audit head
 ) -> str:                                # sha256 of the manifest
     "Write `manifest.json`, whole or not at all."
     file = resolved.file
     content = {
-        "problem": resolved.name, "run": run.name, "verdict": final_verdict(phases, last), "complete": last in phases,
+        "problem": resolved.name, "run": run.name, "verdict": final_verdict(phases, last, extra.get("stale", {})), "complete": last in phases,
         "answer": next((p["answer"] for p in reversed(phases.values())), ""),
         "written": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "wall_s": round(sum(p["wall_s"] for p in phases.values()), 3), "cpu_s": round(sum(p["cpu_s"] for p in phases.values()), 3),

@@ -156,7 +156,7 @@ class Wish:
     refresh: bool = False                                  # run what is fresh, too
     frozen: bool = False                                   # refuse notebooks whose code is not the manifest's
     phases: Path | None = None                             # the folder of phase notebooks; nbs/phases by default
-    repeats: Path | None = None                            # the run that is done again: what a clock stopped there stops here
+    repeats: Path | None = None                            # the run that is done again: its phases and no other, stopped where a clock stopped them there
 
 
 @dataclass(frozen=True)
@@ -180,16 +180,16 @@ def run_pipeline(
     executor: Callable[[Settings, dict[str, str]], Executor] = LocalExecutor,
 ) -> Outcome:
     "Bring a run up to date; raises what stopped it, after leaving what is whole in place."
-    phases = find_phases(wish.phases or settings.root / "nbs" / "phases")
+    again = read_manifest(wish.repeats) if wish.repeats else {}
+    phases = find_phases(wish.phases or settings.root / again.get("notebooks", "nbs/phases"))
     resolved = resolve_problem(wish.problem.resolve(), wish.overrides, settings.outputs / ".cache")
-    chosen = _chosen(wish, phases)
+    chosen = [named_phase(name, phases) for name in again["phases"]] if again else _chosen(wish, phases)
     run = settings.outputs / resolved.name / wish.run
     _check_place(wish.run, run, settings)
     tell = Teller(sink)
     with holding(run):
         work = _Work(wish, settings, resolved, phases, run, tell, pages, executor)
         try:
-            work.note_left([phase for phase in phases if phase.number < chosen[0].number])
             for wave in waves(chosen):
                 work.wave(wave)
             return work.outcome()
@@ -255,6 +255,8 @@ class _Work:
         self.notes: list[str] = []
         self.git: dict[str, Any] | None = None
         self.entries: dict[str, dict[str, Any]] = {}
+        self.stale: dict[str, str] = {}    # phases left as they are -> the first reason why they are out of date
+        self._stale_before: dict[str, str] = {}
         self._guessed: dict[str, tuple[str, ...]] = {}
         self._modules: dict[str, list[str]] = {}
         self._writing = threading.Lock()
@@ -277,12 +279,15 @@ class _Work:
         if stale:
             self._run_side_by_side(stale)
 
-    def note_left(self, before: list[Phase]) -> None:
-        "Say which phases before those that were asked for are not up to date: what they found earlier is built upon."
-        old = [(phase.name, reasons[0]) for phase in before if self.facts.receipt(phase.name) is not None and (reasons := why_stale(phase, self.facts))]
+    def note_left(self) -> None:
+        "Say which phases beside those that were asked for are not up to date: before them, they are built upon; after them, they speak of what was."
+        asked = {*self.ran, *self.fresh}
+        old = {p.name: reasons[0] for p in self.phases if p.name not in asked and self.facts.receipt(p.name) is not None and (reasons := why_stale(p, self.facts))}
         if old:
-            first, others = old[0], f" (and so {'is' if len(old) == 2 else 'are'} {', '.join(name for name, _ in old[1:])})" if old[1:] else ""
-            self.notes.append(f"{first[0]} is older than what it rests on: {first[1]}{others}; left as it is, run without --only or --from to bring it up to date")
+            first, *more = old
+            others = f" (and so {'is' if len(more) == 1 else 'are'} {', '.join(more)})" if more else ""
+            self.notes.append(f"{first} is older than what it rests on: {old[first]}{others}; left as it is, run without --only or --from to bring it up to date")
+        self.stale = old
 
     def _first(self) -> Phase:
         return named_phase(self.wish.start or "", self.phases)
@@ -333,6 +338,8 @@ class _Work:
         if self.git is None:
             self.git = git_state(self.settings.root)
             self.entries = {p.name: phase_entry(self.run / p.name, self._measured(p.name)) for p in self.phases if self.facts.receipt(p.name)}
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                self._stale_before = json.loads((self.run / "manifest.json").read_text(encoding="utf-8")).get("stale", {})
             if not (self.run / "manifest.json").exists():   # so that `status` can tell of a run that never got further
                 self._write_manifest()
 
@@ -432,20 +439,23 @@ class _Work:
 
     def _write_manifest(self, **extra: Any) -> str:
         ordered = {p.name: self.entries[p.name] for p in self.phases if p.name in self.entries}
-        facts = {"threads": self.settings.threads, **extra}
+        facts = {"threads": self.settings.threads, "notebooks": self._shown(self.phases[0].notebook.resolve().parent), "stale": self.stale, **extra}
         return write_manifest(self.run, self.settings.root, self.resolved, ordered, self.phases[-1].name, self.git or {}, facts)
 
     # -- ending
 
     def outcome(self) -> Outcome:
         "Wait for pages, write the last manifest, anchor it in the audit trail."
+        self.note_left()
         undrawn = [p.name for p in self.phases if self.facts.receipt(p.name) and not (self.run / p.name / "report.html").exists()]
         undrawn = [name for name in undrawn if name not in self.ran] if self._make_pages else []
         if self.ran or undrawn or not self._is_ended():
             self._end(undrawn)
         told = {p.name: self._told(p.name) for p in self.phases if self.facts.receipt(p.name)}
-        verdict = final_verdict(told, self.phases[-1].name)
-        answer = next((t["answer"] for t in reversed(told.values())), "")
+        last = self.phases[-1].name
+        verdict = final_verdict(told, last, self.stale)
+        spoken = [last] if last in told and last not in self.stale else [*reversed(self.ran), *reversed(told)]
+        answer = next((told[name]["answer"] for name in spoken if told[name]["verdict"] == verdict), "")
         outcome = Outcome(self.run, tuple(self.ran), tuple(self.fresh), verdict, answer, len(told) == len(self.phases), tuple(self.notes))
         self.tell("run_finished", verdict=verdict, answer=answer, ran=list(outcome.ran), fresh=list(outcome.fresh), complete=outcome.complete, notes=self.notes)
         return outcome
@@ -463,8 +473,10 @@ class _Work:
         self._know_run()
         if self.pages is None and self._make_pages:
             self.pages = self._make_pages()
+        restated = [name for name in self.entries if self.stale.get(name) != self._stale_before.get(name) and name not in (*self.ran, *undrawn)]
         if self.pages:
-            for name in undrawn:   # a run that was killed before they were drawn
+            self._write_manifest()   # which says what is out of date
+            for name in [*undrawn, *restated]:   # undrawn: by a run that was killed
                 self.pages.phase(self.run / name)
             self.notes += self.pages.finish(self.run)
         self._anchor()
@@ -481,7 +493,7 @@ class _Work:
             self.entries[name] = {**self.entries[name], "files": phase_entry(self.run / name)["files"]}
         head = audit.head(self.settings.store)
         digest = self._write_manifest(audit_head=head, ended=True)
-        told = {"manifest": digest, "verdict": final_verdict(self.entries, self.phases[-1].name), "ran": list(self.ran)}
+        told = {"manifest": digest, "verdict": final_verdict(self.entries, self.phases[-1].name, self.stale), "ran": list(self.ran)}
         audit.append(self.settings.store, "run.finished", told, run=f"{self.run.parent.name}/{self.run.name}")
 
     def close(self) -> None:

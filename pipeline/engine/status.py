@@ -72,5 +72,5 @@ def run_status(
     state = "running" if pid is not None else "interrupted" if "interrupted" in states else "stale" if states - {"fresh"} else "finished"
     return {
         "problem": run.parent.name, "run": run.name, "folder": str(run), "state": state, "pid": pid or None,
-        "verdict": final_verdict(told, known[-1].name) if told else "", "phases": rows,
+        "verdict": final_verdict(told, known[-1].name, {row["phase"] for row in rows if row["state"] == "stale"}) if told else "", "phases": rows,
     }

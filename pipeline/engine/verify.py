@@ -287,7 +287,7 @@ def differences(
         if first.get(key) != second.get(key):
             notes.append(f"{key}: {first.get(key)} then, {second.get(key)} now")
     if not first.get("complete", True):
-        notes.append(f"the first run ended with {list(first['phases'])[-1]}: what came after it was not compared")
+        notes.append(f"the first run has no phase after {list(first['phases'])[-1]}, and none was run again")
     for phase, entry in first["phases"].items():     # measured times are judged anew
         then, now = entry.get("verdict"), second["phases"].get(phase, {}).get("verdict")
         if then != now:

@@ -307,7 +307,7 @@ def is_relative(
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #71450657
 GAPS = {
     "demographic_parity": "share acted on", "equal_opportunity": "positives found", "false_alarms": "false alarms",
-    "equalized_odds": "the larger of both: equalised odds", "predictive_parity": "alarms that are right",
+    "equalized_odds": "positives found or false alarms, the wider (equalised odds)", "predictive_parity": "alarms that are right",
 }
 
 
@@ -390,7 +390,7 @@ def check_cohorts(
     told = beyond_chance(groups, {by: _overall(holdout, by) for by in tables}, holdout.using["level"])
     run.save("evaluate/cohorts", groups.with_columns(told))
     for column in present:
-        _check_gap(run, column, limit, holdout)
+        _check_gap(run, column, limit, holdout, tables[column])
     least = max(SUPPRESSED, run.problem.comply.least_cell)
     named = groups.filter(told & (pl.col("n") >= least))
     said = f"Of {groups['value'].count()} groups and pairs of groups, {named.height} differ from all rows by more than chance (Holm's correction)"
@@ -407,7 +407,7 @@ def compared_by(
     return comparable(cohorts_by(holdout.predictions, by).to_numpy().astype(str), y, p, holdout.main, units_of(holdout.predictions, holdout.unit))
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #d375aa9c
-def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
+def _check_gap(run: Run, column: str, limit: float, holdout: Holdout, measured: pl.DataFrame) -> None:
     "Go up to the limit; above it no-go, or inconclusive while the interval still reaches down to it."
     compared, title = compared_by(holdout, column), f"{column} groups are served alike (gap of {LABELS[holdout.main]})"
     groups = cohorts_by(holdout.predictions, column).n_unique()
@@ -422,7 +422,9 @@ def _check_gap(run: Run, column: str, limit: float, holdout: Holdout) -> None:
         title=f"gap of {LABELS[holdout.main]} between {column} groups",
     )
     rows = cohorts_by(holdout.predictions, column).value_counts(name="n").filter(pl.nth(0).is_in(compared)).sort("n")
-    few = f"; the smallest of these, {rows.row(0)[0]}, has {rows['n'][0]:,} rows"
+    known = measured.filter(pl.col("cohort").is_in(compared))["value"].drop_nulls()
+    apart = f"; they are {number(known.max() - known.min())} {LABELS[holdout.main]} apart, of which chance's part is taken off" if len(known) > 1 else ""   # type: ignore[operator]
+    few = f"; the smallest of these, {rows.row(0)[0]}, has {rows['n'][0]:,} rows{apart}"
     run.check(title, claim, at_most=limit, why=said + few + (f"; {over}" if over else ""), answers=[f"evaluate.cohorts.{column}", "M6"])
 
 
@@ -444,9 +446,9 @@ def _several_gaps(run: Run, holdout: Holdout, present: list[str]) -> Any:
     run.save("evaluate/gaps", gaps)
     if gaps.is_empty():
         return note("No column has two groups with enough rows of both classes, so gaps in decisions are not told.")
-    shown = gaps.select("by", pl.col("gap").replace_strict(GAPS).alias("gap in"), pl.col("value").alias("observed"), pl.col("honest").alias("less chance"), "low", "high", "most", "least")
+    shown = gaps.select("by", pl.col("gap").replace_strict(GAPS).alias("gap in"), pl.col("value").alias("observed"), pl.col("honest").alias("without chance's part"), "low", "high", "most", "least")
     return table(shown, f"Several gaps in decisions at once (acting from {holdout.using['threshold']:.2f} on); where base rates differ they cannot all close",
-                 formats=dict.fromkeys(("observed", "less chance", "low", "high"), ".3f"))
+                 formats=dict.fromkeys(("observed", "without chance's part", "low", "high"), ".3f"))
 
 
 def _overall(holdout: Holdout, by: str) -> float | None:
@@ -473,11 +475,14 @@ def _shown(by: str, rows: pl.DataFrame, holdout: Holdout, least: int) -> Any:
 
     label = LABELS[holdout.main]
     over = _over(holdout, by)
-    whole = table(_readable(rows, label), f"All groups by {by}{f', {label} {over}' if over else ''}", formats=_formats(label), rows=LEVELS, counts="n", least=least)
-    known = rows.filter(pl.col("cohort").is_in(compared_by(holdout, by)) & pl.col("value").is_not_null() & (pl.col("n") >= least))
+    compared = compared_by(holdout, by)
+    asked = f"{COMPARED} rows or more{f' and {EACH_CLASS} of each class' if holdout.main in RANKED else ''}"
+    whole = table(_readable(rows, label, compared), f"All groups by {by}{f', {label} {over}' if over else ''}; compared are those of {asked}", formats=_formats(label), rows=LEVELS, counts="n", least=least)
+    known = rows.filter(pl.col("cohort").is_in(compared) & pl.col("value").is_not_null() & (pl.col("n") >= least))
     known = known.sort("value", "cohort", descending=[BETTER[holdout.main] == "higher", False])
-    if not known.height:
-        return stack(note(f"No group of {by} is large enough to compare.", "warn"), whole)
+    if known.height < 2:
+        able = f"only {known['cohort'][0]} is" if known.height else "none is"
+        return stack(note(f"Whether groups by {by} are served alike cannot be told: {able} large enough to compare.", "warn"), whole)
     best, worst = known.row(0, named=True), known.row(-1, named=True)
     message = f"{label[:1].upper()}{label[1:]} by {by}: {number(best['value'])} for {best['cohort']}, {number(worst['value'])} for {worst['cohort']}"
     return stack(bars(known, "cohort", "value", message, low="low", high="high", xlabel=label), whole)
@@ -489,11 +494,13 @@ def _worst_pairs(tables: dict[str, pl.DataFrame], pairs: list[str], holdout: Hol
     rows = pl.concat([tables[p] for p in pairs], how="diagonal_relaxed").filter(~pl.col("small").fill_null(True) & pl.col("value").is_not_null() & (pl.col("n") >= least))
     worst = rows.sort("value", "cohort", descending=[BETTER[holdout.main] == "lower", False]).head(10)
     label = LABELS[holdout.main]
-    return table(_readable(worst, label), f"The ten weakest of {rows.height} pairs of groups; among so many, some are weak by chance", formats=_formats(label))
+    which = f"All {rows.height} pairs of groups with {SMALL} rows or more, weakest first" if rows.height == worst.height else f"The {worst.height} weakest of {rows.height} pairs of groups"
+    return table(_readable(worst, label).insert_column(0, worst["by"]), f"{which}; among so many, some are weak by chance", formats=_formats(label))
 
 
-def _readable(rows: pl.DataFrame, label: str) -> pl.DataFrame:
-    few = pl.when(pl.col("n").is_null() | pl.col("small")).then(pl.lit("few rows")).otherwise(pl.lit(""))
+def _readable(rows: pl.DataFrame, label: str, compared: list[str] | None = None) -> pl.DataFrame:
+    small = pl.when(pl.col("n").is_null() | pl.col("small")).then(pl.lit("few rows"))
+    few = (small if compared is None else small.when(~pl.col("cohort").is_in(compared)).then(pl.lit("too few to compare"))).otherwise(pl.lit(""))
     shown = rows.rename({"value": label} | {k: v for k, v in WORDS.items() if k in rows.columns}).with_columns(remark=few)
     remark = ["remark"] if (shown["remark"] != "").any() else []
     after = [w for w in ("acts on", "positives found", "false alarms", "calibration error", "accuracy", "mean error") if w in shown.columns]

@@ -199,7 +199,7 @@ def check_promise(
             + (f"Intervals are {number(float(size.mean()))} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
     parts: list[Any] = [note(said, "go" if (claim.high or 1.0) >= LEVEL else "warn")]
     if tables:
-        parts += [note(_whose(found, served, groupings, max(FEW, least))), _shown(found, least, WIDTH if numbers else "classes left")]
+        parts += [note(_whose(found, served, groupings, max(FEW, least))), _shown(found, least, WIDTH if numbers else "answers left")]
     return stack(*parts)
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #964a6993
@@ -232,13 +232,13 @@ def _whose(found: pl.DataFrame, served: list[Grouping], groupings: list[Grouping
     own = found.filter(pl.col("own_cut").is_not_null()).height
     small = found.filter(pl.col("own_cut").is_null() & pl.col("by").is_in([one.by for one in served]))
     missing = [one.by for one in groupings if one not in served]
-    said = f"{own} of {found.height} groups have a cut of their own, and a row gets the largest of its groups' cuts."
+    said = f"Where to draw the line was learned for {own} of these {found.height} groups from their own rows; a row that is in several gets the most careful line."
     if small.height:
         named = ", ".join(f"{row['by']} {row['cohort']} ({row['learned_on'] or 0})" for row in small.head(6).to_dicts())
         more = f" and {small.height - 6} more" if small.height > 6 else ""
-        said += f" {small.height} with fewer than {few} validation rows share{'s' if small.height == 1 else ''} the cut of all: {named}{more}."
+        said += f" {small.height} with fewer than {few} validation rows share{'s' if small.height == 1 else ''} the line of all rows: {named}{more}."
     if missing:
-        said += f" {', '.join(missing)}: no input of the model, so a request cannot say the group, and its groups share the cut of all."
+        said += f" {', '.join(missing)}: no input of the model, so a request cannot say the group, and its groups share the line of all rows."
     return said
 
 
@@ -246,9 +246,9 @@ def _shown(found: pl.DataFrame, least: int, size: str) -> Any:
     known = found.filter(pl.col("n") >= least).sort("covered", "by", "cohort")
     broken, one = known.filter(pl.col("high") < LEVEL).height, known.filter(pl.col("one_covered") < LEVEL).height
     said = (f"in {'no group' if not broken else f'{broken} of {known.height} groups'} the promise is broken beyond doubt"
-            f" ({known.filter(pl.col('covered') < LEVEL).height} lie under {LEVEL:.0%}, with one cut for all {one} would)")
-    cut = pl.when(pl.col("own_cut").is_null()).then(pl.lit("all rows")).otherwise(pl.format("its {}", "learned_on")).alias("cut from")
-    shown = known.head(8).select("by", "cohort", "n", cut, pl.col("one_covered").alias("held with one cut"), pl.col("covered").alias("held"), "low", "high",
-                                 pl.col("one_size").alias(f"{size}, one cut"), pl.col("size").alias(size))
+            f" (under {LEVEL:.0%}: {known.filter(pl.col('covered') < LEVEL).height}; with one line for all: {one})")
+    cut = pl.when(pl.col("own_cut").is_null()).then(pl.lit("all rows")).otherwise(pl.format("its {} rows", "learned_on")).alias("line from")
+    shown = known.head(8).select("by", "cohort", "n", cut, pl.col("one_covered").alias("held with one line"), pl.col("covered").alias("held"), "low", "high",
+                                 pl.col("one_size").alias(f"{size}, one line"), pl.col("size").alias(size))
     return table(shown, f"Groups with the lowest coverage: {said}", counts="n", least=least,
-                 formats=dict.fromkeys(("held with one cut", "held", "low", "high"), ".1%") | ({} if size == WIDTH else dict.fromkeys((size, f"{size}, one cut"), ".2f")))
+                 formats=dict.fromkeys(("held with one line", "held", "low", "high"), ".1%") | ({} if size == WIDTH else dict.fromkeys((size, f"{size}, one line"), ".2f")))

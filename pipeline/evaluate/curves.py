@@ -352,14 +352,14 @@ def draw_curves(
     own, held = np.arange(len(most)), np.arange(len(most), len(some))
     curve = measure_curve(shape, encoder.encode(part), target[some], own, held, paid, goal, run.seed, run.settings.threads, blocks(part, splits["ordered"]))
     run.save("evaluate/curves", curve)
-    return show_curves(run, curve, goal, len(train), [f for f in able if f not in paid])
+    return show_curves(run, curve, goal, min(frame.height, run.problem.train.rows_max), [f for f in able if f not in paid])
 
 
 def show_curves(
     run: Run,
     curve: pl.DataFrame,       # evaluate/curves, saved
     goal: Goal,
-    rows: int,                 # rows that a fold has to learn from
+    rows: int,                 # rows that the shipped model learns from: their labels are paid for
     unpaid: Sequence[str],     # families without a curve
 ) -> Html:
     "The curves, what more labels and more computing are worth, and where families cross."
@@ -372,7 +372,7 @@ def show_curves(
     start = min(rows, FURTHEST // 2 * known[best].seen)
     claim = run.claim("gain_of_twice_the_rows", of="evaluate/curves", by=gain_of_rows, title=f"gain in {LABELS[goal.metric]} from twice the rows", on="newest fold",
                       using={"family": best, "metric": goal.metric, "rows": start, "times": 2.0, "seed": run.seed}, better="higher")
-    chart = _chart(known, goal, claim, start)
+    chart = _chart(known, goal, claim, start, best)
     told = [tell_crossing(crossing(curve, a, b, goal.metric, run.seed), a, b) for a, b in zip(list(known), list(known)[1:])] or ["one family has a curve, so none can cross"]
     if unpaid:
         told.append(_beside(run, unpaid))
@@ -383,7 +383,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _chart(known: Mapping[str, Laws], goal: Goal, claim: Any, start: int) -> Any:
+def _chart(known: Mapping[str, Laws], goal: Goal, claim: Any, start: int, family: str) -> Any:
     seen = sorted({int(s) for laws in known.values() for s in laws.sizes})
     beyond = [2 * seen[-1], 4 * seen[-1]]
     data: dict[str, Any] = {"rows": [f"{n:,}" for n in seen] + [f"{n:,} (law)" for n in beyond]}
@@ -395,8 +395,8 @@ def _chart(known: Mapping[str, Laws], goal: Goal, claim: Any, start: int) -> Any
             data[f"{f} {side}"] = [measured.get(n) for n in seen] + [trusted[n][end] if n in trusted else None for n in beyond]
     frame = pl.DataFrame(data, schema_overrides={k: pl.Float64 for k in data if k != "rows"})
     sure = (claim.low or 0.0) > 0
-    title = (f"Twice {start:,} rows would bring about {number(claim.value)} {LABELS[goal.metric]}" if sure
-             else f"Twice {start:,} rows would bring {number(claim.low)} to {number(claim.high)} {LABELS[goal.metric]}: perhaps nothing")
+    title = (f"Twice the {start:,} rows there are would bring {family} about {number(claim.value)} {LABELS[goal.metric]}" if sure
+             else f"Twice the {start:,} rows there are would bring {family} {number(claim.low)} to {number(claim.high)} {LABELS[goal.metric]}: perhaps nothing")
     return lines(frame, "rows", list(known), title, joined=True, low=[f"{f} low" for f in known], high=[f"{f} high" for f in known],
                  xlabel="rows to learn from; the last two are continued by the law", ylabel=f"{LABELS[goal.metric]} ({goal.better} is better)")
 
@@ -422,10 +422,10 @@ def _worth(run: Run, laws: Laws, goal: Goal, start: int) -> Html:
         value, low, high = _ends(laws.gain(start, times * start))
         more = int(times * start) - start
         rows.append({"rows": int(times * start), "more labels": more, "cost": more * each, "gain": value, "low": low, "high": high,
-                     "cost of 0.001": more * each * 0.001 / value if value > 1e-9 and goal.metric not in ("mae", "rmse", "value_per_1000") else None})
+                     "for 0.001 more": more * each * 0.001 / value if value > 1e-9 and goal.metric not in ("mae", "rmse", "value_per_1000") else None})
     return table(rows, f"More labels for {laws.family}, at {each:g} {money} each: expected gain in {LABELS[goal.metric]}",
-                 formats={"rows": ",d", "more labels": ",d", "cost": ",.0f", "cost of 0.001": ",.0f", **dict.fromkeys(("gain", "low", "high"), ".4g")},
-                 units={"cost": money, "cost of 0.001": money})
+                 formats={"rows": ",d", "more labels": ",d", "cost": ",.0f", "for 0.001 more": ",.0f", **dict.fromkeys(("gain", "low", "high"), ".4f")},
+                 units={"cost": money, "for 0.001 more": money})
 
 
 def _computing(run: Run, goal: Goal) -> Html:

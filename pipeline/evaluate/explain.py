@@ -327,6 +327,6 @@ def _importance_displays(saved: pl.DataFrame, holdout: Holdout) -> Html:
     said = (f"For {len(idle)} of {saved.height} columns no use can be told from chance when they are shuffled: {', '.join(idle[:12])}{' …' if len(idle) > 12 else ''}. "
             "Leaving columns out and training again, below, tells which can go.") if idle else f"All {saved.height} columns help measurably."
     said += f" Of {len(holdout.model.features):,} columns the {COLUMNS} that contribute most were shuffled." if len(holdout.model.features) > COLUMNS else ""
-    shown = saved.select("column", "loss", "low", "high", pl.col("share").round(3).alias("share of contributions"))
+    shown = saved.select("column", pl.col("loss").alias(f"{label} lost"), "low", "high", pl.col("share").round(3).alias("share of contributions"))
     return stack(chart, note(said, "warn" if idle else "go"),
-                 table(shown, "What each column is worth", rows=40, formats=dict.fromkeys(("loss", "low", "high"), ".4f") | {"share of contributions": ".1%"}))
+                 table(shown, "What each column is worth when it is shuffled, and its share of all contributions to answers", rows=40, formats=dict.fromkeys((f"{label} lost", "low", "high"), ".4f") | {"share of contributions": ".1%"}))

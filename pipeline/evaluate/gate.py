@@ -81,7 +81,7 @@ def check_operations(
 ) -> Html:
     "Size and time of the model that would be shipped, against what the service may take."
     limits, model, online = run.problem.deploy, holdout.model, run.problem.problem.mode == "online"
-    run.check("the model is small enough to ship (deploy.model_mb)", model.size_bytes / 1e6, at_most=limits.model_mb, answers=["deploy.model_mb"])
+    run.check("the model is small enough to ship, in MB (deploy.model_mb)", model.size_bytes / 1e6, at_most=limits.model_mb, answers=["deploy.model_mb"])
     title = "one answer is quick enough, before any network (deploy.latency_p99_ms)"
     facts_: dict[str, Any] = {"model on disk": f"{model.size_bytes / 1e6:.3g} MB, {limits.model_mb:g} MB are allowed"}
     rows = holdout.frame.select(c for c in model.features if c in holdout.frame.columns).head(ASKED).to_dicts()
@@ -142,7 +142,10 @@ def tell_answer(
     money = measured.claims.get("value_per_1000")
     if money is not None and np.isfinite(money.value) and money is not main:
         said += f", worth {in_words('value_per_1000', money.value, money.unit)} per 1,000 decisions against never acting"
-    return f"{said}{run.unmet or '; every criterion is met'}."
+    untold = [a.removeprefix("evaluate.cohorts.") for c in run.made_checks if c.verdict == "not applicable" for a in c.answers if a.startswith("evaluate.cohorts.")]
+    alike = f"; too few rows tell whether groups by {' or '.join(untold)} are served alike" if untold else ""
+    met = "; every criterion that could be asked is met" if untold else "; every criterion is met"
+    return f"{said}{run.unmet or met}{alike}."
 
 
 def tell_span(

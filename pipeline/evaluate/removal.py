@@ -131,11 +131,11 @@ def without_each(
     every, used = np.arange(len(owners)), list[np.ndarray]()
     base = [row_losses(shape, side, every, seed, threads, used=used) for side in parts]
     splits = np.bincount(owners[np.concatenate(used)] if used else [], minlength=len(columns))
-    rows: list[dict[str, Any]] = [{"column": columns[i], "loss": 0.0, "low": 0.0, "high": 0.0, "idle": True, "why": "no split uses it"} for i in np.flatnonzero(splits == 0)]
+    rows: list[dict[str, Any]] = [{"column": columns[i], "loss": 0.0, "low": 0.0, "high": 0.0, "idle": True, "why": "the model never asks for it"} for i in np.flatnonzero(splits == 0)]
     for i in np.argsort(splits, kind="stable")[len(rows):][:most]:
         found = loss_without(shape, parts, base, owners != i, seed, threads)
         rows.append({"column": columns[i], "loss": found.value, "low": found.low, "high": found.high, "idle": found.low is None or found.low <= 0,
-                     "why": "" if found.low is not None and found.low > 0 else "not told from nothing"})
+                     "why": "" if found.low is not None and found.low > 0 else "may be chance"})
     types = {"column": pl.String, "loss": pl.Float64, "low": pl.Float64, "high": pl.Float64, "idle": pl.Boolean, "why": pl.String}
     return pl.DataFrame(rows, schema=types).sort("loss", "column"), base
 
@@ -212,8 +212,8 @@ def drop_columns(
     told = f"{len(going)} of {len(encoder.columns)} can go" + (f": {', '.join(going[:8])}{' …' if len(going) > 8 else ''}" if going else "")
     run.require(title, True, told, answers=["D2"])
     return stack(note(_advice(going, idle, claim, spare, len(encoder.columns)), "warn" if going else "go"),
-                 table(found.select("column", "loss", "low", "high", pl.col("why").alias("remark")), f"What each column is worth to a small model trained without it: rise of the {what}", rows=40,
-                       formats=dict.fromkeys(("loss", "low", "high"), "+.4f")))
+                 table(found.select("column", pl.col("loss").alias("rise"), "low", "high", pl.col("why").alias("remark")), f"What each column is worth to a small model trained without it: rise of the {what}", rows=40,
+                       formats=dict.fromkeys(("rise", "low", "high"), "+.4f")))
 
 # %% ../../nbs/lib/evaluate/24_removal.ipynb #b0bfa8d0
 def _rows(features: int) -> int:
@@ -229,4 +229,4 @@ def _advice(going: list[str], idle: list[str], rise: Any, spare: float, columns:
         return f"{alone} Nor can it be shown that they are spare: without them the loss could rise by more than {spare:.4f}, {SHARE:.0%} of what all columns bring. Remove none."
     ends = "" if rise.low is None else f" ({rise.low:+.4f} to {rise.high:+.4f})"
     return (f"{alone} Candidates to remove: {', '.join(going[:12])}{' …' if len(going) > 12 else ''}. Without them together the loss changes by {rise.value:+.4f}{ends}; "
-            f"up to {spare:.4f}, {SHARE:.0%} of what all columns bring, is taken for nothing.")
+            f"up to {spare:.4f}, {SHARE:.0%} of what all columns bring, counts as nothing.")

@@ -137,7 +137,8 @@ def choose_threshold(
         f"({gain['low']:+,.0f} to {gain['high']:+,.0f})"
     ).replace("-", "−")
     run.decide("threshold", found["options"], found["rule"], because)
-    said = f"Act from a probability of {found['threshold']:.3f} on ({found['rule']}): {because}."
+    paid = f"A false alarm costs {costs['false_alarm']:g} {currency}, a miss {costs['miss']:g}" + (f", an alarm that is right {costs['hit']:g}" if costs["hit"] else "") + " (evaluate.costs). "
+    said = f"{paid}Act from a probability of {found['threshold']:.3f} on ({found['rule']}): {because}."
     if found["review"]:
         said += f" People review scores from {found['review']['from']:.3f} to {found['review']['to']:.3f}."
     options = pl.DataFrame(found["options"]).rename({"value_per_1000": "value", "acts_on": "acts on"})

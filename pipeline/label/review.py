@@ -276,5 +276,5 @@ def tell_labels(
     rate, doubt = error_rate(scores).value, own_doubt(scores)
     odd = f"{rate:.1%} of labels look odd" + (f", and models would miss {doubt:.1%} even if all were right" if doubt > 0.001 else "")
     label, money = run.problem.label, run.problem.problem.currency
-    return (f"{version['labelled']:,} labels are frozen as a version; {share:.1%} of rows have no outcome; {odd}; "
+    return (f"{version['labelled']:,} labels are frozen as a version; {f'{share:.1%} of rows have no outcome' if share else 'every row has an outcome'}; {odd}; "
             f"{queue.height:,} rows are worth asking about next, for {queue_cost(queue, cost_per_label=label.cost_per_label, annotators=label.annotators):,.0f} {money}{run.unmet}.")

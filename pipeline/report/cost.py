@@ -84,9 +84,9 @@ def risen(
 def with_total(
     costs: pl.DataFrame,   # from `phase_costs`
 ) -> pl.DataFrame:
-    "The same with a last row: sums, and the largest memory."
+    "The same with a last row: sums, and the largest memory, of these phases and no other."
     total = costs.select(
-        pl.lit("all phases").alias("phase"), pl.col("wall_s", "cpu_s").sum(), pl.col("peak_rss_mb").max(), pl.col("money", "co2e_g").sum(),
+        pl.lit(_these(costs)).alias("phase"), pl.col("wall_s", "cpu_s").sum(), pl.col("peak_rss_mb").max(), pl.col("money", "co2e_g").sum(),
         pl.lit(None, pl.Float64).alias("more"),
     )
     return pl.concat([costs, total])
@@ -99,7 +99,7 @@ def cost_line(
     "The whole run in a sentence, and one more for each phase that rose."
     last = with_total(costs).row(-1, named=True)
     return " ".join([
-        f"{duration(last['wall_s'])} in all, {number(last['cpu_s'] / 60, '.1f')} processor minutes, at most {number((last['peak_rss_mb'] or 0) / 1024, '.1f')} GB "
+        f"{duration(last['wall_s'])} for {_these(costs)}, {number(last['cpu_s'] / 60, '.1f')} processor minutes, at most {number((last['peak_rss_mb'] or 0) / 1024, '.1f')} GB "
         f"of memory: {number(last['money'], '.3f')} {currency} and {number(last['co2e_g'], '.1f')} g CO₂e.", *risen(costs),
     ])
 
@@ -116,6 +116,10 @@ def show_costs(
     shown = shown.drop("against last time") if costs["more"].null_count() == costs.height else shown
     return table(shown, caption, rows=60, units={"time": "s", "processor": "s", "peak memory": "MB", "money": currency, "CO₂e": "g"},
                  formats={"time": ",.1f", "processor": ",.1f", "peak memory": ",.0f", "money": ".4f", "CO₂e": ".2f", "against last time": "+.0%"})
+
+
+def _these(costs: pl.DataFrame) -> str:
+    return "one phase" if costs.height == 1 else f"these {costs.height} phases"
 
 
 def duration(

@@ -143,9 +143,15 @@ class Evidence:
         return [name for name in QUESTIONS if room_of(name) not in rooms]
 
     @property
+    def stale(self) -> dict[str, str]:
+        "The phases that answered from what has changed since, with the first reason, as the engine saw it."
+        found = self.manifest.get("stale")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def verdict(self) -> str:
-        "The worst verdict of the phases; a run with a phase missing is inconclusive at best."
-        return overall([p.verdict for p in self.phases] + ["inconclusive"] * bool(self.missing))
+        "The worst verdict of the phases; a run with a phase missing or out of date is inconclusive at best."
+        return overall([p.verdict for p in self.phases if p.room != "report" or p.name not in self.stale] + ["inconclusive"] * bool(self.missing or self.stale))
 
 
 def read_run(

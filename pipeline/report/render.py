@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-from ..core.display import VERDICTS, clean, esc, estimates, facts, number, stack, table, text_of, verdict
+from ..core.display import VERDICTS, clean, esc, estimates, facts, note, number, stack, table, text_of, verdict
 from ..core.errors import InputError
 from ..core.run import room_of
 from ..core.store import write_whole
@@ -31,6 +31,7 @@ PHASE = """
 <h1>{{ question }}</h1>
 {% if lede %}<div class="lede">{{ lede|safe }}</div>{% endif %}
 {{ verdict|safe }}
+{{ stale|safe }}
 {{ numbers|safe }}
 <h2>The evidence</h2>
 {% for block in blocks %}{{ block|safe }}
@@ -41,6 +42,7 @@ PHASE = """
 <h2>What is not known</h2>
 {% if unknowns %}<ul>{% for sentence in unknowns %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% else %}<p>Nothing that the criteria of this phase ask for is open.</p>{% endif %}
+{{ beside|safe }}
 <h2>Where this comes from</h2>
 {% if claims %}<details><summary>Every number of this phase, and how to compute it again</summary>{{ claims|safe }}</details>{% endif %}
 <details><summary>Run, versions, time and cost</summary>{{ origin|safe }}</details>
@@ -55,13 +57,14 @@ def render_phase(
     "Write a phase's page."
     phase, run = read_phase(phase_folder), phase_folder.parent
     question, lede, blocks = story(read_json(notebook, {}))
-    manifest = read_json(run / "manifest.json", {})
-    place = f"{run.parent.name} · {run.name}"
+    whole, points = read_run(run), [clean(s, 400) for s in unknowns(phase.claims, phase.checks)]
+    manifest, place = whole.manifest, f"{run.parent.name} · {run.name}"
     body = fill(
         PHASE, place=f"{sentence_case(phase.room)}, phase {phase.name.split('_')[0].lstrip('0') or '0'} of {place}", question=question or QUESTIONS.get(phase.name, phase.name),
-        lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", judged(read_run(run)) if phase.room == "report" else phase.checks).html,
-        numbers=big_numbers(telling(read_run(run)) if phase.room == "report" else carrying(phase.claims, phase.checks, asked_metrics(read_run(run)))), blocks=blocks, criteria=criteria(phase.checks),
-        decisions=decided([d for d in phase.decisions if f'aria-label="{esc("Options: " + str(d.get("what")))}"' not in "".join(blocks)]), unknowns=[clean(s, 400) for s in unknowns(phase.claims, phase.checks)],
+        lede=lede, verdict=verdict(_state(phase.verdict), phase.answer or "This phase gave no answer.", judged(whole) if phase.room == "report" else phase.checks).html,
+        stale=note(f"This page is out of date: {whole.stale[phase.name]} since it was made. `pilothouse run {run.parent.name}{'' if run.name == 'main' else f' --run {run.name}'}` brings it up to date.", "warn").html if phase.name in whole.stale else "",
+        numbers=big_numbers(telling(whole) if phase.room == "report" else carrying(phase.claims, phase.checks, asked_metrics(whole))), blocks=blocks, criteria=criteria(phase.checks),
+        decisions=decided([d for d in phase.decisions if f'aria-label="{esc("Options: " + str(d.get("what")))}"' not in "".join(blocks)]), unknowns=[s for s in points if not _applies_not(s)], beside=_folded_away(points),
         claims=_all_claims(phase.claims), origin=facts(origin(phase, manifest, prices_of(run)), "Where this page comes from").html,
         artifacts=_traces(phase),
     )
@@ -116,6 +119,17 @@ def version_of(
 # %% ../../nbs/lib/report/05_render.ipynb #11c8059d
 def _state(word: str) -> str:
     return word if word in VERDICTS else "inconclusive"
+
+
+def _applies_not(sentence: str) -> bool:
+    return ": not applicable, " in sentence
+
+
+def _folded_away(points: Sequence[str]) -> str:
+    "What does not apply: neither known nor unknown, so it is told apart."
+    moot = [s for s in points if _applies_not(s)]
+    what = "criterion does" if len(moot) == 1 else "criteria do"
+    return f"<details><summary>{len(moot)} {what} not apply to this problem</summary><ul>{''.join(f'<li>{esc(s, 400)}</li>' for s in moot)}</ul></details>" if moot else ""
 
 
 def _when(text: Any) -> str | None:
@@ -173,7 +187,7 @@ RUN = """
 <h2>What is not known</h2>
 {% if unknowns %}<ul>{% for sentence in unknowns %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% else %}<p>Nothing that the criteria ask for is open.</p>{% endif %}
-{% if beside %}<details><summary>{{ beside|length }} {{ "criterion does" if beside|length == 1 else "criteria do" }} not apply to this problem</summary><ul>{% for sentence in beside %}<li>{{ sentence }}</li>{% endfor %}</ul></details>{% endif %}
+{{ beside|safe }}
 <h2>What it cost</h2>
 <p>{{ cost_line }}</p>
 {{ costs|safe }}
@@ -201,7 +215,7 @@ def render_run(
         verdict=verdict(state, sentence, judged(run)).html, numbers=big_numbers(telling(run)), phases=_strip(run),
         limited=limited, others=others, others_n=others.count('<th scope="row"'),
         decisions=folded(decided([{**d, "what": f"{p.room}, {d.get('what')}"} for p in run.phases for d in p.decisions]), 0),
-        unknowns=[s for s in points if ": not applicable, " not in s], beside=[s for s in points if ": not applicable, " in s], cost_line=cost_line(costs, _currency(run.manifest)),
+        unknowns=[s for s in points if not _applies_not(s)], beside=_folded_away(points), cost_line=cost_line(costs, _currency(run.manifest)),
         costs=show_costs(costs, _currency(run.manifest)).html if costs.height else "", origin=facts(_run_origin(run), "Where this run comes from").html,
         parameters=_parameters(leaves),
     )
@@ -252,6 +266,8 @@ def final_answer(
 ) -> tuple[str, str]:   # verdict, sentence
     "The report phase's answer, or what can be said before it is there."
     last = run.phase("report")
+    if last and last.name in run.stale:
+        return run.verdict, f"What the report phase answered is out of date: {run.stale[last.name]} since. Run it again."
     if last:
         return _state(last.verdict), last.answer or "The report phase gave no answer."
     done = len(QUESTIONS) - len(run.missing)
@@ -280,6 +296,9 @@ def _tile(name: str, phase: Phase | None, run: Evidence) -> dict[str, str]:
         return {**tile, "css": "ph-no-go" if why else "ph-none", "icon": "✕" if why else "·", "word": word, "link": "",
                 "question": QUESTIONS.get(name, name), "answer": clean(answer, 400)}
     state = _state(phase.verdict)
+    if name in run.stale:
+        tile = {**tile, "css": "ph-inconclusive", "icon": VERDICTS["inconclusive"], "word": "out of date", "link": f"{name}/report.html", "question": phase.question}
+        return {**tile, "answer": clean(f"{run.stale[name]} since it answered {state}: {phase.answer}", 600)}
     return {**tile, "css": f"ph-{state.replace(' ', '-')}", "icon": VERDICTS[state], "word": state, "link": f"{name}/report.html", "question": phase.question,
             "answer": clean(phase.answer[:1].upper() + phase.answer[1:], 600)}
 

@@ -32,7 +32,8 @@ class Requirement:
 
 
 ASKS_NOTHING = {("train.interpretable", "not required"), ("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0"),
-                ("deploy.cost_per_1000", "no limit"), ("deploy.log_inputs", "minimised"), ("deploy.log_inputs", "none")}
+                ("deploy.cost_per_1000", "no limit"), ("deploy.cpu_ms_per_1000", "no limit"),
+                ("deploy.offline", "not required"), ("deploy.regions", "any"), ("deploy.licences", "any"), ("deploy.log_inputs", "minimised"), ("deploy.log_inputs", "none")}
 
 
 def requirements(

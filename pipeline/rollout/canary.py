@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 
 from ..core.errors import InputError
 from pipeline.rollout.sequential import (
@@ -35,6 +34,9 @@ from pipeline.rollout.sequential import (
     ratio_of,
     revived,
 )
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # %% auto #0
 __all__ = ['TESTS', 'SPLIT', 'SLOW_SHARE', 'FEWEST', 'Rules', 'Requests', 'State', 'start', 'to_json', 'from_json', 'to_frame',
@@ -164,6 +166,8 @@ def from_json(text: str) -> State:
 
 def to_frame(state: State) -> pl.DataFrame:
     "The state as one row."
+    import polars as pl
+
     return pl.DataFrame([{"stage": state.stage, "status": state.status, "windows": len(state.shares), "served": state.served,
                           "outcomes": state.outcomes, "state": to_json(state)}])
 

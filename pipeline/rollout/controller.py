@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EnvironmentFault, InputError, IntegrityError
 from ..core.run import clock
-from ..deploy.registry import Registry, who
+from ..deploy.registry import Entry, Registry, who
 from ..deploy.versions import Plan, Plans
 from .canary import SPLIT, Decision, Rules, State, advanced, consider, standing, start
-from .gather import Reading, gather, reading_of, unsettled
 from .sequential import Split, new_uplift
 from .state import Rollout, Rollouts
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from pipeline.core.problem import Problem
+    from pipeline.rollout.gather import Reading
 
 # %% auto #0
 __all__ = ['SETTLED', 'TRIES', 'LEASE_S', 'rules_for', 'reading_for', 'in_maintenance', 'Steering', 'Controller', 'describe',
@@ -58,6 +58,8 @@ def reading_for(
     version: int,
 ) -> Reading:
     "What is compared, from the problem and the package's contract."
+    from pipeline.rollout.gather import Reading
+
     contract = json.loads((package / "contract.json").read_text(encoding="utf-8"))
     said, costs = problem.rollout, problem.evaluate.costs
     target: dict[str, Any] = next((c for c in contract["columns"] if c["name"] == contract["target"]), {})
@@ -106,6 +108,8 @@ class Steering:
         review_s: float = 3600.0,
     ) -> Rollout:
         "Start a rollout of a version that is in staging or on trial already; raises `InputError`, `IntegrityError` for an older one."
+        from pipeline.rollout.gather import unsettled
+
         by, entry, plan = by or who(), self.registry.entry(name, version), self.plans.current(name)
         if entry.state not in ("staging", "canary"):
             raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging (pilothouse models {name} --move {version} --to staging --reason '…')")
@@ -206,20 +210,20 @@ class Steering:
         reason: str,
         by: str = "",
         revision: int | None = None,
-    ) -> Rollout:
-        "To the version before, now: from a trial, from production where the trial had ended well, or from what came live by hand since."
+    ) -> Rollout | Entry:       # the rollout that was taken back, or what is in production again where none was
+        "To the version before, now: from a trial, from production where the trial had ended well, or from what came live by hand."
         if not reason.strip():
             raise InputError(f"taking {name} back needs a reason; give one with --reason")
         for tried in range(TRIES):
             seen = self.rollouts.current(name)
-            if seen is not None and (since := self._came_since(seen)):
-                _check_seen(seen, revision)
-                now = self.plans.roll_back(name, reason, by or who())
-                return replace(seen, by=by or who(), reason=f"v{now.version} answers again, v{since} does not: {reason}")
-            if seen is None or seen.status in ("rolled back", "aborted"):
-                raise InputError(f"there is no rollout of {name} to go back from{f': v{seen.version} was taken back already' if seen else ''}; "
-                                 f"“pilothouse models {name} --back” brings the version before into production")
+            if seen is None:
+                return self.plans.roll_back(name, reason, by)
             _check_seen(seen, revision)
+            if self._came_since(seen):
+                return self.plans.roll_back(name, reason, by)
+            if seen.status in ("rolled back", "aborted"):
+                raise InputError(f"there is no rollout of {name} to go back from: v{seen.version} was taken back already; "
+                                 f"“pilothouse models {name} --back” brings the version before into production")
             try:
                 return self.take_back(seen, by or who(), reason, _numbers(seen.state))
             except InputError:
@@ -259,14 +263,14 @@ class Steering:
                     raise                      # it was not a quicker one
         raise AssertionError
 
-    def _came_since(self, ended: Rollout) -> int:
-        "The version that a person made live after a rollout was over; 0: what it left answers still."
+    def _came_since(self, ended: Rollout) -> bool:
+        "Whether a person made another version live after a rollout was over."
         plan = self.plans.current(ended.name)
         left = ended.digest if ended.status == "promoted" else ended.old
         if ended.active or plan is None or plan.canary is not None or plan.live == left:
-            return 0
+            return False
         holder = self.registry.holder(ended.name)
-        return holder.version if holder is not None and holder.digest == plan.live else 0
+        return holder is not None and holder.digest == plan.live
 
     def _withdraw(self, rollout: Rollout, by: str, reason: str, production: bool = False) -> None:
         "The old version answers everything."
@@ -297,6 +301,8 @@ class Steering:
 # %% ../../nbs/lib/rollout/09_controller.ipynb #4c6f5364
 def _resettled(facts: dict[str, Any]) -> dict[str, Any]:
     "The split is counted anew, when the new share has reached everybody."
+    from pipeline.rollout.gather import reading_of, unsettled
+
     return {**facts, "reading": asdict(replace(reading_of(facts["reading"]), stage=unsettled(facts["review_s"]), came=""))}
 
 
@@ -414,6 +420,8 @@ class Controller:
         return passed >= seen.facts["review_s"] or passed < 0      # a clock that was set back must not stop reviews
 
     def _review(self, seen: Rollout, now: dt.datetime) -> Decision | None:
+        from pipeline.rollout.gather import gather, reading_of
+
         reading = reading_of(seen.facts["reading"])
         look, reading, why = gather(self.read(reading.after, bool(reading.slice)), self.hear(reading.heard), reading, seen.rules)
         window = in_maintenance(seen.facts["maintenance"], now)

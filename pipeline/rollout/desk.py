@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.errors import InputError
 from ..deploy.registry import Entry, Registry
-from ..deploy.versions import Plan, Plans
+from ..deploy.versions import Plan
 from .controller import Steering
 from .canary import standing
 from .live import Live, traffic_path, traffic_rows
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.deploy.tokens import Extension
 
 # %% auto #0
-__all__ = ['KEPT', 'EVENTS', 'EXTENSIONS', 'Recent', 'tests_of', 'Office', 'production_back', 'extensions']
+__all__ = ['KEPT', 'EVENTS', 'EXTENSIONS', 'Recent', 'tests_of', 'Office', 'extensions']
 
 # %% ../../nbs/lib/rollout/13_desk.ipynb #9388eda6
 KEPT = 500_000     # answered rows at most; of a busier service the page shows less than its minutes
@@ -110,7 +110,10 @@ class Office:
         if action == "back" and self.steering.rollouts.current(self.name) is None:
             raise InputError(f"there is no rollout of {self.name} to go back from; “pilothouse models {self.name} --back” brings the version before into production")
         steering = self.steering
-        found = {"hold": steering.hold, "resume": steering.resume, "promote": steering.promote, "back": steering.back}[action](self.name, reason, by, revision)
+        words: dict[str, Callable[[str, str, str, int | None], Rollout | Entry]] = {"hold": steering.hold, "resume": steering.resume, "promote": steering.promote, "back": steering.back}
+        found = words[action](self.name, reason, by, revision)
+        if isinstance(found, Entry):
+            return f"Version {found.version} is in production again."
         return f"The rollout of version {found.version} is {found.status}, at {found.share:g} %."
 
     def _events(self) -> list[dict[str, str]]:
@@ -125,16 +128,6 @@ def _shown(plan: Plan | None, versions: Mapping[str, int]) -> dict[str, Any] | N
         return None
     return {"live": versions.get(plan.live, 0), "canary": versions.get(plan.canary or "", 0) or None, "share": plan.share, "revision": plan.revision, "by": plan.by,
             "slice": ", ".join(f"{k} = {v}" for k, v in plan.slice.items())}
-
-# %% ../../nbs/lib/rollout/13_desk.ipynb #d61400f0
-def production_back(
-    registry: Registry,
-    name: str,
-    reason: str,
-    by: str = "",
-) -> Entry:          # what is in production now
-    "The version before, in the registry and in the traffic, now."
-    return Plans(registry).roll_back(name, reason, by)
 
 # %% ../../nbs/lib/rollout/13_desk.ipynb #c25a6055
 EXTENSIONS = "pipeline.rollout.desk:extensions"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import audit
 from ..core.errors import EnvironmentFault, InputError
-from .desk import production_back as production_back_now
+from ..deploy.versions import Plans
 from .rig import OPERATOR, Asked, Callers, Stage
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def production_back(ground: Ground) -> Exercise:
     stage.plan("drill: promoted by mistake", live=stage.digests[ground.wrong], canary=None, share=0.0)
     ground.answers_of(ground.version(ground.wrong))
     decided = time.monotonic()
-    entry = production_back_now(stage.registry, name, "drill: the wrong model is live", OPERATOR)
+    entry = Plans(stage.registry).roll_back(name, "drill: the wrong model is live", OPERATOR)
     time.sleep(1 + WATCH_S)
     return judge("production back", "a wrong version was promoted to all traffic", "pilothouse models --back", decided, 1.0, ground.callers.since(decided),
                  {ground.version(ground.old)}, f"version {entry.version} is in production again")

@@ -102,6 +102,10 @@ CONSTRAINTS: list[tuple[str, str, str, str, str]] = [
     ("train.latency_ms", "processor time for one row", "≤ {:g}", "ms", "04 train"),
     ("deploy.uptime", "share of time in service", "≥ {:g}", "", "06 deploy"),
     ("deploy.cost_per_1000", "processor money for 1,000 answers", "≤ {:g}", "currency", "06 deploy"),
+    ("deploy.cpu_ms_per_1000", "processor time of 1,000 answers", "≤ {:g}", "ms", "06 deploy"),
+    ("deploy.offline", "works without a network", "{}", "", "06 deploy"),
+    ("deploy.regions", "where it may be hosted", "{}", "", "06 deploy"),
+    ("deploy.licences", "licences of the libraries", "{}", "", "06 deploy"),
     ("deploy.soak_s", "load with killed workers before a release", "{:g}", "s", "06 deploy"),
     ("deploy.expires_days", "age of a package that still answers", "≤ {:g}", "days", "06 deploy"),
     ("deploy.log_inputs", "inputs kept in the inference log", "{}", "", "06 deploy"),
@@ -125,6 +129,8 @@ def constraints_table(
         value = getattr(getattr(problem, section), name)
         if isinstance(value, bool):
             value = "required" if value else "not required"
+        if isinstance(value, list):
+            value = ", ".join(value) or "any"
         unit = problem.problem.currency if unit == "currency" else unit
         rows.append({"key": key, "constraint": meaning, "limit": "no limit" if value is None else form.format(value), "unit": unit, "measured_in": phase})
     return pl.DataFrame(rows)

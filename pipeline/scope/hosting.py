@@ -19,7 +19,7 @@ from ..core.problem import NotNegative, Positive, Section, read_yaml
 
 # %% auto #0
 __all__ = ['OPTIONS', 'WEIGHTS', 'SKILLS', 'Answers', 'Option', 'month_cost', 'barred', 'Advice', 'rank_options', 'weigh_hosting',
-           'read_answers', 'show_hosting', 'advise_hosting']
+           'read_answers', 'in_words', 'show_hosting', 'advise_hosting']
 
 # %% ../../nbs/lib/scope/05_hosting.ipynb #8b11b7a7
 class Answers(Section):
@@ -209,6 +209,18 @@ def read_answers(
         raise InputError(f"{where} = {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}") from error
 
 
+def in_words(
+    advice: Advice,
+) -> str:
+    "The advice in one sentence; where nothing is left, which rules left nothing, and which one answer would bring an option back."
+    if advice.best is not None:
+        return f"Run it as: {advice.best}"
+    rules = advice.options.group_by("why_not", maintain_order=True).agg(pl.col("option")).iter_rows()
+    broken = "; ".join(f"{', '.join(options)}: {why}" for why, options in rules)
+    back = [f"{turn['answer']}: {turn['instead']} instead of {turn['now']} ({turn['then']})" for turn in advice.flips.iter_rows(named=True)]
+    return f"No option keeps to all answers ({broken}); {'one other answer would do: ' + ', or '.join(back) if back else 'more than one answer has to give'}"
+
+
 def show_hosting(
     advice: Advice,
 ) -> Html:
@@ -216,10 +228,10 @@ def show_hosting(
     able = advice.options.filter(pl.col("why_not") == "").drop("why_not")
     out = advice.options.filter(pl.col("why_not") != "").select("option", pl.col("why_not").alias("why not"))
     if advice.best is None:
-        first = note("Every option breaks a rule; one of the answers has to give.", "no-go")
+        first = note(f"{in_words(advice)}.", "no-go")
     else:
         second = f", before {able['option'][1]} ({able['score'][1]:.2f})" if able.height > 1 else ", the only one that breaks no rule"
-        first = note(f"Run it as: {advice.best} ({able['score'][0]:.2f} of 1){second}. About {able['month'][0]:,.0f} a month with people's hours.", "go")
+        first = note(f"{in_words(advice)} ({able['score'][0]:.2f} of 1){second}. About {able['month'][0]:,.0f} a month with people's hours.", "go")
     turns = (table(advice.flips, "One answer at a time: what would turn the advice", rows=20) if advice.flips.height
              else note("No single answer would turn the advice.", "go"))
     parts = [first]

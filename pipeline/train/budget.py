@@ -19,8 +19,9 @@ from . import linear, nets, trees
 from .protocol import Shape
 
 # %% auto #0
-__all__ = ['TASKS', 'LOOK_S', 'START', 'ROUNDS', 'HEADROOM', 'SHARES', 'ALWAYS', 'SAMPLES', 'charged', 'Stopwatch', 'CoreClock',
-           'start_clock', 'dearness', 'price', 'price_answers', 'usual_rounds', 'Step', 'Plan', 'plan_fits']
+__all__ = ['TASKS', 'LOOK_S', 'START', 'ROUNDS', 'HEADROOM', 'IN_FULL', 'SHARES', 'ALWAYS', 'SAMPLES', 'charged', 'Stopwatch',
+           'CoreClock', 'start_clock', 'dearness', 'price', 'price_answers', 'usual_rounds', 'Step', 'Plan',
+           'plan_fits']
 
 # %% ../../nbs/lib/train/08_budget.ipynb #663fa57a
 def charged(
@@ -198,6 +199,7 @@ class Plan:
         return pl.DataFrame(rows, infer_schema_length=None)
 
 
+IN_FULL = 0.7    # of what the portfolio may spend, for the best of it; the rest screens the others
 SHARES = {"trees": 0.22, "linear": 0.1, "text": 0.1, "portfolio": 0.34, "nets": 0.34, "backbone": 0.5}   # of what the final fits leave
 ALWAYS = ("trees", "linear")                                              # the floor of every comparison, on a sample if need be
 SAMPLES = (60_000, 3_000_000)                                             # a net sees at least and at most
@@ -283,8 +285,9 @@ def _minimum(family: str, folds: Sequence[int], shape: Shape) -> float:
         return sum(price(family, n, shape, {"samples": SAMPLES[0]}) for n in folds)
     if family == "backbone":
         return price(family, max(folds), shape, {})
-    config = trees.PORTFOLIO["wide"] if family == "portfolio" else {}
-    return sum(price(family, min(n, 300), shape, config) for n in folds)
+    if family == "portfolio":
+        return sum(price(family, min(n, 300), shape, trees.PORTFOLIO["wide"]) for n in folds) / IN_FULL
+    return sum(price(family, min(n, 300), shape, {}) for n in folds)
 
 
 def _buy(family: str, folds: Sequence[int], shape: Shape, allowance: float) -> list[Step]:
@@ -319,7 +322,7 @@ def _buy_portfolio(folds: Sequence[int], shape: Shape, allowance: float) -> list
         return everything
     dearest = trees.PORTFOLIO["wide"]
     full = _cost("portfolio", folds, shape, dearest)
-    most = _most_rows(full, max(folds), 0.7 * allowance)
+    most = _most_rows(full, max(folds), IN_FULL * allowance)
     if not most:
         return []
     left = allowance - full(most)

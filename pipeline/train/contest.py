@@ -35,11 +35,11 @@ from .students import add_candidates, compare_students, price_later
 from .workers import Cluster, Workers
 
 # %% auto #0
-__all__ = ['TUNED', 'OVERSHOOT', 'IN_WORDS', 'Contest', 'open_contest', 'workers_of', 'recorded_by', 'limits_of', 'show_contest',
-           'show_plan', 'hold_contest', 'check_tuning', 'measure_answers', 'answer_costs', 'recorded_costs',
-           'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs', 'show_frontier', 'settle',
-           'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of', 'show_costs', 'tell_resumed',
-           'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
+__all__ = ['DRAWS', 'CALLED', 'TUNED', 'DRAWN', 'OVERSHOOT', 'IN_WORDS', 'Contest', 'open_contest', 'workers_of', 'recorded_by',
+           'limits_of', 'show_contest', 'show_plan', 'hold_contest', 'check_tuning', 'measure_answers', 'answer_costs',
+           'recorded_costs', 'show_trials', 'rank', 'draw_board', 'show_board', 'draw_folds', 'draw_costs',
+           'show_frontier', 'settle', 'show_choice', 'show_hindsight', 'fit_models', 'check_answers', 'costs_of',
+           'show_costs', 'tell_resumed', 'show_seeds', 'score_beside', 'claim_quality', 'check_quality', 'tell_contest']
 
 # %% ../../nbs/lib/train/11_contest.ipynb #daf12170
 @dataclass(frozen=True)
@@ -135,13 +135,27 @@ def show_contest(contest: Contest) -> Html:
         "ranked by": f"{contest.label} ({contest.goal.better} is better)", **({"fitted by": str(contest.workers)} if contest.workers else {}),
         "budget": f"{contest.plan.budget_s:g} {contest.unit} for everything",
         "simplicity may cost": f"{contest.limits.tolerance:g} {contest.label}, or what the rows cannot tell" if contest.limits.tolerance else "nothing",
+        "intervals": f"95 %, from {DRAWS} redraws of the rows answered for",
     }, "The rules of the contest")
 
 
+DRAWS = 200
+CALLED = {   # the first word of a candidate's name
+    "dummy": "one answer for every row: what a model must beat", "trees": "LightGBM (gradient boosted trees) as it comes",
+    "linear": "a linear model", "additive": "a sum of one curve a column", "text": "a linear model of words", "nets": "a neural net",
+    "backbone": "a pretrained language model's view of the text", "portfolio": "LightGBM with settings that did well on other tables",
+    "proposal": "LightGBM with settings that the trials so far suggest", "ensemble": "several candidates, weighed together",
+}
+
+
 def show_plan(contest: Contest) -> Html:
-    "What the budget buys, and what it does not."
-    shown = table(contest.plan.table(), "The plan, bought with the budget before anything is fitted")
-    return stack(shown, note(". ".join([*contest.plan.notes]) + ".")) if contest.plan.notes else shown
+    "What the budget buys, and what it does not, with the names that the page uses."
+    plan = contest.plan.table()
+    shown = table(plan.rename({"planned s": "planned"}), "The plan, bought with the budget before anything is fitted", rows=40,
+                  formats={"rows a fold, at most": ",d", "planned": ".1f"}, units={"planned": contest.unit})
+    families = {*plan["family"], *(("proposal",) if "portfolio" in plan["family"] else ()), *(("ensemble",) if contest.limits.ensemble else ())}
+    named = facts({name: words for name, words in CALLED.items() if name in families}, "What the candidates' names mean")
+    return stack(named, shown, *([note(". ".join([*contest.plan.notes]) + ".")] if contest.plan.notes else []))
 
 # %% ../../nbs/lib/train/11_contest.ipynb #e09cc350
 def hold_contest(
@@ -222,10 +236,11 @@ def recorded_costs(
             for r in measured.drop_nulls("row_ms").iter_rows(named=True)}
 
 
-def show_trials(found: Found) -> Html:
+def show_trials(contest: Contest, found: Found) -> Html:
     "Every trial, the failed ones too."
-    shown = table(found.table().select("candidate", "stage", "status", "metric", "by_fold", "steps", "rows", "error"),
-                  "All trials; those of stage screen were compared with each other on the last fold only", rows=40)
+    trials = found.table().select("candidate", "stage", "status", pl.col("metric").alias(contest.label), "by_fold", pl.col("steps").alias("rounds"), "rows", "error")
+    screened = "; those of stage screen were compared with each other on the last fold only" if "screen" in trials["stage"] else ""
+    shown = table(trials, f"All trials, with the rounds that were trained and the rows that a fold learned from{screened}", rows=40, formats={"rows": ",d"})
     if not found.stopped_early:
         return shown
     return stack(note("The clock stopped the search before its plan was done: this machine was too busy for the budget, and another run "
@@ -249,32 +264,39 @@ def draw_board(contest: Contest, board: pl.DataFrame) -> Any:
     if shown.is_empty():
         return note(f"{contest.label} is not defined on the validation rows, so there is nothing to compare.", "warn")
     first, baseline = shown.row(0, named=True), shown.filter(pl.col("family") == "dummy")
-    least = f", the dummy {number(baseline['metric'][0])}" if baseline.height else ""
+    least = f", the dummy {_beside(baseline['metric'][0], first['metric'])}" if baseline.height else ""
     return bars(shown, "candidate", "metric", f"{first['candidate']} reaches {number(first['metric'])} {contest.label}{least}",
                 low="low", high="high", xlabel=f"{contest.label} on rows the models had not seen, 95 % interval")
 
 
 def show_board(contest: Contest, board: pl.DataFrame) -> Html:
     "The leaderboard with distances to the best."
-    columns = ["candidate", "metric", "low", "high", "to_best", "to_best_low", "to_best_high", "size", "rows", "may_ship", "why_not"]
-    shown = table(board.rename({"size_mb": "size"}).select(columns), f"Leaderboard by {contest.label}; distances to the best are drawn in pairs",
-                  formats={"size": ".2f", "rows": ",d"}, units={"size": "MB"})
+    names = {"metric": contest.label, "to_best": "distance", "to_best_low": "its low", "to_best_high": "its high", "size_mb": "size of a fold's model",
+             "rows": "rows", "may_ship": "may ship", "why_not": "why not"}
+    shown = table(board.select("candidate", pl.col("metric").alias(contest.label), "low", "high", *(pl.col(k).alias(v) for k, v in names.items() if k != "metric")),
+                  f"Leaderboard by {contest.label}, with the distance to the best that may ship, measured on the same redrawn rows; the chosen one's interval is drawn more closely at the end of this page",
+                  formats={"size of a fold's model": ".2f", "rows": ",d"}, units={"size of a fold's model": "MB"})
     cases = witnesses(contest.rows)[0]
     if cases >= RARE:
         return shown
     return stack(note(f"The rarest class has {cases} of {len(contest.rows.valid):,} rows: too few for an interval, at least {RARE} are needed.", "warn"), shown)
 
 
+DRAWN = 8     # lines that can be told apart
+
+
 def draw_folds(contest: Contest, found: Found) -> Any:
     "The metric fold by fold: does the order of candidates hold?"
-    done = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.family != "dummy"]
+    all_done = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.family != "dummy"]
+    done = sorted(all_done, key=lambda t: -math.inf if t.value is None else contest.goal.sign * t.value, reverse=True)[:DRAWN]
     frame = pl.DataFrame({"fold": list(range(1, len(contest.rows.folds) + 1)), **{t.name: [None if v is None else float(v) for v in t.by_fold] for t in done}},
                          schema_overrides={t.name: pl.Float64 for t in done})
     if frame.height < 2:
         return note("One fold only: there is no second one to compare with.")
     firsts = [max((t for t in done if t.by_fold[i] is not None), key=lambda t: contest.goal.sign * (t.by_fold[i] or 0.0), default=None) for i in range(frame.height)]
     names = {t.name for t in firsts if t is not None}
-    title = f"{names.pop()} is first in every fold" if len(names) == 1 else "Which candidate is first depends on the fold"
+    among = f" among the {DRAWN} best" if len(all_done) > DRAWN else ""
+    title = f"{names.pop()} is first in every fold{among}" if len(names) == 1 else f"Which candidate is first{among} depends on the fold"
     return lines(frame, "fold", [t.name for t in done], title, xlabel="fold, in order of time" if contest.splits["ordered"] else "fold", ylabel=contest.label)
 
 
@@ -286,7 +308,11 @@ def draw_costs(contest: Contest, found: Found, board: pl.DataFrame) -> Any:
     shown = board.filter(pl.col("metric").is_not_null() & (pl.col("family") != "dummy")).join(spent, on="candidate", how="left")
     if shown.is_empty():
         return note("No candidate has an answer, so there is no price to compare.", "warn")
-    return points(shown, "cpu_s", "metric", "What each candidate's quality cost to find", label="candidate", low="low", high="high",
+    first = shown.row(0, named=True)
+    cheap = shown.sort("cpu_s", "candidate").filter(contest.goal.sign * pl.col("metric") >= (contest.goal.sign * pl.col("metric")).cum_max())   # nothing cheaper is as good
+    named = shown.with_columns(name=pl.when(pl.col("candidate").is_in(cheap["candidate"].implode())).then("candidate").otherwise(pl.lit("\u00a0")))   # an empty cell would read as missing
+    title = f"The best, {first['candidate']}, took {number(first['cpu_s'], '.1f')} core-seconds to find; named: those that nothing cheaper equals"
+    return points(named, "cpu_s", "metric", title, label="name", low="low", high="high",
                   xlabel="core-seconds for all its folds", ylabel=contest.label)
 
 
@@ -294,15 +320,16 @@ def show_frontier(run: Any, contest: Contest) -> Html:
     "Quality beside what an answer costs; dominated candidates are marked."
     table_of, currency = run.load("train/frontier"), run.problem.problem.currency
     needed = table_of.filter(pl.col("dominated_by").is_null() & (pl.col("family") != "dummy"))
-    first = f"{needed.height} of {table_of.height} models are worth their cost; the others are beaten by one that is no dearer"
+    asked = table_of.filter(pl.col("family") != "dummy").height
+    first = f"{needed.height} of {asked} models are worth their cost; the others are beaten by one that is no slower and no larger"
     million = table_of.with_columns(pl.col("money_per_1000", "gram_co2e_per_1000") * 1000)   # a thousand answers cost less than people read
-    shown = million.rename({"metric": contest.label, "noise_loss": "lost under noise", "row_ms": "one row", "batch_ms": "of many", "size_mb": "size",
+    shown = million.rename({"metric": contest.label, "noise_loss": "lost under noise", "row_ms": "one row alone", "batch_ms": "one row of many", "size_mb": "size",
                              "money_per_1000": "a million answers", "gram_co2e_per_1000": "their CO₂e", "dominated_by": "dominated by", "why_not": "kept out"})
-    columns = ["candidate", contest.label, "one row", "size", "a million answers", "their CO₂e", "dominated by", "kept out", "lost under noise", "of many"]
-    return stack(note(first + ". Times are CPU time on this machine."), table(
+    columns = ["candidate", contest.label, "one row alone", "one row of many", "size", "a million answers", "their CO₂e", "dominated by", "kept out", "lost under noise"]
+    return stack(note(f"{first}. Times are CPU time on this machine; lost under noise is {contest.label} when every number is off by a tenth of its spread and one category in twenty by chance."), table(
         shown.select(columns), f"Quality beside what an answer costs, best {contest.label} first",
-        formats={"one row": ".3f", "of many": ".4f", "size": ".2f", "a million answers": ".5f", "their CO₂e": ".3f", "lost under noise": ".4f"},
-        units={"one row": "ms", "of many": "ms", "size": "MB", "a million answers": currency, "their CO₂e": "g"}, rows=30))
+        formats={"one row alone": ".3f", "one row of many": ".4f", "size": ".2f", "a million answers": ".5f", "their CO₂e": ".3f", "lost under noise": ".4f"},
+        units={"one row alone": "ms", "one row of many": "ms", "size": "MB", "a million answers": currency, "their CO₂e": "g"}, rows=30))
 
 # %% ../../nbs/lib/train/11_contest.ipynb #6bbdb365
 def settle(
@@ -345,8 +372,10 @@ def show_hindsight(
     if ranked.is_empty():
         few = f"{trials} comparable trials of boosted trees are too few ({TOO_FEW} are needed)" if trials < TOO_FEW else "the trials differ in no setting or in no result"
         return stack(said, note(f"Which hyperparameters matter cannot be told: {few}."))
-    return stack(said, table(ranked, f"What {contest.label} follows over {trials} trials: rank correlation, and how often chance alone gives as much",
-                             formats={"strength": ".2f", "chance": ".3f"}))
+    shown = ranked.select(pl.col("parameter").alias("setting of LightGBM"), "trials", pl.col("strength").alias("rank correlation"),
+                          pl.col("better").replace({"True": "yes", "False": "no"}).alias("better with"), pl.col("chance").alias("by chance"))
+    return stack(said, table(shown, f"What {contest.label} follows over {trials} trials, and how often chance alone gives so strong a correlation",
+                             formats={"rank correlation": ".2f", "by chance": ".3f"}))
 
 
 def fit_models(
@@ -413,12 +442,12 @@ def show_costs(run: Any, contest: Contest) -> Html:
     costs, currency = run.load("train/costs"), run.problem.problem.currency
     total = costs.select(pl.lit("all").alias("candidate"), pl.lit("").alias("stage"), *[pl.col(c).sum() for c in ("wall_s", "cpu_s", "money", "gram_co2e")])
     spent, wall = contest.clock(), total["wall_s"][0]
-    run.check("training keeps to its budget (train.budget_s)", spent, at_most=OVERSHOOT * contest.plan.budget_s, answers=["train.budget_s"],
-              why="" if spent <= contest.plan.budget_s else "raise train.budget_s, or drop a family")
+    run.check(f"training keeps to its budget, in {contest.unit} (train.budget_s)", spent, at_most=OVERSHOOT * contest.plan.budget_s, answers=["train.budget_s"],
+              why=f"{contest.plan.budget_s:g} and a tenth: the last fit ends when it ends" if spent <= contest.plan.budget_s else "raise train.budget_s, or drop a family")
     rows = pl.concat([costs.select(total.columns), total]).rename({"wall_s": "wall", "cpu_s": "computing", "gram_co2e": "CO₂e"})
     kind = "info" if spent <= OVERSHOOT * contest.plan.budget_s else "warn"
     taken = tell_resumed(costs)
-    waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work." if wall > 1.2 * spent and contest.unit == "s" else ""
+    waited = f" The fits took {wall:.0f} s on the wall: the machine was busy with other work, which the budget does not count." if wall > 1.2 * spent and contest.unit == "s" else ""
     return stack(
         note(f"{spent:.0f} {contest.unit} of the budget's {contest.plan.budget_s:g} {contest.unit} are spent.{waited}", kind), *([note(taken)] if taken else []),
         table(rows, "Spent on each fit", formats={"wall": ".1f", "computing": ".1f", "money": ".5f", "CO₂e": ".3f"},
@@ -452,7 +481,7 @@ def show_seeds(
     if not seeds["largest_difference"].max():
         return stack(*said, note(f"{seeds.height} seeds, one model: nothing in this family's fit is left to chance.", "go"), table(seeds, "Other seeds against the shipped model"))
     unit = "probability" if final.model.task != "regression" else "target's unit"
-    return stack(*said, table(seeds, f"Other seeds against the shipped model: differences of the answers ({unit})",
+    return stack(*said, table(seeds, f"Other seeds against the shipped model, that of seed {seeds['seed'][0]}: differences of the answers ({unit})",
                               formats={"seed": "d", "mean_difference": ".4f", "largest_difference": ".3f"}))
 
 # %% ../../nbs/lib/train/11_contest.ipynb #2d9b4cff
@@ -462,7 +491,7 @@ def score_beside(
     prefix: str = "",                    # dummy_, default_; empty: the chosen one
     classes: list[str] | None = None,
     unit: str | None = "unit",
-    draws: int = 200,
+    draws: int = DRAWS,
     seed: int = 0,
     **using: Any,                        # threshold, recall, costs
 ) -> Estimate | None:
@@ -480,7 +509,7 @@ def claim_quality(
 ) -> list[Any]:   # the chosen model's claim first
     "Validation metrics of the chosen model, the default and the dummy, and the gain over both."
     goal = contest.goal
-    using = {"name": goal.metric, "classes": contest.contract["classes"] or None, "unit": "unit", "draws": 200, "seed": run.seed, **goal.using}
+    using = {"name": goal.metric, "classes": contest.contract["classes"] or None, "unit": "unit", "draws": DRAWS, "seed": run.seed, **goal.using}
     told: dict[str, Any] = {"of": "train/validation", "on": "validation", "better": goal.better}
     stored = run.load("train/validation").columns
     claims = [run.claim(f"validation_{goal.metric}", by=score_beside, using=using, title=f"{contest.label}, chosen model", **told)]
@@ -504,9 +533,14 @@ def check_quality(
     gain = by_name.get("gain_over_dummy")
     limit: dict[str, Any] = {"at_least": 0.0, "bound": "low"} if contest.goal.sign > 0 else {"at_most": 0.0, "bound": "high"}
     run.check("better than the dummy", gain, why="a model that does not beat a constant answer has learned nothing", answers=["M5"], **limit)
-    run.check("small enough to deploy", by_name["model_mb"], at_most=contest.limits.model_mb, why="deploy.model_mb", answers=["deploy.model_mb"])
+    run.check("small enough to deploy (deploy.model_mb)", by_name["model_mb"], at_most=contest.limits.model_mb, answers=["deploy.model_mb"])
     shown = [c for c in (claims[0], by_name.get("gain_over_default"), gain) if c is not None]
     return headline([(c.title, number(c.value), c, 0.0 if c is gain else None) for c in shown])
+
+
+def _beside(value: float, best: float) -> str:
+    "A rival's value with the digits that matter beside the best: what is nothing there reads as nothing."
+    return number(0.0 if abs(value) < 1e-3 * abs(best) else value)
 
 
 IN_WORDS = {
@@ -526,7 +560,7 @@ def tell_contest(
     by_name = {claim.name: claim for claim in claims}
     main, metric = claims[0], contest.goal.metric
     ends = f" ({number(main.low)} to {number(main.high)})" if main.low is not None else ""
-    beside = [f"{number(by_name[f'validation_{metric}_{name}'].value)} for {words}"
+    beside = [f"{_beside(by_name[f'validation_{metric}_{name}'].value, main.value)} for {words}"
               for name, words in (("default", "LightGBM's default"), ("dummy", "the dummy")) if f"validation_{metric}_{name}" in by_name]
     early = "; the clock stopped the search early" if found.stopped_early else ""
     against = f", against {' and '.join(beside)}" if beside else ""

@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from . import dense
 from .dense import BEND, OUT, Packed
 from .linear import Design, learn_design
-from .protocol import Fitting, OutOfTime, Shape, check_answer, even_weights, pick_rows, probabilities
+from .protocol import Fitting, OutOfTime, Shape, check_answer, check_stored, even_weights, pick_rows, probabilities
 
 # %% auto #0
 __all__ = ['DEFAULT', 'LEVELS', 'WAVED', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'learn_scales', 'check_weights', 'fit']
@@ -102,6 +102,7 @@ def from_files(shape: Shape, files: dict[str, bytes]) -> Net:
     from safetensors.numpy import load
 
     about = json.loads(files["net.json"])
+    check_stored({name: about[name] for name in ("mean", "scale", "centre", "spread")}, "net")
     design = Design(len(shape.sizes), np.array(about["numbers"], int), np.array(about["mean"], float), np.array(about["scale"], float),
                     np.array(about["flagged"], int), np.empty((0, 2), int))
     return Net(shape, design, load(files["weights.safetensors"]), about["centre"], about["spread"], about["steps"])

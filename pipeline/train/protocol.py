@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from ..core.errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Shape', 'OutOfTime', 'never', 'always', 'Fitting', 'Estimator', 'simplicity', 'fit', 'from_files',
-           'check_rows', 'even_weights', 'check_answer', 'probabilities', 'pick_rows']
+           'check_rows', 'even_weights', 'check_weights', 'check_stored', 'check_answer', 'probabilities', 'pick_rows']
 
 # %% ../../nbs/lib/train/01_protocol.ipynb #529eb6d3
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -144,10 +144,29 @@ def even_weights(
     "Weights on the scale of counts, so that a penalty means the same with and without them; raises `InputError`."
     if weights is None:
         return np.ones(rows)
+    checked = check_weights(weights, rows)
+    return checked * (rows / checked.sum())
+
+
+def check_weights(
+    weights: np.ndarray,
+    rows: int,
+) -> np.ndarray:        # as numbers
+    "Refuse weights of rows that are not finite, below 0, all 0 or of another count; raises `InputError`."
     weights = np.asarray(weights, float)
     if weights.shape != (rows,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
         raise InputError(f"weights must be {rows} finite numbers from 0 up, not all 0; found {weights.shape} with {weights[:3].tolist()} …")
-    return weights * (rows / weights.sum())
+    return weights
+
+
+def check_stored(
+    parts: Mapping[str, Any],   # name -> numbers, as a file holds them
+    called: str,                # the model, for the sentence
+) -> None:
+    "Refuse a stored model that holds a number that is not finite, by the name of its part; raises `InputError`."
+    for name, numbers in parts.items():
+        if bad := int((~np.isfinite(np.asarray(numbers, float))).sum()):
+            raise InputError(f"{name} of the {called} holds {bad} numbers that are not finite; train it again")
 
 
 def check_answer(

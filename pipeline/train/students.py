@@ -22,8 +22,8 @@ from .protocol import fit as fit_family
 from .search import Found, Goal, Rows, Trial, failures_kept
 
 # %% auto #0
-__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'MEMBERS', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'price_later',
-           'add_candidates', 'compare_students']
+__all__ = ['LEAST', 'STUDENT', 'ADDITIVE', 'SOFT', 'MEMBERS', 'SCHEMA', 'fit', 'from_files', 'try_candidate', 'coding_of',
+           'price_later', 'add_candidates', 'compare_students']
 
 # %% ../../nbs/lib/train/20_students.ipynb #4b5256b0
 LEAST = 0.02   # weight of a class below which its copy of a row is left out
@@ -94,6 +94,14 @@ def try_candidate(
     return trial
 
 
+def coding_of(
+    config: dict[str, Any],    # a teacher's
+) -> dict[str, str]:           # for the student that learns from outcomes: answers of one who saw the rows make bad codes
+    "How a teacher's boosters see categories, where not as LightGBM does: a small tree cannot tell hundreds of levels apart."
+    configs = [member["config"] for member in config.get("members", [])] or [config]
+    return next(({"categories": c["categories"]} for c in configs if c.get("categories", "native") != "native"), {})
+
+
 def price_later(
     rows: Rows,
     distill: bool = False,           # train.distill
@@ -134,7 +142,7 @@ def add_candidates(
         more.append(try_candidate("additive", "additive", ADDITIVE, rows, found.goal, seed, threads, late("additive")))
     elif distill and teacher is not None:
         told: dict[str, Any] = {"family": teacher.family, "config": teacher.config | ({"rounds": teacher.steps} if hasattr(teacher.models[0], "text") else {})}
-        for label, config in (("outcomes", STUDENT), ("answers", STUDENT | {"soft": SOFT, "teacher": told})):
+        for label, config in (("outcomes", STUDENT | coding_of(teacher.config)), ("answers", STUDENT | {"soft": SOFT, "teacher": told})):
             name, taught, folds = f"student of {label}", teacher if label == "answers" else None, _on_folds(rows, STUDENT)
             if taught:   # who learns from answers needs them again for its last fit, so the teacher is fitted then, too
                 folds += _answers(rows, sum(int(member["config"].get("rounds", 0)) for member in told["config"].get("members", [told])))

@@ -23,13 +23,13 @@ from .features import Encoder, learn_encoder
 from .final import residual_width
 from .frontier import size_with_rounds
 from .models import Model, shape_of
-from .protocol import Fitting, Shape, check_rows, fit, simplicity
+from .protocol import Fitting, Shape, check_rows, fit, pick_rows, simplicity
 from .search import Fold, Found, Goal, Rows, Trial, final_config, run_search
 from .trees import DEFAULT, PORTFOLIO, Trees, is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['GOALS', 'FEW_VALUES', 'PROBED', 'ORDER', 'KEEP', 'END', 'LENGTHY', 'SPARE', 'COPIES', 'contract_of', 'folds_for',
-           'order_matters', 'Fitted', 'fit_table']
+__all__ = ['GOALS', 'FEW_VALUES', 'FIRST', 'LEAST_ROWS', 'ENOUGH', 'PROBED', 'ORDER', 'KEEP', 'END', 'LENGTHY', 'SPARE', 'COPIES',
+           'contract_of', 'folds_for', 'order_matters', 'Fitted', 'fit_table']
 
 # %% ../../nbs/lib/train/23_tables.ipynb #5b249be9
 GOALS = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "rmse"}
@@ -63,6 +63,10 @@ def contract_of(
     return Contract(target, task, list(checked.classes), checked.positive, None, None, None, rules)
 
 # %% ../../nbs/lib/train/23_tables.ipynb #f647f9a8
+FIRST, LEAST_ROWS = 0.2, 500   # of a budget, for the default's first fit, about; rows that it is not made with fewer of
+ENOUGH = 30_000                # rows that tell candidates apart: answering more is worth less than another candidate
+
+
 def folds_for(
     target: np.ndarray,   # (rows,)
     shape: Shape,
@@ -70,19 +74,25 @@ def folds_for(
     ordered: bool,        # rows stand in order of time, and it matters
     seed: int,
 ) -> tuple[Fold, ...]:
-    "Random folds, or rolling origins."
+    "Random folds, or rolling origins; of so many rows that the default's first fit takes a share of the budget."
     rows = len(target)
     one = price("trees", rows, shape, DEFAULT | {"rounds": 110})
+    most = max(LEAST_ROWS, int(rows * FIRST * budget_s / one))
+
+    def some(indices: np.ndarray) -> np.ndarray:
+        return indices[pick_rows(len(indices), most, seed)]
+
     if ordered:
         ends = [rows * part // 100 for part in ((55, 70, 85, 100) if 12 * one <= budget_s else (70, 85, 100) if 8 * one <= budget_s else (80, 100))]
-        return tuple((np.arange(start), np.arange(start, end)) for start, end in zip(ends, ends[1:]))
-    count = 5 if 100 * one <= budget_s or rows < 2_000 else 3 if 20 * one <= budget_s else 1
+        return tuple((some(np.arange(start)), some(np.arange(start, end))) for start, end in zip(ends, ends[1:]))
+    few, many = rows < 2_000, rows // 5 >= ENOUGH   # where one part alone says little; and where it says all that is asked
+    count = 5 if (15 if few else 100) * one <= budget_s else 3 if not many and (9 if few else 20) * one <= budget_s else 1
     parts = 3 if count == 3 else 5
     drawn = np.random.default_rng(seed).permutation(rows)
     order = drawn[np.argsort(target[drawn], kind="stable")] if shape.classes else drawn   # each class in each fold
     place = np.empty(rows, int)
     place[order] = np.arange(rows) % parts
-    return tuple((np.flatnonzero(place != i), np.flatnonzero(place == i)) for i in range(count))
+    return tuple((some(np.flatnonzero(place != i)), some(np.flatnonzero(place == i))) for i in range(count))
 
 
 PROBED = 20_000   # rows that are looked at
@@ -117,14 +127,14 @@ def order_matters(
 ORDER = ("slow", "regular", "coded", "wide", "shallow", "extra")   # of the portfolio, where the budget is short
 KEEP = 0.05                                                        # of the best's gain over the default may be given up for a simpler model
 END = 1.05                                                         # times the budget: by then the last fits must be over
-LENGTHY, SPARE, COPIES = 120.0, 0.15, 6   # seconds of a budget of which a share is kept for fitting the best one with other seeds, so many in all at most
+LENGTHY, SPARE, COPIES = 120.0, 0.15, 6   # seconds of a budget of which a share is kept for fitting the best one with other seeds, as is what the search leaves of any; so many in all at most
 
 
 @dataclass(frozen=True)
 class Fitted:
     "What came of it."
 
-    best: Model              # the candidates weighed together, where that is better; with a long budget the mean over several seeds
+    best: Model              # the candidates weighed together, where that is better; the mean over several seeds where the budget lasts
     shipped: Model           # the simplest within the tolerance
     found: Found             # all trials
     ordered: bool            # did the order of rows matter?
@@ -162,8 +172,8 @@ def fit_table(
     rows = Rows(shape, matrix, outcomes, folds, np.arange(len(outcomes)), target)
     goal = Goal(metric or GOALS[contract.task])
     plan = replace(_plan(rows, families, budget_s / dear), budget_s=budget_s, dear=dear)
-    lengthy = budget_s / dear >= LENGTHY
-    found = run_search(rows, plan, goal, seed, threads, clock=spent, further="portfolio" in families, ensemble=True, later_s=SPARE * budget_s / dear if lengthy else 0.0)
+    later = SPARE * budget_s / dear if budget_s / dear >= LENGTHY else 0.0
+    found = run_search(rows, plan, goal, seed, threads, clock=spent, further="portfolio" in families, ensemble=True, later_s=later)
 
     def left() -> float:
         return END * budget_s - spent()
@@ -173,7 +183,7 @@ def fit_table(
 
     last = _Last(found, rows, told, encoder, seed, threads, left, took)
     best, shipped = _keep(last, tolerance, most_mb)
-    return Fitted(_averaged(best, last, lambda: budget_s - spent()) if lengthy else best, shipped, found, ordered, spent())
+    return Fitted(_averaged(best, last, lambda: budget_s - spent()), shipped, found, ordered, spent())
 
 # %% ../../nbs/lib/train/23_tables.ipynb #1ba3dc58
 def _plan(rows: Rows, families: Sequence[str], budget_s: float) -> Plan:

@@ -17,7 +17,7 @@ from ..core.errors import IntegrityError
 from .fast import Forest, NotFast, open_forest, pays
 from .linear import add_by_owner
 from .native import Native
-from .protocol import Fitting, OutOfTime, Shape, check_answer
+from .protocol import Fitting, OutOfTime, Shape, check_answer, check_weights
 from .shapley import Explainer, open_explainer
 from .target_encoding import TargetCoder, learn_codes
 
@@ -228,6 +228,8 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
 
     told = parameters(shape, fitting, len(target))
     config = fitting.config
+    if fitting.weights is not None:
+        check_weights(fitting.weights, len(target))
     kind = str(config.get("categories", "native")) if shape.categories else "native"
     logged = config.get("target") == "log" and shape.task == "regression" and float(np.min(target)) >= 0
     key = json.dumps([kind, logged, config.get("max_bin"), fitting.seed if kind != "native" else 0])
