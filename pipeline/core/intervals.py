@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.core.bounds import (
-    accelerated, expanded, inverted, mean_of_parts, ranking_bounds, share_bounds, student, studentized, studentized_rest, wilson,
-)
+from .bounds import accelerated, expanded, inverted, mean_of_parts, ranking_bounds
+from .bounds import share_bounds, student, studentized, studentized_rest, wilson
 from .errors import InputError
 from .lists import GROUPED
 from .metrics import RANKED, Ranking, Settings, checked, from_sums, metric, predictions_of, rankings, row_parts

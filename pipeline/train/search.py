@@ -425,7 +425,7 @@ def goal_is_log(rows: Rows) -> bool:
     return rows.shape.task == "regression" and is_skewed(rows.target)
 
 
-MEASURED = 20_000    # rows on which weights are found, at most
+MEASURED = 50_000    # rows on which weights are found, at most
 
 
 def _join(trials: Sequence[Trial], rows: Rows, goal: Goal, meter: Meter) -> Trial | None:
