@@ -1383,6 +1383,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'pipeline/data/remotes.py'),
                                        'pipeline.data.remotes._inside': ('lib/data/remotes.html#_inside', 'pipeline/data/remotes.py'),
                                        'pipeline.data.remotes._one_type': ('lib/data/remotes.html#_one_type', 'pipeline/data/remotes.py'),
+                                       'pipeline.data.remotes._read_only': ('lib/data/remotes.html#_read_only', 'pipeline/data/remotes.py'),
                                        'pipeline.data.remotes._room': ('lib/data/remotes.html#_room', 'pipeline/data/remotes.py'),
                                        'pipeline.data.remotes._select': ('lib/data/remotes.html#_select', 'pipeline/data/remotes.py'),
                                        'pipeline.data.remotes._utc': ('lib/data/remotes.html#_utc', 'pipeline/data/remotes.py'),

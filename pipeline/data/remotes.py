@@ -119,8 +119,6 @@ def from_database(
 # %% ../../nbs/lib/data/00_remotes.ipynb #4c46ae21
 def _engine(url: sa.URL, root: Path, network: Network, name: str) -> tuple[sa.Engine, Path | None]:
     "An engine that can only read, and the file of a SQLite database."
-    import sqlite3
-
     import sqlalchemy as sa
 
     bent = sorted(key for key in url.query if FORBIDDEN_KEYS.search(key))
@@ -132,7 +130,7 @@ def _engine(url: sa.URL, root: Path, network: Network, name: str) -> tuple[sa.En
             near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
             raise InputError(f"{name}: no database file {url.database or '(none)'}{near or '; write sqlite:///path/to/file.db'}")
         address = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=ro"
-        return sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True, timeout=network.timeout_s), poolclass=sa.NullPool), path
+        return sa.create_engine("sqlite://", creator=lambda: _read_only(address, network.timeout_s), poolclass=sa.NullPool), path
     backend = url.get_backend_name()
     port = url.port or {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}.get(backend, 0)
     addresses = check_host(url.host or "localhost", port, network)
@@ -141,6 +139,15 @@ def _engine(url: sa.URL, root: Path, network: Network, name: str) -> tuple[sa.En
         pinned = {"hostaddr": addresses[0], "connect_timeout": max(2, int(network.timeout_s)), "application_name": "pilothouse"}
         url = url if url.host else url.set(host="localhost")
     return sa.create_engine(url, connect_args=pinned, poolclass=sa.NullPool), None
+
+
+def _read_only(address: str, timeout_s: float) -> Any:
+    "No file beside it is opened or made: `attach` would, even so."
+    import sqlite3
+
+    connection = sqlite3.connect(address, uri=True, timeout=timeout_s)
+    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK)
+    return connection
 
 
 def _select(connection: sa.Connection, source: Source, name: str) -> Iterator[pl.DataFrame]:
