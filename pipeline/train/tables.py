@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/23_tables.ipynb #1cdafba0
 from __future__ import annotations
 
+import calendar
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,8 +29,9 @@ from .search import Fold, Found, Goal, Rows, Trial, final_config, run_search
 from .trees import DEFAULT, PORTFOLIO, Trees, is_skewed, most_rounds, patience
 
 # %% auto #0
-__all__ = ['GOALS', 'FEW_VALUES', 'FIRST', 'LEAST_ROWS', 'ENOUGH', 'PROBED', 'ORDER', 'KEEP', 'END', 'LENGTHY', 'SPARE', 'COPIES',
-           'contract_of', 'folds_for', 'order_matters', 'Fitted', 'fit_table']
+__all__ = ['GOALS', 'FEW_VALUES', 'FIRST', 'LEAST_ROWS', 'ENOUGH', 'PROBED', 'NAMES', 'MOMENTS', 'ORDER', 'KEEP', 'END',
+           'LENGTHY', 'SPARE', 'COPIES', 'contract_of', 'folds_for', 'order_matters', 'sorted_by_name', 'Fitted',
+           'fit_table']
 
 # %% ../../nbs/lib/train/23_tables.ipynb #5b249be9
 GOALS = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "rmse"}
@@ -123,6 +125,24 @@ def order_matters(
     error = np.sqrt(random.var() / len(random) + last.var() / len(last))
     return bool(last.mean() > 1.1 * random.mean() and last.mean() - random.mean() > 4 * error)
 
+# %% ../../nbs/lib/train/23_tables.ipynb #a7a12eb6
+NAMES = 5     # levels at least: fewer, such as before and after, may be periods
+MOMENTS = {name[:3].lower() for name in (*calendar.month_name, *calendar.day_name) if name}
+
+
+def sorted_by_name(
+    frame: pl.DataFrame,
+    names: Sequence[str],   # its categories
+) -> str | None:            # the first one
+    "The column whose levels stand in one block each; with digits they may be moments, as names of months and days are."
+    for name in names:
+        values = frame[name].cast(pl.String).drop_nulls()
+        starts = values.filter(values.ne_missing(values.shift()))
+        moments = starts.str.contains(r"\d") | starts.str.slice(0, 3).str.to_lowercase().is_in(list(MOMENTS))
+        if NAMES <= len(starts) == values.n_unique() and not moments.any():
+            return name
+    return None
+
 # %% ../../nbs/lib/train/23_tables.ipynb #46210dc4
 ORDER = ("slow", "regular", "coded", "wide", "shallow", "extra")   # of the portfolio, where the budget is short
 KEEP = 0.05                                                        # of the best's gain over the default may be given up for a simpler model
@@ -166,7 +186,8 @@ def fit_table(
     encoder = learn_encoder(frame, told)
     shape, matrix = shape_of(told, encoder), encoder.encode(frame)
     check_rows(shape, matrix, outcomes, target)
-    ordered = order_matters(shape, matrix, outcomes, seed, threads)
+    categories = [rule.name for rule in contract.columns if rule.role == "feature" and rule.type == "category"]
+    ordered = (time is not None or sorted_by_name(frame, categories) is None) and order_matters(shape, matrix, outcomes, seed, threads)
     dear = dearness(clock, threads)
     folds = folds_for(outcomes, shape, budget_s / dear, ordered, seed)
     rows = Rows(shape, matrix, outcomes, folds, np.arange(len(outcomes)), target)
@@ -187,14 +208,16 @@ def fit_table(
 
 # %% ../../nbs/lib/train/23_tables.ipynb #1ba3dc58
 def _plan(rows: Rows, families: Sequence[str], budget_s: float) -> Plan:
-    "The default, then the portfolio in its order, each as long as it can be paid; a line where it is cheap."
+    "The default, a line where it is cheap, then the portfolio in its order, each as long as it can be paid."
     sizes = [len(train) for train, _ in rows.folds]
 
     def step(name: str, family: str, config: dict[str, Any], optional: bool = True) -> Step:
         return Step(name, family, config, "full", max(sizes), sum(price(family, n, rows.shape, config) for n in sizes), optional)
 
     logged = {"target": "log"} if rows.shape.task == "regression" and is_skewed(rows.target) else {}
+    line = step("linear", "linear", {})
     steps = [Step("dummy", "dummy", {}, "full", max(sizes), 0.0), step("trees", "trees", DEFAULT, False)]
+    steps += [line] if "linear" in families and line.price + 1.5 < 0.12 * budget_s else []
     if "portfolio" in families:
         order = [name for name in ORDER if rows.shape.categories or "categories" not in PORTFOLIO[name] or name == "slow"]
         steps += [step(f"portfolio {name}", "portfolio", PORTFOLIO[name]) for name in order[:2]]
@@ -203,8 +226,6 @@ def _plan(rows: Rows, families: Sequence[str], budget_s: float) -> Plan:
         rest = [step(f"portfolio {name}", "portfolio", PORTFOLIO[name] | logged) for name in order[2:]]
     else:
         rest = []
-    line = step("linear", "linear", {})
-    steps += [line] if "linear" in families and line.price + 1.5 < 0.12 * budget_s else []
     return Plan((*steps, *rest), len(rows.target), 0.0, budget_s)
 
 
