@@ -468,6 +468,9 @@ def test_a_phase_streams_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.M
 
 def test_versions_are_listed_and_compared_on_the_command_line(project: Path, pilothouse: Any) -> None:
     store = project / "outputs/store"
+    slip = pilothouse("versions", "trips")
+    assert slip.returncode == 2 and "trips" in slip.stderr and not slip.stdout
+    (project / "outputs/trips").mkdir(parents=True)     # it has run, and kept no table
     assert pilothouse("versions", "trips").stdout.strip() == "no version of trips is kept yet"
     before = pl.DataFrame({"__row": [0, 1, 2], "wind": [1.0, 2.0, 3.0]})
     old = save_version(store, "trips", before)["id"]
