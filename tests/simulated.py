@@ -49,20 +49,20 @@ def blocks(rng: np.random.Generator, n: int, size: int, spread: float, wide: int
     return unit, rng.normal(0, spread, (n // size, wide))[unit]
 
 
-def binary(rng: np.random.Generator, n: int, k: int, size: int = 1) -> Rows:
+def binary(rng: np.random.Generator, n: int, k: int, size: int = 1, level: float = -1.3, spread: float = 1.0, said: tuple[float, float] = (1.4, 0.2)) -> Rows:
     "A quarter are positive; the model is too sure of itself."
     unit, shock = blocks(rng, n, size, 0.4)
-    z = rng.normal(-1.3, 1, n)
+    z = rng.normal(level, spread, n)
     y = (rng.random(n) < logistic(z + shock[:, 0])).astype(float)
     noise = rng.normal(size=(k + 1, n))
     others = [logistic(a * z + b + s * e) for (a, b, s), e in zip(lucks(rng, k), noise)]
-    return Rows(y, logistic(1.4 * z + 0.2), logistic(1.1 * z + 0.7 * noise[k]), others, unit)
+    return Rows(y, logistic(said[0] * z + said[1]), logistic(1.1 * z + 0.7 * noise[k]), others, unit)
 
 
-def multiclass(rng: np.random.Generator, n: int, k: int, size: int = 1) -> Rows:
+def multiclass(rng: np.random.Generator, n: int, k: int, size: int = 1, rarest: float = -0.7) -> Rows:
     "Four classes, from half to a tenth."
     unit, shock = blocks(rng, n, size, 0.4, 4)
-    z = rng.normal(0, 1.2, (n, 4)) + [1, 0.3, 0, -0.7]
+    z = rng.normal(0, 1.2, (n, 4)) + [1, 0.3, 0, rarest]
     y = (rng.random((n, 1)) > softmax(z + shock).cumsum(1)).sum(1).clip(0, 3).astype(float)
     noise = rng.normal(size=(k + 1, n, 4))
     return Rows(y, softmax(1.3 * z), softmax(z + 0.7 * noise[k]), [softmax(a * z + s * e) for (a, _, s), e in zip(lucks(rng, k), noise)], unit)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import simulated  # noqa: E402
-from simulated import SETTINGS, WAYS, Rows, World, answers, blocks, logistic, lucks, of, softmax  # noqa: E402
+from simulated import SETTINGS, WAYS, World, answers, binary, multiclass, of  # noqa: E402
 
 from pipeline.core.errors import InputError  # noqa: E402
 from pipeline.core.intervals import bootstrap, over_seeds, paired  # noqa: E402
@@ -35,31 +35,11 @@ from pipeline.core.intervals import bootstrap, over_seeds, paired  # noqa: E402
 RESULTS = Path(__file__).parent / "results" / "intervals.json"
 DRAWS = 200   # phases make 500; fewer leave the ends less sure, and what is counted here a little lower
 MAIN = {"10 seeds": ("roc_auc", "log_loss", "mae", "rmse", "ndcg")}   # ten models a sample: the metrics that rank models
-
-
-def rare(rng: np.random.Generator, n: int, k: int, size: int = 1, level: float = -5.4) -> Rows:
-    "Of 300 rows eight are positive; the model is too sure of itself."
-    unit, shock = blocks(rng, n, size, 0.4)
-    z = rng.normal(level, 2, n)
-    y = (rng.random(n) < logistic(z + shock[:, 0])).astype(float)
-    noise = rng.normal(size=(k + 1, n))
-    others = [logistic(a * z + b + s * e) for (a, b, s), e in zip(lucks(rng, k), noise)]
-    return Rows(y, logistic(1.2 * z + 0.8), logistic(1.1 * z + 0.7 * noise[k]), others, unit)
-
-
-def rarest(rng: np.random.Generator, n: int, k: int, size: int = 1) -> Rows:
-    "Four classes; of 300 rows the rarest has eight."
-    unit, shock = blocks(rng, n, size, 0.4, 4)
-    z = rng.normal(0, 1.2, (n, 4)) + [1, 0.3, 0, -2.5]
-    y = (rng.random((n, 1)) > softmax(z + shock).cumsum(1)).sum(1).clip(0, 3).astype(float)
-    noise = rng.normal(size=(k + 1, n, 4))
-    return Rows(y, softmax(1.3 * z), softmax(z + 0.7 * noise[k]), [softmax(a * z + s * e) for (a, _, s), e in zip(lucks(rng, k), noise)], unit)
-
-
+rare = functools.partial(binary, spread=2.0, said=(1.2, 0.8))   # a few are positive, and ranked well
 FEW = [
-    World("8 positives of 300 rows", rare, of("binary"), 300), World("15 positives of 300 rows", functools.partial(rare, level=-4.3), of("binary"), 300),
+    World("8 positives of 300 rows", functools.partial(rare, level=-5.4), of("binary"), 300), World("15 positives of 300 rows", functools.partial(rare, level=-4.3), of("binary"), 300),
     World("15 positives in 60 days of 5 rows", functools.partial(rare, level=-4.3), of("binary"), 300, 5),
-    World("four classes, the rarest 8 of 300 rows", rarest, of("multiclass"), 300),
+    World("four classes, the rarest 8 of 300 rows", functools.partial(multiclass, rarest=-2.5), of("multiclass"), 300),
 ]
 WORLDS = [*simulated.WORLDS, *FEW]
 
