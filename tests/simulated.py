@@ -131,19 +131,26 @@ def truth(world: World, way: str, name: str) -> float:
     return float(np.mean([answers(way, name, world.make(rng, n, seeds, world.size)) for _ in range(times)]))
 
 
+def sample(world: World, way: str, trial: int, draws: int) -> Callable[[str], Any]:
+    "One sample of a world; called with a metric's name it gives the interval, as it is made in this way."
+    rows = world.make(np.random.default_rng([trial, 77]), world.rows, seeds_of(way), world.size)
+    using: dict[str, Any] = SETTINGS | {"unit": rows.unit, "group": rows.group, "seed": trial, "draws": draws}
+    if way == "one model":
+        return lambda name: bootstrap(name, rows.y, rows.p, **using)
+    if way == "two models":
+        return lambda name: paired(name, rows.y, rows.p, rows.q, **using)
+    return lambda name: over_seeds(name, rows.y, rows.seeds, **using)
+
+
+def seeds_of(way: str) -> int:
+    return int(way.split()[0]) if way.endswith("seeds") else 0
+
+
 def held(world: World, way: str, name: str, trials: int, draws: int = 500, start: int = 0) -> np.ndarray:
     "How often the truth lay inside, below, above; and the mean width: (4,)."
     aim, found = truth(world, way, name), np.zeros(4)
-    k = int(way.split()[0]) if way.endswith("seeds") else 0
     for trial in range(start, start + trials):
-        rows = world.make(np.random.default_rng([trial, 77]), world.rows, k, world.size)
-        using: dict[str, Any] = SETTINGS | {"unit": rows.unit, "group": rows.group, "seed": trial, "draws": draws}
-        if way == "one model":
-            it = bootstrap(name, rows.y, rows.p, **using)
-        elif way == "two models":
-            it = paired(name, rows.y, rows.p, rows.q, **using)
-        else:
-            it = over_seeds(name, rows.y, rows.seeds, **using)
+        it = sample(world, way, trial, draws)(name)
         assert it.low is not None and it.high is not None
         found += [it.low <= aim <= it.high, aim < it.low, aim > it.high, it.high - it.low]
     return found / trials

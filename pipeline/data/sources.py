@@ -33,7 +33,7 @@ from .network import Network
 from .remotes import from_database, from_delta, from_url, keep_file
 
 # %% auto #0
-__all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIMES', 'tidy_names', 'count_cells',
+__all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIMES', 'plain_names', 'tidy_names', 'count_cells',
            'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'odd_texts', 'parse_dates',
            'check_object', 'flatten', 'locate', 'gather', 'prepare']
 
@@ -41,12 +41,19 @@ __all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIME
 RESERVED = "__"   # names that begin so are the pipeline's own
 
 
+def plain_names(
+    names: Sequence[str],    # as the file has them
+) -> list[str]:              # NFC, stripped; those without one are numbered
+    "Names of columns, each written in one way."
+    return [unicodedata.normalize("NFC", name).strip() or f"unnamed_{i}" for i, name in enumerate(names, 1)]
+
+
 def tidy_names(
     names: Sequence[str],    # as the file has them
     file: str,               # for messages
 ) -> list[str]:              # NFC, stripped, unique, without hidden signs
     "Names of columns that mean one thing each; raises `InputError` naming the column."
-    tidy = [unicodedata.normalize("NFC", name).strip() or f"unnamed_{i}" for i, name in enumerate(names, 1)]
+    tidy = plain_names(names)
     for position, name in enumerate(tidy, 1):
         hidden = sorted({f"U+{ord(sign):04X}" for sign in name if unicodedata.category(sign) in _HIDDEN})
         if hidden:

@@ -97,14 +97,11 @@ def claim_costs(
         made.append(run.claim(key, by=of_key, using={"key": key}, unit="ms", title=f"processor time of 1,000 rows {where}", **told))
         for what, unit, title in (("money", currency, "money"), ("joules", "J", "energy"), ("co2e_g", "g", "CO₂e")):
             made.append(run.claim(f"{prefix}{what}_per_1000", by=per_1000, using={"what": what, "of": key}, unit=unit, title=f"{title} for 1,000 rows {where}", **told))
-    if run.problem.deploy.cost_per_1000 is not None:
-        asked = "money_per_1000" if run.problem.problem.mode == "online" else "batch_money_per_1000"
-        run.check("Money for 1,000 answers (deploy.cost_per_1000)", next(c for c in made if c.name == asked), at_most=run.problem.deploy.cost_per_1000,
-                  answers=["deploy.cost_per_1000"])
-    if run.problem.deploy.cpu_ms_per_1000 is not None:
-        asked = "cpu_ms_per_1000" if run.problem.problem.mode == "online" else "batch_cpu_ms_per_1000"
-        run.check("Processor time of 1,000 answers (deploy.cpu_ms_per_1000)", next(c for c in made if c.name == asked), at_most=run.problem.deploy.cpu_ms_per_1000,
-                  answers=["deploy.cpu_ms_per_1000"])
+    prefix = "" if run.problem.problem.mode == "online" else "batch_"
+    for title, key, what in (("Money for", "cost_per_1000", "money_per_1000"), ("Processor time of", "cpu_ms_per_1000", "cpu_ms_per_1000")):
+        limit = getattr(run.problem.deploy, key)
+        if limit is not None:
+            run.check(f"{title} 1,000 answers (deploy.{key})", next(c for c in made if c.name == prefix + what), at_most=limit, answers=[f"deploy.{key}"])
     return made
 
 

@@ -11,7 +11,6 @@ import datetime as dt
 import io
 import posixpath
 import re
-import unicodedata
 import zlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from ..core.errors import InputError, IntegrityError
-from ..data.sources import BROKEN, NULLS, check_object, flatten, guess_separator, has_decimal_commas, tidy_names, without_thousands
+from ..data.sources import BROKEN, NULLS, check_object, flatten, guess_separator, has_decimal_commas, plain_names, tidy_names, without_thousands
 
 # %% auto #0
 __all__ = ['BLOCK', 'JSON_BLOCK', 'HEAD', 'LOOKED_AT', 'MOST_SHARED', 'MOST_CELL', 'MOST_COLUMNS', 'DATED', 'read_pieces', 'cut',
@@ -120,7 +119,7 @@ def dialect_of(
         encoding, text = "cp1252", head.decode("cp1252", "replace")
     separator = guess_separator(head)
     given = next(csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=separator))
-    names = [unicodedata.normalize("NFC", name).strip() or f"unnamed_{i}" for i, name in enumerate(given, 1)]
+    names = plain_names(given)
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise InputError(f"{path.name}: {names.count(twice)} columns are named '{twice}'; rename all but one")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,19 +198,15 @@ def allows(
             return inside
         return word.lower() in known
 
-    def both() -> bool:
-        found = [one()]
-        while said and said[0] == "AND":
+    def joined(word: str, part: Callable[[], bool], whole: Callable[[list[bool]], bool]) -> bool:
+        found = [part()]
+        while said and said[0] == word:
             said.pop(0)
-            found.append(one())
-        return all(found)
+            found.append(part())
+        return whole(found)
 
-    def either() -> bool:
-        found = [both()]
-        while said and said[0] == "OR":
-            said.pop(0)
-            found.append(both())
-        return any(found)
+    def either() -> bool:     # AND binds closer
+        return joined("OR", lambda: joined("AND", one, all), any)
 
     return either()
 

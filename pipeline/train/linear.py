@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import Fitting, OutOfTime, Shape, check_answer, check_stored, even_weights, pick_rows, probabilities
+from .protocol import Fitting, OutOfTime, Shape, check_answer, check_finite, even_weights, pick_rows, probabilities
 
 # %% auto #0
 __all__ = ['LEVELS', 'INDICATORS', 'CELLS', 'CLIP', 'FEW', 'Design', 'learn_design', 'add_by_owner', 'Linear', 'from_files',
@@ -168,7 +168,7 @@ class Linear:
 def from_files(shape: Shape, files: dict[str, bytes]) -> Linear:
     "Back from its file."
     content = json.loads(files["coefficients.json"])
-    check_stored({name: content[name] for name in ("mean", "scale", "coefficients", "intercept", "centre")}, "linear model")
+    check_finite({name: content[name] for name in ("mean", "scale", "coefficients", "intercept", "centre")}, "linear model")
     whole = {name: np.array(content[name], int) for name in ("numbers", "flagged")}
     real = {name: np.array(content[name], float) for name in ("mean", "scale")}
     design = Design(len(shape.sizes), **whole, **real, levels=np.array(content["levels"], int).reshape(-1, 2))

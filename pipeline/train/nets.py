@@ -19,10 +19,10 @@ from ..core.errors import InputError
 from . import dense
 from .dense import BEND, OUT, Packed
 from .linear import Design, learn_design
-from .protocol import Fitting, OutOfTime, Shape, check_answer, check_stored, even_weights, pick_rows, probabilities
+from .protocol import Fitting, OutOfTime, Shape, check_answer, check_finite, even_weights, pick_rows, probabilities
 
 # %% auto #0
-__all__ = ['DEFAULT', 'LEVELS', 'WAVED', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'learn_scales', 'check_weights', 'fit']
+__all__ = ['DEFAULT', 'LEVELS', 'WAVED', 'rows_and_epochs', 'Net', 'from_files', 'inputs', 'learn_scales', 'check_layers', 'fit']
 
 # %% ../../nbs/lib/train/05_nets.ipynb #71dcb618
 DEFAULT: dict[str, Any] = {"hidden": 128, "layers": 2, "batch": 512, "rate": 0.008, "dropout": 0.1, "decay": 0.01, "samples": 300_000,
@@ -68,7 +68,7 @@ class Net:
         ready = self.__dict__.setdefault("ready", False) or dense.pays(self.__dict__["asked"], self.packed.layers.size)
         score = dense.score_rows(self.packed, np.asarray(matrix), ready)
         if not math.isfinite(score.sum()):
-            check_weights(self.weights)
+            check_layers(self.weights)
         return score
 
     def layers_of(self, matrix: np.ndarray) -> list[tuple[str, float]]:
@@ -102,7 +102,7 @@ def from_files(shape: Shape, files: dict[str, bytes]) -> Net:
     from safetensors.numpy import load
 
     about = json.loads(files["net.json"])
-    check_stored({name: about[name] for name in ("mean", "scale", "centre", "spread")}, "net")
+    check_finite({name: about[name] for name in ("mean", "scale", "centre", "spread")}, "net")
     design = Design(len(shape.sizes), np.array(about["numbers"], int), np.array(about["mean"], float), np.array(about["scale"], float),
                     np.array(about["flagged"], int), np.empty((0, 2), int))
     return Net(shape, design, load(files["weights.safetensors"]), about["centre"], about["spread"], about["steps"])
@@ -137,14 +137,11 @@ def learn_scales(
     return replace(design, mean=np.where(wide, middle, design.mean), scale=scale)
 
 
-def check_weights(
+def check_layers(
     weights: dict[str, np.ndarray],   # by layer
 ) -> None:
     "Refuse weights that are no numbers; raises `InputError` with the layer's name."
-    for name, values in weights.items():
-        bad = int(np.sum(~np.isfinite(values)))
-        if bad:
-            raise InputError(f"layer {name} of the net holds {bad} numbers that are not finite; train it again with a lower rate, or drop the family")
+    check_finite({f"layer {name}": values for name, values in weights.items()}, "net", "train it again with a lower rate, or drop the family")
 
 # %% ../../nbs/lib/train/05_nets.ipynb #740e3555
 def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) -> Net:
@@ -168,7 +165,7 @@ def fit(shape: Shape, matrix: np.ndarray, target: np.ndarray, fitting: Fitting) 
     torch.set_num_threads(fitting.threads)
     with torch.random.fork_rng(devices=[]):
         weights = _train(shape, data, config | {"epochs": epochs, "numbers": len(design.numbers)}, fitting)
-    check_weights(weights)
+    check_layers(weights)
     return Net(shape, design, weights, centre, spread, epochs)
 
 # %% ../../nbs/lib/train/05_nets.ipynb #0482b017
@@ -277,7 +274,7 @@ def _module(shape: Shape, data: tuple[Any, ...], config: dict[str, Any], fitting
                 loss = nn.functional.mse_loss(score[:, 0], outcome, reduction="none")
             loss = (loss * weigh).mean()
             if not torch.isfinite(loss):
-                check_weights({name: tensor.detach().cpu().numpy() for name, tensor in self.state_dict().items()})
+                check_layers({name: tensor.detach().cpu().numpy() for name, tensor in self.state_dict().items()})
                 raise InputError(f"the net's loss is {float(loss)} in step {step}, first in layer {_first_bad(self, batch)}; "
                                  "lower the rate, or look for extreme numbers in its columns")
             return loss

@@ -19,7 +19,7 @@ from ..core.errors import InputError, suggest
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Shape', 'OutOfTime', 'never', 'always', 'Fitting', 'Estimator', 'simplicity', 'fit', 'from_files',
-           'check_rows', 'even_weights', 'check_weights', 'check_stored', 'check_answer', 'probabilities', 'pick_rows']
+           'check_rows', 'even_weights', 'check_weights', 'check_finite', 'check_answer', 'probabilities', 'pick_rows']
 
 # %% ../../nbs/lib/train/01_protocol.ipynb #529eb6d3
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -159,14 +159,15 @@ def check_weights(
     return weights
 
 
-def check_stored(
-    parts: Mapping[str, Any],   # name -> numbers, as a file holds them
-    called: str,                # the model, for the sentence
+def check_finite(
+    parts: Mapping[str, Any],          # name -> numbers
+    called: str,                       # the model, for the sentence
+    advice: str = "train it again",
 ) -> None:
-    "Refuse a stored model that holds a number that is not finite, by the name of its part; raises `InputError`."
+    "Refuse a model that holds a number that is not finite, by the name of its part; raises `InputError`."
     for name, numbers in parts.items():
         if bad := int((~np.isfinite(np.asarray(numbers, float))).sum()):
-            raise InputError(f"{name} of the {called} holds {bad} numbers that are not finite; train it again")
+            raise InputError(f"{name} of the {called} holds {bad} numbers that are not finite; {advice}")
 
 
 def check_answer(

@@ -27,10 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import simulated  # noqa: E402
-from simulated import SETTINGS, WAYS, World, answers, binary, multiclass, of  # noqa: E402
+from simulated import WAYS, World, answers, binary, multiclass, of, sample  # noqa: E402
 
 from pipeline.core.errors import InputError  # noqa: E402
-from pipeline.core.intervals import bootstrap, over_seeds, paired  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "intervals.json"
 DRAWS = 200   # phases make 500; fewer leave the ends less sure, and what is counted here a little lower
@@ -63,19 +62,13 @@ def names_of(world: World, way: str) -> tuple[str, ...]:
 def measure(world: World, way: str, trials: int, names: tuple[str, ...] = (), draws: int = DRAWS) -> list[dict[str, Any]]:
     "One line a metric: how often the truth lay inside, below and above the interval, and the median width."
     names = names or names_of(world, way)
-    aims, k = truths(world, way, names), int(way.split()[0]) if way.endswith("seeds") else 0
+    aims = truths(world, way, names)
     ends = np.full((trials, len(names), 2), np.nan)   # stays so where a sample does not define the metric
     for trial in range(trials):
-        rows = world.make(np.random.default_rng([trial, 77]), world.rows, k, world.size)
-        using: dict[str, Any] = SETTINGS | {"unit": rows.unit, "group": rows.group, "seed": trial, "draws": draws}
+        interval = sample(world, way, trial, draws)
         for place, name in enumerate(names):
             with contextlib.suppress(InputError):
-                if way == "one model":
-                    it = bootstrap(name, rows.y, rows.p, **using)
-                elif way == "two models":
-                    it = paired(name, rows.y, rows.p, rows.q, **using)
-                else:
-                    it = over_seeds(name, rows.y, rows.seeds, **using)
+                it = interval(name)
                 ends[trial, place] = it.low, it.high
     lines = []
     for place, name in enumerate(names):
