@@ -479,6 +479,13 @@ def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path
     (tmp_path / "settings.ini").write_text("[outputs]\npath = outputs\n")
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "late.yml").write_text(json.dumps(PROBLEM))
+    card = store / "models" / registry.entry("late", 2).digest / "card.md"
+    signed = card.read_bytes()
+    card.chmod(0o644)
+    card.write_bytes(signed + b"!")
+    code, told = say(tmp_path, "start", "late", "--version", "2", "--reason", "better on validation")
+    assert code == 3 and "card.md" in told["error"] and Steering(registry).rollouts.current("late") is None, "no trial of a package that nobody would serve"
+    card.write_bytes(signed)
     code, told = say(tmp_path, "start", "late", "--version", "2", "--reason", "better on validation")
     assert code == 0 and told["share"] == 25 and told["status"] == "running"
     plan = Steering(registry).plans.current("late")

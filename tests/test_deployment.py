@@ -13,7 +13,7 @@ from serving_kit import until
 
 import deploy_world as world
 from pipeline.core import audit
-from pipeline.core.errors import InputError, IntegrityError
+from pipeline.core.errors import GateFailed, InputError, IntegrityError
 from pipeline.data.contract import target_values
 from pipeline.deploy import deployment
 from pipeline.deploy.deployment import ask, deploy, go_back, history, plain_row, read_live, standing, stop_all, write_serving
@@ -141,7 +141,7 @@ def test_what_the_registry_refuses_never_starts(place: Place, monkeypatch: pytes
     before = place.states(), place.plan, read_live(place.folder)
     Registry(place.store).register(release(place.store, place.folder.parent / "work9", "tiny", place.folder.parent / "model", place.contents("another")), "no-go", by="ci")
     third = place.store / "models" / place.registry.entry("tiny", 3).digest
-    with pytest.raises(InputError, match="tiny v3 comes from a run with the verdict no-go"):
+    with pytest.raises(GateFailed, match="tiny v3 comes from a run with the verdict no-go"):
         deploy(place.folder, third, place.key, 0, place.how, program=place.program)
     place.registry.move("tiny", 3, "retired", "it failed")
     older = place.registry.entry("tiny", 1)

@@ -270,7 +270,7 @@ def test_every_name_of_the_problem_file_is_defined_for_a_task_and_has_a_directio
 COVERED = [
     ("binary, 800 rows", "one model", "ece"), ("binary, 800 rows", "one model", "accuracy"), ("binary, 40 days of 20 rows", "one model", "value_per_1000"),
     ("binary, 40 days of 20 rows", "two models", "roc_auc"), ("regression, 40 days of 10 rows", "one model", "rmse"), ("100 lists of 8 rows", "one model", "ndcg"),
-    ("regression, 400 rows", "10 seeds", "mae"),
+    ("regression, 400 rows", "10 seeds", "mae"), ("binary, 800 rows", "3 seeds", "ece"), ("100 lists of 8 rows", "3 seeds", "mrr"),
 ]
 
 
@@ -281,18 +281,19 @@ def test_intervals_hold_the_truth(world: str, way: str, name: str) -> None:
 
 
 FEW_OF_A_CLASS = [
-    ("8 positives of 300 rows", ("roc_auc", "average_precision", "f1", "balanced_accuracy")), ("15 positives of 300 rows", ("roc_auc", "f1", "log_loss")),
-    ("four classes, the rarest 8 of 300 rows", ("f1", "balanced_accuracy")),
+    ("8 positives of 300 rows", "one model", ("roc_auc", "average_precision", "f1", "balanced_accuracy")),
+    ("15 positives of 300 rows", "one model", ("roc_auc", "f1", "log_loss")), ("four classes, the rarest 8 of 300 rows", "one model", ("f1", "balanced_accuracy")),
+    ("8 positives of 300 rows", "two models", ("accuracy", "f1", "balanced_accuracy")),
 ]
 
 
-@pytest.mark.parametrize(("name", "metrics"), FEW_OF_A_CLASS)
-def test_intervals_of_few_positives_hold_the_truth(name: str, metrics: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "way", "metrics"), FEW_OF_A_CLASS)
+def test_intervals_of_few_positives_hold_the_truth(name: str, way: str, metrics: tuple[str, ...]) -> None:
     from tests.bench.intervals import WORLDS as MORE
     from tests.bench.intervals import measure
 
-    for line in measure(next(w for w in MORE if w.name == name), "one model", 300, metrics):
-        assert line["inside"] >= 0.93 and line["truth_below"] <= 0.065, line
+    for line in measure(next(w for w in MORE if w.name == name), way, 300, metrics):
+        assert line["inside"] >= 0.93 and line["width"] < 1.5 and line["truth_below"] <= 0.065, line
 
 
 @pytest.mark.parametrize("name", ["accuracy", "roc_auc", "f1", "ece", "brier", "value_per_1000", "precision_at_recall"])
@@ -304,7 +305,7 @@ def test_seeds_that_agree_say_no_more_than_one_model(name: str) -> None:
     alike = [np.clip(p + shift, 0, 1) for shift in (0, 1e-9, 2e-9)]
     one, mean = (found(name, y, q, seed=1, threshold=0.3, costs=COSTS) for found, q in ((bootstrap, p), (over_seeds, alike)))
     assert mean.value == pytest.approx(one.value, abs=1e-6)
-    assert mean.low <= one.low + 1e-6 * abs(one.low) and mean.high >= one.high - 1e-6 * abs(one.high)
+    assert mean.low <= one.low + 1e-6 * abs(one.low) + 1e-12 and mean.high >= one.high - 1e-6 * abs(one.high)
 
 
 def test_r2_over_seeds_is_as_unsure_as_r2_of_one() -> None:
@@ -313,7 +314,7 @@ def test_r2_over_seeds_is_as_unsure_as_r2_of_one() -> None:
     y = np.r_[rng.normal(size=29), 9.0]
     answers = [y * 0.8 + 0.3 * rng.normal(size=30) for _ in range(3)]
     alone, mean = [bootstrap("r2", y, p) for p in answers], over_seeds("r2", y, answers)
-    assert mean.value - mean.low >= np.mean([e.value - e.low for e in alone]) and mean.high - mean.value >= np.mean([e.high - e.value for e in alone]) * 0.999
+    assert mean.value - mean.low >= 0.95 * np.mean([e.value - e.low for e in alone]) and mean.high - mean.value >= 0.95 * np.mean([e.high - e.value for e in alone])
 
 
 def test_a_perfect_score_on_few_rows_is_no_certainty() -> None:
@@ -479,7 +480,7 @@ def test_a_loss_beyond_the_margin_is_refused_and_a_small_one_is_not(monkeypatch:
     run = Watched(margin=0.1)
     run.frame = frame
     using = {"classes": None, "unit": None, "draws": 200, "seed": 7, "level": 0.95, "threshold": 0.5, "recall": 0.8, "costs": None}
-    holdout = SimpleNamespace(predictions=frame, contract={"classes": []}, task="regression", main="mae", using=using, current=True,
+    holdout = SimpleNamespace(predictions=frame, contract={"classes": [], "columns": [], "target": "y"}, task="regression", main="mae", using=using, current=True,
                               model=SimpleNamespace(family="trees"))
     monkeypatch.setattr(compare, "target_values", lambda frame, contract: y)
     compare.compare_simpler(run, holdout)                                    # ten per cent of the default's error would be tolerated

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from player import play
 import pytest
 
 from pipeline.core import audit
+from pipeline.core.problem import load_problem
 from pipeline.core.run import commit_phase, function_named, open_run, read_checks, read_claims
 from pipeline.core.store import read_frame
 from pipeline.evaluate.gate import check_acceptance, tell_answer
 from pipeline.evaluate.holdout import open_holdout
 from pipeline.evaluate.measures import measure, measure_over_seeds
 from pipeline.evaluate.threshold import choose_threshold
+from pipeline.report.evidence import read_run
+from pipeline.report.gate import criteria_of, unmet
+from pipeline.report.traceability import trace
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -153,7 +158,7 @@ def recompute(folder: Path) -> int:
 
 
 def test_binary_with_time_cohorts_seeds_and_acceptance(place: Place) -> None:
-    place.prepare("binary", evaluate="cohorts: [town, size], cohort_gap: 0.5, costs: {false_alarm: 1, miss: 3}, acceptance: "
+    place.prepare("binary", n=1500, evaluate="cohorts: [town, size], cohort_gap: 0.5, costs: {false_alarm: 1, miss: 3}, acceptance: "
                   "[{metric: roc_auc, at_least: 0.6, bound: low}, {metric: ece, at_most: 0.9}, {metric: log_loss, at_most: 2.0, on: validation}]")
     folder = place.evaluate()
     found = verdicts(folder)
@@ -268,6 +273,19 @@ def test_stable_runs_need_other_seeds_and_survive_a_restart(place: Place) -> Non
     assert verdicts(place.judge("third"))["good in 2 runs in a row"] == "no-go"
     place.prepare("binary", evaluate=said, seed=10, run="fourth")
     assert verdicts(place.judge("fourth"))["good in 2 runs in a row"] == "no-go"   # the count began anew
+
+
+def test_a_declared_cohort_with_too_few_rows_leaves_verdict_and_requirement_open(place: Place) -> None:
+    place.prepare("binary", evaluate="cohorts: [town], acceptance: [{metric: roc_auc, at_least: 0.6, bound: low}]", seeds=1, hold=120)
+    folder = place.evaluate()
+    told = json.loads((folder / "answer.json").read_text())
+    check = next(c for c in read_checks(folder) if "evaluate.cohorts.town" in c.answers)
+    assert told["verdict"] == check.verdict == "inconclusive" and "not settled: town groups are served alike" in told["answer"]
+    assert re.fullmatch(r"0 of 3 groups are large enough to compare; \w+ has \d\d of 100 rows, \d\d of 30 rows of its rarest class", check.found)
+    assert check.limit == "two groups with 100 rows, 10 days or other blocks, 30 rows of its rarest class each" and "times as many holdout rows" in check.why
+    evidence = read_run(folder.parent)
+    assert trace(load_problem(place.root / "tiny.yml"), evidence).row(by_predicate=pl.col("requirement") == "evaluate.cohorts.town", named=True)["verdict"] == "inconclusive"
+    assert unmet(criteria_of(evidence), "05_evaluate").high == 1
 
 
 def test_an_undeclared_cohort_column_is_a_criterion_not_met(place: Place, drafts: None) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, IntegrityError
 from pipeline.train import trees
 from pipeline.train.fast import prepare
 from pipeline.train.features import Coded, Encoder, learn_encoder
@@ -212,6 +213,19 @@ def test_a_stored_number_that_is_none_names_its_part(named: str, file: str, part
     content[part][0] = [float("inf")] if isinstance(content[part][0], list) else float("inf")
     with pytest.raises(InputError, match=f"{part} of the .* holds 1 numbers that are not finite"):
         from_files(named, shape, files | {file: json.dumps(content).encode()})
+
+
+@pytest.mark.parametrize(("field", "number"), [("threshold", "nan"), ("threshold", "-inf"), ("leaf_value", "nan"), ("leaf_value", "inf"), ("leaf_value", "1e999")])
+def test_a_spoilt_number_of_a_tree_names_tree_and_field(field: str, number: str) -> None:
+    "Of the same length, so that the sizes fit: LightGBM loads it and sends every row the same way."
+    _, shape, matrix, target = encoded("binary")
+    text = fit("trees", shape, matrix, target, Fitting({"rounds": 4})).to_files()["model.txt"].decode()
+    before, behind, rest = re.split(rf"(?<=\nTree=2\n)(.*?\n{field}=)", text, maxsplit=1, flags=re.DOTALL)
+    old = rest.split(maxsplit=1)[0]
+    spoilt = before + behind + number.rjust(len(old)) + rest[len(old):]
+    assert len(spoilt) == len(text)
+    with pytest.raises(IntegrityError, match=f"{field} of tree 2 in model.txt holds 1 numbers that are not finite"):
+        from_files("trees", shape, {"model.txt": spoilt.encode()})
 
 
 def test_row_weights_that_are_no_numbers_are_refused(family: str, quick: dict[str, Any]) -> None:

@@ -20,13 +20,13 @@ from pipeline.core.errors import Inconclusive, InputError
 from pipeline.core.run import Estimate, commit_phase, judge, overall, read_checks, read_claims
 from pipeline.core.store import read_frame
 from pipeline.evaluate.calibration import check_calibration
-from pipeline.evaluate.conformal import LEVEL, check_promise, cut_for, cuts_by, intervals_of, learn_promise, row_cuts, sets_of, strangeness
+from pipeline.evaluate.conformal import LEVEL, check_promise, cut_for, cuts_by, holds, honest_cuts, intervals_of, learn_promise, row_cuts, sets_of, strangeness
 from pipeline.evaluate.gate import answer_times, check_operations, stable_count, tell_answer
 from pipeline.evaluate.holdout import level_for, look_of, looks_at, open_holdout, reason_for
 from pipeline.evaluate.measures import measure
 from pipeline.evaluate.rivals import check_rivals, gain_between, old_and_new
 from pipeline.evaluate.threshold import choose_threshold
-from pipeline.train.reweighing import learn_grouping
+from pipeline.train.reweighing import Grouping, learn_grouping
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_every_group_of_every_cohort_column_keeps_the_promise(seed: int) -> None
 def test_small_groups_and_those_that_a_request_cannot_name_share_the_cut_of_all_and_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_wards(*asked: Any, **how: Any) -> tuple[pl.DataFrame, dict[str, Any]]:
         frame, contract = make_table(*asked, **how)
-        town = pl.when(pl.col("__row") % 60 == 0).then(pl.lit("Céret")).otherwise(pl.col("town").replace({"Céret": "Bonn"}))
+        town = pl.when(pl.col("__row") % 30 == 0).then(pl.lit("Céret")).otherwise(pl.col("town").replace({"Céret": "Bonn"}))
         return frame.with_columns(town=town, ward=pl.when(pl.col("__row") % 3 == 0).then(pl.lit("east")).otherwise(pl.lit("west"))), contract
 
     monkeypatch.setattr("test_evaluate_phase.make_table", with_wards)
@@ -275,13 +275,48 @@ def test_small_groups_and_those_that_a_request_cannot_name_share_the_cut_of_all_
     assert found.filter(cohort="Céret")["own_cut"].to_list() == [None] and found.filter(by="ward")["own_cut"].null_count() == 2
     said = place.shown[-1]
     assert "town Céret (" in said and "ward: no input of the model" in said
-    stored = read_frame(folder / "predictions.parquet")
-    lines = intervals_of(stored.select("prediction", "low", "high").to_numpy(), row_cuts(promise, stored))
-    inside = (lines[:, 0] <= stored["y"].to_numpy()) & (stored["y"].to_numpy() <= lines[:, 1])
+    stored = read_frame(folder / "predictions.parquet").sort("__time")
+    early, late = stored.head(stored.height // 2), stored.tail(stored.height // 2)          # the earlier half draws the line, the later half judges it
+    numbers = [half.select("prediction", "low", "high").to_numpy() for half in (early, late)]
+    drawn = learn_promise(strangeness(early["y"].to_numpy(), numbers[0], True), early, [Grouping.from_dict(one["grouping"]) for one in promise["groups"]])
+    lines = intervals_of(numbers[1], row_cuts(drawn, late))
+    inside = (lines[:, 0] <= late["y"].to_numpy()) & (late["y"].to_numpy() <= lines[:, 1])
     claim = next(c for c in read_claims(folder) if c.name == "promise_kept")
-    assert claim.value == inside.mean() and recompute(folder) >= 1
+    assert claim.value == inside.mean() and claim.n == late.height and recompute(folder) >= 1
     for row in found.to_dicts():
-        assert row["covered"] == inside[(stored[row["by"]] == row["cohort"]).to_numpy()].mean()
+        assert row["covered"] == inside[(late[row["by"]] == row["cohort"]).to_numpy()].mean()
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_what_drew_the_line_does_not_judge_it(timed: bool) -> None:
+    "Whatever the rows of a day are, the line that judges them stays where it is, and others move."
+    day = np.repeat(np.arange(40), 10)
+    calm = np.random.default_rng(1).random(400)
+    frame = pl.DataFrame({"day": day}).with_columns(**({"__time": pl.col("day")} if timed else {}))
+    before = honest_cuts(calm, frame, block=day)[:, 0]
+    assert np.isnan(before).tolist() == ((day < 20) & timed).tolist()
+    for strange in (7, 33):
+        after = honest_cuts(np.where(day == strange, 100.0, calm), frame, block=day)[:, 0]
+        np.testing.assert_array_equal(after[day == strange], before[day == strange])
+        assert (before[day > 33] < after[day > 33]).any() or timed and strange == 33      # the later half teaches nobody
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("n", [300, 1000, 3000])
+def test_near_chance_the_shipped_model_keeps_its_promise(n: int, k: int) -> None:
+    "Pure noise, a model that was fitted on all rows: nine of ten new rows, within what so few rows to draw the line from allow."
+    held = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x, y = rng.normal(size=(n + 2000, 3)), rng.integers(0, k, n + 2000)
+        first = n * 4 // 5
+        means = np.array([x[:first][y[:first] == c].mean(0) for c in range(k)])
+        score = x[first:] @ means.T - (means**2).sum(1) / 2                     # a discriminant that learnt noise
+        p = np.exp(score) / np.exp(score).sum(1, keepdims=True)
+        cut = cut_for(strangeness(y[first:n], p[:n - first], False))
+        held.append(holds(y[n:], p[n - first:], cut, False).mean())
+    spread = math.sqrt(LEVEL * (1 - LEVEL) * (1 / (n - first) + 1 / 2000) / 20)
+    assert -3 * spread < np.mean(held) - LEVEL < 3 * spread + 1 / (n - first)
 
 
 def test_intervals_of_coverage_allow_for_rows_that_come_together() -> None:

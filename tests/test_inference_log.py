@@ -199,6 +199,51 @@ def test_a_collector_that_dies_after_its_commit_takes_nothing_twice(recorder: Re
     assert read_inferences(tmp_path, "tiny")["request_id"].to_list() == [f"r{i}" for i in range(25)]
 
 
+def test_a_clock_that_jumps_takes_no_file_from_its_writer(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "To a collector whose clock is two hours ahead each file that is being written looks abandoned."
+    note(recorder, 0, 10)
+    with recorder._writing:
+        recorder._write()
+    spool = log.Spool(tmp_path, "tiny", "outcomes", log.spool_key(tmp_path))
+    with monkeypatch.context() as patch:
+        ahead = time.time() + 7200
+        patch.setattr(log.time, "time", lambda: ahead)
+        assert collect(tmp_path, "tiny") == 0
+    assert spool.held.exists()
+    spool.drop()
+    recorder.flush()
+    assert read_inferences(tmp_path, "tiny").height == 10 and not list((tmp_path / "inferences/tiny").iterdir())
+
+
+def test_a_file_that_did_not_get_its_name_gets_it_before_others_are_written(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step, start in (("fsync", 0), ("rename", 10)):
+        note(recorder, start, start + 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(log.os, step, full)
+            with pytest.raises(EnvironmentFault, match="No space"):
+                recorder.flush()
+            with pytest.raises(EnvironmentFault, match="No space"):
+                note_outcomes(tmp_path, "tiny", [{"request_id": "r1", "value": "yes"}], ["no", "yes"])
+        note(recorder, start + 5, start + 10)
+        recorder.flush()
+    assert read_inferences(tmp_path, "tiny")["request_id"].to_list() == [f"r{i}" for i in range(20)] and recorder.written == 20
+    assert not list((tmp_path / "inferences/tiny").iterdir()) and read_outcomes(tmp_path, "tiny").is_empty()
+
+
+def test_a_file_that_somebody_took_away_is_counted_and_the_next_ones_are_written(recorder: Recorder, tmp_path: Path) -> None:
+    note(recorder, 0, 5)
+    with recorder._writing:
+        recorder._write()
+    for left in (tmp_path / "inferences/tiny").iterdir():
+        left.unlink()
+    note(recorder, 5, 10)
+    recorder.flush()
+    assert recorder.dropped == 5 == recorder.written and read_inferences(tmp_path, "tiny")["request_id"].to_list() == [f"r{i}" for i in range(5, 10)]
+
+
 def test_many_writers_and_collectors_at_once(recorder: Recorder, tmp_path: Path) -> None:
     other = Recorder(tmp_path, "tiny", {1: LAYOUT}, interval=600, collects=False)
     faults: list[BaseException] = []

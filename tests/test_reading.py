@@ -1,9 +1,12 @@
 """Files in pieces hold what they hold as a whole: any values, any length of a piece; a damaged one is refused, never misread."""
 from __future__ import annotations
 
+import bz2
 import datetime as dt
+import gzip
 import io
 import json
+import lzma
 import random
 import re
 import subprocess
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,8 +24,11 @@ from hypothesis import strategies as st
 from pipeline.core.errors import InputError, IntegrityError, PilothouseError
 from pipeline.data.export import write_export
 from pipeline.data.sources import read_table
+from pipeline.data.streams import open_stream
 from pipeline.deploy.batch import read_rows, stream_rows
+from pipeline.deploy.frames import check_frame
 from pipeline.deploy.reading import cut, read_pieces
+from pipeline.deploy.schema import Field, Schema
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LETTERS = st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n\t")
@@ -169,3 +176,59 @@ def test_whole_and_parts_are_one_reading(tmp_path: Path) -> None:
         parts = list(stream_rows(tmp_path / f"in.{kind}", ["who"], 20))
         assert [p.start for p in parts] == [0, 20, 40] and pl.concat([p.rows for p in parts])["who"].equals(read_table(tmp_path / f"in.{kind}").frame["who"])
         assert [p.rows.columns for p in stream_rows(tmp_path / f"in.{kind}", ["nothing"], 20)] == [["n", "who"]] * 3
+
+
+def packed(place: Path, content: bytes) -> list[Path]:
+    for name, pack in (("in.csv.gz", gzip.compress), ("in.csv.bz2", bz2.compress), ("in.csv.xz", lzma.compress)):
+        (place / name).write_bytes(pack(content))
+    with pa.output_stream(place / "in.csv.zst", compression="zstd") as out:
+        out.write(content)
+    with zipfile.ZipFile(place / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("in.csv", content)
+    return [file for file in sorted(place.iterdir()) if file.name.startswith("in.")]
+
+
+def test_packed_tables_are_the_tables_in_them(tmp_path: Path) -> None:
+    content = b"hour,town\n" + b"".join(b"%d,Ulm\n" % i for i in range(5000))
+    files = packed(tmp_path, content)
+    assert len(files) == 5
+    for file in files:
+        rows = pl.concat([part.rows for part in stream_rows(file, ["hour"], 700)])
+        assert rows.columns == ["hour"] and rows["hour"].cast(pl.Int64).to_list() == list(range(5000)), file
+        assert read_rows(file).equals(pl.read_csv(content, infer_schema=False))
+        cut = tmp_path / f"cut{file.name}"
+        cut.write_bytes(file.read_bytes()[:-40])
+        with pytest.raises(InputError, match="no whole archive"):
+            read_rows(cut)
+    packed(tmp_path, b"hour\n" + bytes(60_000_000))
+    with pytest.raises(IntegrityError, match="zip bomb"):
+        read_rows(tmp_path / "in.csv.gz")
+
+
+def test_nested_columns_have_the_same_names_where_it_is_learned_and_answered(tmp_path: Path) -> None:
+    rows = pl.DataFrame({"who": [{"age": 1.5, "body": {"height": 3}}, None, {"age": None, "body": None}], "town": ["Ulm", "Bonn", "Kiel"]})
+    rows.write_parquet(tmp_path / "in.parquet")
+    flat = pl.DataFrame({"who.age": [1.5, None, None], "who.body.height": [3, None, None], "town": ["Ulm", "Bonn", "Kiel"]})
+    learned, stream = read_table(tmp_path / "in.parquet"), open_stream(tmp_path / "in.parquet")
+    assert learned.frame.equals(flat) and "outer.inner" in learned.notes[0]
+    assert pl.concat(stream.batches()).equals(flat) and stream.schema == dict(flat.schema)
+    assert read_rows(tmp_path / "in.parquet").equals(flat)
+    assert next(stream_rows(tmp_path / "in.parquet", ["who.body.height"])).rows.equals(flat.select("who.body.height"))
+    rows.with_columns(pl.lit(1).alias("who.age")).write_parquet(tmp_path / "twice.parquet")
+    with pytest.raises(InputError, match="who.age"):
+        read_table(tmp_path / "twice.parquet")
+
+
+def test_the_order_of_day_and_month_is_settled_as_for_learning(tmp_path: Path) -> None:
+    days = [dt.date(2024, 1, 1) + dt.timedelta(days=i) for i in range(300)]
+    for way in ("%m/%d/%Y", "%d/%m/%Y"):
+        pl.DataFrame({"day": [day.strftime(way) for day in days]}).write_csv(tmp_path / "in.csv")
+        (tmp_path / "in.csv.gz").write_bytes(gzip.compress((tmp_path / "in.csv").read_bytes()))
+        assert read_table(tmp_path / "in.csv").frame["day"].to_list() == days
+        for file in ("in.csv", "in.csv.gz"):
+            rows = pl.concat([part.rows for part in stream_rows(tmp_path / file, ["day"], 7, dates=["day"])])
+            assert check_frame(rows, Schema((Field("day", "date", "Date", False),)))["day"].to_list() == days
+    for open_ in (["01/02/2024", "03/04/2024"], ["13/02/2024", "02/13/2024"]):
+        pl.DataFrame({"day": open_}).write_csv(tmp_path / "in.csv")
+        with pytest.raises(InputError, match="do not settle whether the day or the month stands first; write dates as 2024-01-31"):
+            check_frame(next(stream_rows(tmp_path / "in.csv", ["day"], dates=["day"])).rows, Schema((Field("day", "date", "Date", False),)))

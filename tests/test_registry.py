@@ -12,11 +12,12 @@ import polars as pl
 import pytest
 
 from pipeline.core import audit
-from pipeline.core.errors import EnvironmentFault, InputError, IntegrityError
+from pipeline.core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
 from pipeline.core.run import Check
-from pipeline.deploy.package import Contents, release
+from pipeline.deploy.package import KEY, Contents, release
 from pipeline.deploy.registry import EVENT, Registry
 from pipeline.deploy.schema import make_schema
+from pipeline.deploy.service import serve
 from pipeline.deploy.versions import Plans
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
@@ -91,7 +92,7 @@ def test_a_failed_gate_cannot_be_promoted(world):
     registry, _, packages = world
     registry.register(packages[2], "no-go", "late/main")
     before = registry.entries()
-    with pytest.raises(InputError, match="verdict no-go"):
+    with pytest.raises(GateFailed, match="verdict no-go"):
         registry.move("late", 3, "staging", "please")
     assert registry.entries() == before
 
@@ -100,15 +101,15 @@ def test_what_fails_after_the_package_was_made_bars_it_too(world):
     registry, _, packages = world
     digest = registry.entry("late", 3).digest
     assert registry.judge(packages[2], "no-go", "late/main", by="ci").verdict == "no-go"
-    with pytest.raises(InputError, match=r"verdict no-go \(late/main\) and cannot become staging"):
+    with pytest.raises(GateFailed, match=r"verdict no-go \(late/main\) and cannot become staging"):
         registry.move("late", 3, "staging", "please")
     assert registry.register(packages[2], "go", "late/main").verdict == "no-go", "the deploy phase alone does not lift what the whole run has said"
     assert registry.judge(packages[2], "go", "late/main").verdict == "go"
     up(registry, 3, "staging")
     registry.judge(packages[2], "no-go", "late/stricter")
-    with pytest.raises(InputError, match=r"no-go \(late/stricter\) and cannot become canary"):
+    with pytest.raises(GateFailed, match=r"no-go \(late/stricter\) and cannot become canary"):
         registry.move("late", 3, "canary", "please")
-    with pytest.raises(InputError, match="verdict no-go"):
+    with pytest.raises(GateFailed, match="verdict no-go"):
         Plans(registry).go_live("late", 0, digest, "straight to the callers")
     registry.judge(packages[2], "inconclusive", "late/main")
     up(registry, 3, "canary", "production")
@@ -126,7 +127,7 @@ def test_a_looser_limit_lifts_nothing(world):
 
     assert judged(2, "no-go", "≥ 0.8").verdict == "no-go"
     assert judged(2, "go", "≥ 0.6").verdict == "no-go" and judged(2, "go", "≥ 0.6").verdict == "no-go"
-    with pytest.raises(InputError, match=r"failed: ROC AUC, limit ≥ 0.8\); mend what failed and run again, or answer for it by name: .* --waive --reason"):
+    with pytest.raises(GateFailed, match=r"failed: ROC AUC, limit ≥ 0.8\); mend what failed and run again, or answer for it by name: .* --waive --reason"):
         registry.move("late", 3, "staging", "it says go")
     with pytest.raises(InputError, match="needs a reason"):
         registry.move("late", 3, "staging", " ", waive=True)
@@ -138,6 +139,34 @@ def test_a_looser_limit_lifts_nothing(world):
     up(registry, 3, "canary", "production")
     with pytest.raises(InputError, match="nothing bars it from becoming staging; leave --waive out"):
         registry.move("late", 1, "staging", "please", waive=True)
+
+
+def test_what_a_service_starts_with(world, monkeypatch):
+    "A no-go answers nobody but who tries it here; whichever run is named, the traffic's plan says which package answers."
+    registry, url, packages = world
+    started: list[Path] = []
+    monkeypatch.setattr("pipeline.deploy.service.serve_package", lambda folder, *given, **more: started.append(folder) or folders.append(more["store"]))
+    monkeypatch.setattr("pipeline.deploy.package.package_of", lambda run: (packages[int(run.name)], audit.public_key(registry.store, KEY)))
+    monkeypatch.setattr("pipeline.deploy.admission.check_loads", lambda *given: None)
+    folders: list[str] = []
+
+    def start(number: int, **more) -> Path:
+        serve(registry.store.parent / "late" / str(number), port=0, database=url, **more)
+        return started[-1]
+
+    registry.judge(packages[2], "no-go", "late/main", by="ci")
+    with pytest.raises(GateFailed, match=r"v3 comes from a run with the verdict no-go \(late/main\) and answers nobody .* --trial"):
+        start(2)
+    assert start(2, trial=True) == packages[2] and folders[-1] == "" and audit.entries(registry.store)[-1]["event"] == "package.tried"
+    with pytest.raises(InputError, match="a trial answers on this machine alone and 0.0.0.0 was asked"):
+        start(2, trial=True, host="0.0.0.0", token_ref=None)
+    assert start(0) == packages[0] and folders[-1] == str(registry.store)
+    up(registry, 1, "staging", "canary", "production")
+    plans = Plans(registry)
+    plans.go_live("late", 0, registry.entry("late", 1).digest, "the first")
+    plans.go_live("late", 1, registry.entry("late", 2).digest, "the trial went well")
+    assert start(0) == registry.store / "models" / registry.entry("late", 2).digest == start(1)
+    assert start(0, downgrade="a drill") == packages[0]
 
 
 def test_an_older_package_is_not_a_new_one(world):

@@ -261,9 +261,10 @@ def test_a_criterion_answers_what_it_names_and_nothing_that_sounds_like_it(tmp_p
     problem = load_problem(FLIGHTS, {"evaluate.cohorts": ["member"]})
     attack = {"title": "member groups do not give away who was learned from", "claim": "membership_auc", "verdict": "go", "found": "0.48", "limit": "≤ 0.6", "answers": ["D5"]}
     few = {"title": "too few to tell", "verdict": "not applicable", "found": "0 of 2 groups are large enough", "limit": "–", "answers": ["evaluate.cohorts.member"]}
-    for checks, verdict in (([attack], "inconclusive"), ([attack, few], "not applicable")):
+    for checks, found in (([attack], "–"), ([attack, few], "0 of 2 groups are large enough")):
         matrix = trace(problem, Evidence(tmp_path, [Phase("09_comply", tmp_path, "", "go", {}, checks=checks)], {}))
-        assert matrix.row(by_predicate=pl.col("requirement") == "evaluate.cohorts.member", named=True)["verdict"] == verdict
+        row = matrix.row(by_predicate=pl.col("requirement") == "evaluate.cohorts.member", named=True)
+        assert (row["verdict"], row["found"]) == ("inconclusive", found)      # declared, so being skipped is not being met
 
 
 def test_a_phase_that_did_not_run_leaves_the_verdict_open(run: Path) -> None:

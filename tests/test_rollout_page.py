@@ -249,6 +249,7 @@ def test_back_from_the_page_and_a_move_that_came_too_late(browser: Any, office: 
         page.locator("#do-back").click()
         page.locator("#sure-yes").click()
         page.locator("#said", has_text="The rollout is rolled back now.").wait_for()
+        page.get_by_role("heading", name="version 3 was rolled back").wait_for()
         assert office["desk"].said == [("back", "ann", "wrong answers for JFK", 8)]
 
 

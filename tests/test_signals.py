@@ -29,7 +29,7 @@ from pipeline.deploy.objectives import BURNS, Objectives, rules_file, scrape_fil
 from pipeline.deploy.package import KEY, load_package
 from pipeline.deploy.staging import as_rows
 from pipeline.monitor.follow import follow
-from pipeline.monitor.signals import Tail, Watch, signals
+from pipeline.monitor.signals import Tail, Watch, play_hours, signals
 from serving_kit import Running, packages, running, until
 
 FIELDS = ["hour", "seats", "carrier", "built", "rain"]
@@ -137,6 +137,13 @@ def test_a_killed_service_is_down_for_as_long_as_it_was(place: tuple[Path, Path]
     assert seen.raised.filter(rule="error budget burning", window="1h").height >= 1
 
 
+def test_a_share_of_slow_answers_that_is_always_there_is_no_spike() -> None:
+    "Just under one in a hundred takes six times as long, hour after hour: the usual 99th percentile lies below the gap."
+    ms = np.where(np.arange(5000) < 48, 60.0, 10.0)
+    rang = [play_hours(ms, Objectives(0.99, 250), 20, np.random.default_rng(s)).to_dicts()[0]["rang"] for s in range(8)]
+    assert sum(map(bool, rang)) <= 2, rang
+
+
 def served(server: Running) -> float:
     "Answers so far."
     found = re.search(rb'pilothouse_answers_total\{version="1",role="live",status="200"\} (\d+)', server.ask("GET", "/metrics")[2])
@@ -160,7 +167,8 @@ def test_an_hour_of_traffic_through_the_real_log_rings_nothing_and_loses_nothing
         load.join()
         sent = int((found[0]["status"] == 200).sum())
         assert until(lambda: (tail.look(dt.datetime.now(dt.UTC)), tail.rows >= sent)[1]), f"{tail.rows} of {sent} answers are in the log"
-    assert (tail.rows, tail.lost, tail.watch.late) == (sent, 0, 0) and sent == len(found[0])
+    assert (tail.rows, tail.lost) == (sent, 0) and sent == len(found[0])
+    assert not tail.watch.late or max(lags) > 0.4 * pace, f"{tail.watch.late} answers came after their step was judged, though the log was at most {max(lags):.0f} s behind"
     assert not [a for a in tail.watch.raised if a["severity"] == "page" and a["opened_s"] <= 3600], tail.watch.raised
     assert sorted(lags)[int(0.9 * len(lags))] < promise.window_s, f"the watch was behind by {sorted(lags)[-5:]} s of an hour, a window has {promise.window_s:g}"
 
@@ -242,3 +250,17 @@ def test_prometheus_rules_and_the_monitor_know_the_same_numbers() -> None:
     assert len(said) == len(BURNS) and all(f"> {PROMISE.failing(b):.6g}" in s for b, s in zip(BURNS, said))
     latency = next(r["expr"] for r in rules if r.get("alert") == "LatencyOverTheLimit")
     assert f"{(PROMISE.too_slow(10_000) - 0.01) * 100:.6g} / sqrt(" in latency
+
+
+def test_a_service_that_never_answers_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("[outputs]\npath = outputs\n")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "tiny.yml").write_text(json.dumps({
+        "problem": {"name": "tiny", "statement": "Will it be late, asked before it leaves?", "kpi": {"name": "late", "baseline": 0, "target": 1, "unit": ""}, "task": "binary", "target": "late"},
+        "data": {"sources": [{"name": "t", "kind": "csv", "path": "t.csv"}]}}))
+    assert main(["monitor", "tiny", "--url", "http://127.0.0.1:1", "--minutes", "0.01"]) == 4
+    told = capsys.readouterr()
+    assert told.err.splitlines()[0] == "pilothouse: nobody answers in time at http://127.0.0.1:1; trying again" and told.err.count("nobody answered at http://127.0.0.1:1") == 1

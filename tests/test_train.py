@@ -24,6 +24,7 @@ from pipeline.data.contract import Contract, Rule
 from pipeline.train import trees
 from pipeline.train.budget import plan_fits
 from pipeline.train.checkpoints import Checkpoints
+from pipeline.train.contest import score_beside
 from pipeline.train.choice import Limits, choose, leaderboard, rows_of
 from pipeline.train.features import MAX_LEVELS, learn_encoder
 from pipeline.train.final import fit_finally, validation_frame
@@ -321,6 +322,7 @@ from pathlib import Path
 from test_train import small_rows
 from pipeline.train.budget import plan_fits
 from pipeline.train.checkpoints import Checkpoints
+from pipeline.train.contest import score_beside
 from pipeline.train.search import Goal, run_search
 rows, die_at = small_rows('binary'), int(sys.argv[2])
 asked = iter(range(10**9))
@@ -370,6 +372,8 @@ def test_a_whole_search_gives_the_same_twice(task: str, metric: str, tmp_path: P
         final = fit_finally(chosen, found.named("trees") or chosen, rows, contract, encoder, plan, [7, 8], 1, Checkpoints(tmp_path / place))
         final.model.save(tmp_path / place / "model")
         kept = validation_frame(frame.with_columns(__row=pl.int_range(pl.len())), rows, contract, chosen, {})
+        told, row = score_beside(kept, metric, classes=contract["classes"] or None, seed=7), board.filter(pl.col("candidate") == choice.name).row(0, named=True)
+        assert told is not None and (told.value, told.low, told.high) == (row["metric"], row["low"], row["high"])      # one number on board and page
         digests.append((load_model(tmp_path / place / "model").digest, kept.write_json(), board.write_json()))
         loaded = load_model(tmp_path / place / "model")
         if task == "regression":

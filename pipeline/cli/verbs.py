@@ -616,7 +616,7 @@ def monitor(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    "Uptime, spent error budget and slow answers of a service; exit code 1 if somebody had to be called."
+    "Uptime, spent error budget and slow answers of a service; exit code 1 if somebody had to be called, 4 if nobody ever answered."
     from pipeline.cli.run import problem_file
     from pipeline.core.problem import load_problem
     from pipeline.core.settings import load_settings
@@ -636,6 +636,8 @@ def monitor(
         rang = seen.alarms
         say({"event": "ended", "seconds": round(seen.seconds, 1), "probes": seen.probes, "uptime": seen.uptime if seen.probes else None, "alarms": len(rang)},
             f"{len(rang)} alarms in {seen.seconds / 60:.3g} minutes; {seen.answered:,} of {seen.probes:,} probes answered: up {seen.uptime:.3%} (promised {found.deploy.uptime:.3%})", as_json)
+        if not seen.answered and not rang:
+            raise EnvironmentFault(f"nobody answered at {url} in {seen.seconds:,.0f} s; start the service (pilothouse serve, pilothouse deploy up), or correct --url")
     else:
         if minutes is not None:
             raise InputError("--minutes is about a service that is watched; add --url, or give --hours to look back")
@@ -676,7 +678,7 @@ def advise_hosting(
 @app.command(epilog="Example: pilothouse predict flights/main --data tomorrow.csv --out answers.csv")
 def predict(
     name: RunName = "",
-    data: Annotated[str, typer.Option("--data", help="Rows to answer: .csv, .parquet, .jsonl or .xlsx.")] = "",
+    data: Annotated[str, typer.Option("--data", help="Rows to answer: .csv, .parquet, .jsonl or .xlsx, also packed (.csv.gz, .csv.zst, .zip …).")] = "",
     out: Annotated[str, typer.Option("--out", help="Where the answers go: .csv, .xlsx or .parquet.")] = "",
     engine: Annotated[str, typer.Option("--engine", help="local, or ray: on the nodes of a Ray cluster.")] = "local",
     address: Annotated[str, typer.Option("--address", help="The cluster, host:port or auto; without one, Ray starts on this machine.")] = "",
@@ -750,6 +752,7 @@ def serve(
     wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds that a request may wait for others; then it gets a 429.")] = 0.5,
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds between saying that it ends and ending.")] = 0.5,
     downgrade: Annotated[str, typer.Option("--downgrade", help="Why a package older than one that was in production may answer.")] = "",
+    trial: Annotated[bool, typer.Option("--trial", help="Also a run that is no-go, on this machine alone: no plans, no inference log; audited.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -776,7 +779,7 @@ def serve(
     from pipeline.deploy.service import serve as serve_run
 
     problem = load_problem(problem_file(run.parent.name, settings))
-    serve_run(run, host, port, token or None, downgrade, database=settings.database, tokens=tokens or None, tls_cert=tls_cert or None, tls_key=tls_key or None,
+    serve_run(run, host, port, token or None, downgrade, trial, database=settings.database, tokens=tokens or None, tls_cert=tls_cert or None, tls_key=tls_key or None,
               workers=workers, rate=rate, wait_s=wait, drain_s=drain, log_inputs=problem.deploy.log_inputs, subject=problem.comply.subject, keyed=problem.comply.encrypt,
               extensions="pipeline.rollout.desk:extensions")
     return 0

@@ -172,7 +172,10 @@ def look_at_gaps(run: Run) -> Any:
     if not measured:
         run.save("comply/gaps", pl.DataFrame(schema=schema))
         why = why_not_compared(run.problem.evaluate.cohorts, run.phases())
-        run.not_applicable("Cohorts are served alike", why, ["evaluate.cohort_gap"])
+        if run.problem.evaluate.cohorts:
+            run.pending("Cohorts are served alike", why, "every declared cohort is compared", "see what 05_evaluate asks for", ["evaluate.cohort_gap"])
+        else:
+            run.not_applicable("Cohorts are served alike", why, ["evaluate.cohort_gap"])
         return note(f"{why[:1].upper()}{why[1:]}.", "warn")
     from pipeline.evaluate.cohorts import cohort_gap
 

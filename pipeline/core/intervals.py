@@ -221,10 +221,12 @@ def span(
         raise InputError(f"{first.units} blocks are too few for an interval; measure more rows or draw by smaller blocks")
     if len(terms) == 1 and (first.ranked or first.name in SHARES):
         return _of_parts(first, seed, draws, level)
+    if first.name in SHARES:
+        return _shares_apart(terms, level)
     value, low, high = _span(terms, seed, draws, level)
     enough = len(terms) == 1 and (first.name in CALIBRATION or first.name in ("log_loss", "brier") and first.cases >= RARE)
     if first.cases < first.units and not enough:
-        wider = expanded(max(first.cases, 2), level) / expanded(first.units, level)
+        wider = expanded(max(first.cases, 2), level) / expanded(first.units, level) * _one_more(terms)
         low, high = value + (low - value) * wider, value + (high - value) * wider
     return value, low, high
 
@@ -309,6 +311,30 @@ def _share_parts(term: Redrawn, level: float) -> Iterator[tuple[float, float, fl
             error = math.sqrt(units / (units - 1) * float(pull @ pull))
             ends = share_bounds(share, error, seen if total > seen else units, int(total), level)
             yield *((2 * s / (1 + s) for s in (share, *ends)) if term.name == "f1" else (share, *ends)), pull
+
+
+def _shares_apart(terms: list[tuple[float, Redrawn]], level: float) -> tuple[float, float, float]:
+    "Two shares of the same rows, with one more row that the first alone gets right or the second alone (after Agresti and Min 2005); a row in every second class of more than two."
+    units, one = terms[0][1].units, np.ones((1, terms[0][1].units))
+    value, error = float(_combined(terms, one)[0]), float(_errors(terms, one)[0])
+    sums = [term.sums for _, term in terms if term.sums is not None]
+    hits = sums[0].shape[1] // 2
+    unseen = np.max([_slopes(terms[0][1].name, s.sum(0)[None], np.maximum(np.abs(s).sum(0), 1.0))[0, :hits] for s in sums], axis=0)
+    half = student(units - 1, level) * math.sqrt(error**2 + float((unseen**2).sum()) * min(1.0, 2 / hits))
+    return value, value - half, value + half
+
+
+def _one_more(terms: list[tuple[float, Redrawn]]) -> float:
+    "How much wider the difference of two rankings, or values, is once a case as telling as the most telling one is yet to come."
+    first = terms[0][1]
+    if len(terms) < 2 or not first.ranked and first.name != "value_per_1000" or first.name == "precision_at_recall":
+        return 1.0
+    pull = np.sum([factor * (_ranked_pull(term) if term.ranked else term.pulls(np.ones((1, term.units)))[0]) for factor, term in terms], axis=0) ** 2
+    return math.sqrt(1 + float(pull.max() / pull.sum())) if pull.any() else 1.0
+
+
+def _ranked_pull(term: Redrawn) -> np.ndarray:
+    return np.mean([np.bincount(placed, ranking.pulls(term.name), term.units) for ranking, placed in term.ranked], axis=0)   # type: ignore[no-any-return]
 
 
 def _ranked_parts(term: Redrawn, seed: int, draws: int, level: float) -> Iterator[tuple[float, float, float, np.ndarray]]:
@@ -413,11 +439,6 @@ def _rarest(name: str, y: np.ndarray, p: np.ndarray) -> int:
         return len(y)
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 else p.shape[1]).min())
 
-
-def _unknown(name: str, rarest: int, p: Any) -> bool:
-    "So few rows of the rarer class say nothing of how the next ones will be ranked, or how many of them will be found."
-    return name in RANKED and rarest < RARE or name in ("f1", "balanced_accuracy") and np.ndim(p) == 1 and rarest < FEW
-
 # %% ../../nbs/lib/core/10_intervals.ipynb #ba7b67e6
 def paired(
     name: str,                         # one of pipeline.core.metrics.BETTER
@@ -438,7 +459,9 @@ def paired(
     first = settings.but(**using)
     second = first if threshold_q is None else first.but(threshold=threshold_q)
     value = metric(name, y, p, group=group, settings=first) - metric(name, y, q, group=group, settings=second)
-    if _unknown(name, _rarest(name, *checked(name, y, p)), p):
+    if first == second and np.array_equal(p, q):
+        return Estimate(0.0, 0.0, 0.0, n=len(y))
+    if name in RANKED and _rarest(name, *checked(name, y, p)) < RARE:
         return Estimate(value, -1.0, 1.0, n=len(y))
     terms = [(1.0, redraw(name, y, p, unit, first, group)), (-1.0, redraw(name, y, q, unit, second, group))]
     _, low, high = span(terms, seed, draws, level)
@@ -486,6 +509,19 @@ def against_margin(
     return "worse" if gain.high < -margin else "unclear"
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #2b40d829
+def _together(models: list[Redrawn]) -> tuple[np.ndarray, float]:
+    "How alike the metrics of models on the same rows are, (models, models) from -1 to 1, and the variance between them that the rows make: by the jackknife."
+    left = np.stack([model.on(_leaving_out(models[0].units)) for model in models])
+    away = left - left.mean(axis=1, keepdims=True)
+    shared = away @ away.T * (left.shape[1] - 1) / left.shape[1]
+    if not np.isfinite(shared).all():     # undefined without some block
+        return np.ones_like(shared), 0.0
+    sizes, alike, k = np.sqrt(np.diag(shared)), np.ones_like(shared), len(models)
+    np.divide(shared, np.outer(sizes, sizes), out=alike, where=np.outer(sizes, sizes) > 0)
+    halved = 0.5 if models[0].name in CALIBRATION else 1.0     # a sum of absolute values is less moved by rows than leaving blocks out says
+    return alike, halved * float((np.trace(shared) - shared.sum() / k) / (k - 1))
+
+# %% ../../nbs/lib/core/10_intervals.ipynb #29d6527f
 def over_seeds(
     name: str,                         # one of pipeline.core.metrics.BETTER
     y: Any,                            # outcomes
@@ -504,11 +540,12 @@ def over_seeds(
     if k < 2:
         raise InputError(f"an interval over seeds needs at least two, found {k}; raise train.seeds")
     settings = settings.but(**using)
-    found = np.array([_alone(name, y, p, unit, group, seed, draws, level, settings) for p in predictions])
-    value, low, high = found.mean(axis=0)
-    seeds = student(k - 1, level) * float(found[:, 0].std(ddof=1)) / math.sqrt(k)
-    low, high = value - math.hypot(value - low, seeds), value + math.hypot(high - value, seeds)
-    return Estimate(float(value), *_inside(value, low, high, RANGES.get(name, (0.0, 1.0))), n=len(y))
+    values, lows, highs = np.array([_alone(name, y, p, unit, group, seed, draws, level, settings) for p in predictions]).T
+    alike, by_rows = _together([redraw(name, y, p, unit, settings, group) for p in predictions])
+    by_seeds = student(k - 1, level) ** 2 * max(float(values.var(ddof=1)) - by_rows, 0.0) / k
+    down, up = (math.sqrt(float(away @ alike @ away) / k**2 + by_seeds) for away in (values - lows, highs - values))
+    value = float(values.mean())
+    return Estimate(value, *_inside(value, value - down, value + up, RANGES.get(name, (0.0, 1.0))), n=len(y))
 
 
 def combine_seeds(

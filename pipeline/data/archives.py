@@ -14,7 +14,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -31,8 +31,14 @@ MOST_RATIO = 200               # bytes out for each byte in; checked from SUSPIC
 SUSPICIOUS = 50_000_000
 MOST_MEMBERS = 10_000
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-SINGLE = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SINGLE: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda path, mode: _zst(path)}
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error, NotImplementedError, ValueError, RuntimeError)
+
+
+def _zst(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.input_stream(path, compression="zstd")
 
 
 def is_archive(

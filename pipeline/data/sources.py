@@ -35,7 +35,7 @@ from .remotes import from_database, from_delta, from_url, keep_file
 # %% auto #0
 __all__ = ['RESERVED', 'NULLS', 'BROKEN', 'FORMATS', 'STRANGERS', 'DATES', 'TIMES', 'plain_names', 'tidy_names', 'count_cells',
            'guess_separator', 'Table', 'format_of', 'read_table', 'count_table', 'odd_texts', 'parse_dates',
-           'check_object', 'flatten', 'locate', 'gather', 'prepare']
+           'check_object', 'unnest', 'flatten', 'locate', 'gather', 'prepare']
 
 # %% ../../nbs/lib/data/00_sources.ipynb #d3d48d2b
 RESERVED = "__"   # names that begin so are the pipeline's own
@@ -229,7 +229,7 @@ def _footer(place: Path | io.BytesIO, file: str, size: int) -> tuple[int, list[s
         raise InputError(f"{file} is empty (0 bytes); give a file with a header and rows")
     try:
         rows = pl.scan_parquet(place, hive_partitioning=False)
-        names, height = rows.collect_schema().names(), int(rows.select(pl.len()).collect().item())
+        names, height = unnest(rows.collect_schema().to_frame()).columns, int(rows.select(pl.len()).collect().item())
     except BROKEN as error:
         raise InputError(f"{file} is no whole parquet file ({str(error).splitlines()[0][:120]}); get it again from its source") from error
     if height * len(names) > max(MOST_CELLS, 100 * size):
@@ -242,7 +242,9 @@ def _read_parquet(place: Path | io.BytesIO, file: str, size: int) -> Table:
     try:
         if isinstance(place, io.BytesIO):
             place.seek(0)
-        return Table(pl.read_parquet(place, hive_partitioning=False))
+        frame = pl.read_parquet(place, hive_partitioning=False)
+        flat = unnest(frame)
+        return Table(flat, () if flat.columns == frame.columns else (f"{file}: nested values became columns named outer.inner",))
     except BROKEN as error:
         raise InputError(f"{file} is no whole parquet file ({str(error).splitlines()[0][:120]}); get it again from its source") from error
 
@@ -474,10 +476,10 @@ def check_object(
         raise InputError(f"{file}:{number}: is no JSON object but a {type(value).__name__}; write one object a line")
 
 
-def flatten(
+def unnest(
     frame: pl.DataFrame,
 ) -> pl.DataFrame:
-    "Nested values as columns named outer.inner, lists as texts."
+    "Nested values as columns named outer.inner, however deep."
     while any(isinstance(kind, pl.Struct) for kind in frame.schema.values()):
         columns: list[pl.Series] = []
         for values in frame.iter_columns():
@@ -485,6 +487,14 @@ def flatten(
             columns += [values] if inner is None else [part.alias(f"{values.name}.{part.name}") for part in inner.iter_columns()]
         tidy_names([values.name for values in columns], "nested values")
         frame = pl.DataFrame(columns)
+    return frame
+
+
+def flatten(
+    frame: pl.DataFrame,
+) -> pl.DataFrame:
+    "Nested values as columns named outer.inner, lists as texts."
+    frame = unnest(frame)
     lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
     texts = [pl.Series(n, [None if v is None else json.dumps(v.to_list() if isinstance(v, pl.Series) else v, default=str, ensure_ascii=False) for v in frame[n]], dtype=pl.String) for n in lists]
     return frame.with_columns(*texts, pl.selectors.by_dtype(pl.Int128).cast(pl.String))

@@ -29,8 +29,8 @@ from .twins import LOOKED_AT, find_entities
 from .types import Kind, guess_type, typed
 
 # %% auto #0
-__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'PROTECTED', 'FEW_TEXTS', 'NOT_ORDERING', 'guess_task', 'Guess', 'guess',
-           'problem_text', 'source_of', 'start_problem']
+__all__ = ['FEW_NUMBERS', 'MOST_CLASSES', 'SUBJECTS', 'PROTECTED', 'GROUP_ROWS', 'GROUP_CASES', 'FEW_TEXTS', 'NOT_ORDERING',
+           'guess_task', 'Guess', 'guess', 'problem_text', 'source_of', 'start_problem']
 
 # %% ../../nbs/lib/data/13_starter.ipynb #33e93786
 FEW_NUMBERS = 10    # whole numbers with at most so many different values are taken for classes
@@ -64,6 +64,7 @@ def guess_task(
 # %% ../../nbs/lib/data/13_starter.ipynb #cc4f0b61
 SUBJECTS = ("customer", "client", "user", "patient", "person", "member", "account", "subject", "employee", "student", "kunde", "household")
 PROTECTED = ("sex", "gender", "race", "ethnic", "nation", "religi", "disab", "marital", "orient", "geschlecht")     # grounds on which nobody may be treated worse
+GROUP_ROWS, GROUP_CASES = 700, 210      # of a group: a sixth of them, in the holdout, is 100 rows and 30 of a class, which a comparison needs
 FEW_TEXTS = 0.05
 NOT_ORDERING = ("birth", "born", "dob", "geburt", "expir", "valid_until", "deadline", "built", "build", "remod", "renov", "founded", "manufact", "model", "baujahr")   # of the thing, not of the row
 
@@ -259,7 +260,7 @@ def _train_lines(table: pl.DataFrame, found: Guess) -> list[str]:
 
 def _evaluate_lines(table: pl.DataFrame, checked: Any, found: Guess) -> list[str]:
     cohorts = [name for name, (kind, _) in found.kinds.items() if kind in ("category", "bool") and name not in found.ids and name not in found.people
-               and 2 <= table[name].drop_nulls().n_unique() <= 12]
+               and 2 <= table[name].drop_nulls().n_unique() <= 12 and _can_be_compared(table, name, checked.values.name if found.task == "binary" else "")]
     cohorts = sorted(cohorts, key=lambda name: not any(word in name.lower() for word in PROTECTED))[:3]      # the sort is stable
     classes = max(len(checked.classes), 1)
     metrics, limit, why = {
@@ -268,10 +269,19 @@ def _evaluate_lines(table: pl.DataFrame, checked: Any, found: Guess) -> list[str
         "regression": ("[mae, rmse, r2, coverage_90]", "{metric: r2, at_least: 0, on: holdout, bound: low}", "better than always saying the mean"),
     }[found.task]
     lines = ["evaluate:", f"  metrics: {metrics}"]
-    lines += [f"  cohorts: [{', '.join(_q(c) for c in cohorts)}]   # guessed: few different values; say for whom it must be equally good"] if cohorts else ["  cohorts: []"]
+    lines += [f"  cohorts: [{', '.join(_q(c) for c in cohorts)}]   # guessed: few different values; say for whom it must be equally good"] if cohorts else ["  cohorts: []   # guessed: in no column do two groups have enough rows to be compared"]
     if found.task == "binary":
         lines.append("  costs: {false_alarm: 1, miss: 1}   # what each error costs; they decide the threshold")
     return [*lines, "  acceptance:", f"    - {limit}   # guessed: {why}; raise it to what makes the work worth while", ""]
+
+
+def _can_be_compared(table: pl.DataFrame, name: str, target: str) -> bool:
+    "Will two groups have rows enough, and of both classes of a target?"
+    groups = table.drop_nulls([name, *([target] if target else [])]).group_by(name)
+    enough = pl.len() >= GROUP_ROWS
+    if target:
+        enough &= (pl.col(target).n_unique() > 1) & (pl.col(target).value_counts().struct.field("count").min() >= GROUP_CASES)
+    return groups.agg(enough.alias("enough"))["enough"].sum() >= 2
 
 
 def _rollout_lines(rows: int, days: float, aged: float) -> list[str]:

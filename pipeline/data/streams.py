@@ -21,7 +21,7 @@ import polars as pl
 
 from ..core.errors import EnvironmentFault, InputError
 from ..core.problem import Problem
-from .sources import DATES, NULLS, TIMES, Table, count_cells, guess_separator, has_decimal_commas, odd_texts, parse_dates, tidy_names, without_thousands
+from .sources import DATES, NULLS, TIMES, Table, count_cells, guess_separator, has_decimal_commas, odd_texts, parse_dates, tidy_names, unnest, without_thousands
 
 # %% auto #0
 __all__ = ['BATCH_ROWS', 'BLOCK_BYTES', 'Tell', 'LARGE_BYTES', 'SAMPLE_CELLS', 'Stream', 'open_stream', 'stream_frame',
@@ -91,8 +91,8 @@ def _open_parquet(path: Path, batch_rows: int) -> Stream:
             raise InputError(f"{path.name} is no whole parquet file ({str(error).splitlines()[0][:120]}); get it again from its source") from error
 
     meta = whole(lambda: pq.read_metadata(path))
-    given = meta.schema.to_arrow_schema()
-    names = tidy_names(given.names, path.name)
+    given = unnest(pl.DataFrame(meta.schema.to_arrow_schema().empty_table()))
+    names = tidy_names(given.columns, path.name)
     if not meta.num_rows:
         raise InputError(f"{path.name} has {len(names)} columns and no rows; give a file with at least one row")
 
@@ -100,13 +100,12 @@ def _open_parquet(path: Path, batch_rows: int) -> Stream:
         file = whole(lambda: pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False))
         came = file.iter_batches(batch_rows)
         while (batch := whole(lambda: next(came, None))) is not None:
-            yield pl.DataFrame(batch).rename(dict(zip(given.names, names)))
+            yield unnest(pl.DataFrame(batch)).rename(dict(zip(given.columns, names)))
             del batch
         pa.default_memory_pool().release_unused()
 
-    schema = pl.DataFrame(given.empty_table()).schema
-    renamed = tuple(f"{path.name}: column {old} is called {new} here" for old, new in zip(given.names, names) if old != new)
-    return Stream(path.name, dict(zip(names, schema.values())), meta.num_rows, batches, renamed)
+    renamed = tuple(f"{path.name}: column {old} is called {new} here" for old, new in zip(given.columns, names) if old != new)
+    return Stream(path.name, dict(zip(names, given.dtypes)), meta.num_rows, batches, renamed)
 
 
 def _blocks(path: Path, separator: str, names: Sequence[str], block_bytes: int) -> Iterator[tuple[bytes, int]]:

@@ -26,25 +26,29 @@ def admit(
     downgrade: str = "",      # why a package older than one that was in production may answer; audited
     by: str = "",             # who says so; the user at work by default
     load: bool = True,        # False: whoever starts it tries it anyway
+    trial: bool = False,      # it answers on this machine alone, whatever its verdict; audited
 ) -> dict[str, Any]:          # the manifest
-    "Verify, hold its version against what was in production, load it in a child process; raises `IntegrityError`, exit code 3."
+    "Verify, ask the registry, load it in a child process; raises `GateFailed` for a no-go, `IntegrityError` for what was changed or is older."
     folder, key = Path(folder), audit.public_key(store, KEY)
     manifest = verify_package(folder, key)
-    registry = Registry(store, database)
+    registry, digest = Registry(store, database), digest_file(folder / MANIFEST)
     try:
+        if not trial:
+            registry.check_verdict(digest)
         newest, holder = registry.newest(manifest["name"]), registry.holder(manifest["name"])
     finally:
         registry.close()
-    digest = digest_file(folder / MANIFEST)
     older = manifest["version"] < newest and (holder is None or holder.digest != digest)
     if older and not downgrade.strip():
         raise IntegrityError(
             f"{called(folder)} is version {manifest['version']} of {manifest['name']}, version {newest} was in production; "
-            f"serve that one, or give a reason with --downgrade, which is written down"
+            f"serve that one{f' (pilothouse serve {holder.run})' if holder and holder.run else ''}, or give a reason with --downgrade, which is written down"
         )
     if load:
         check_loads(folder, key)
+    told = {"name": manifest["name"], "version": manifest["version"], "package": digest, "by": by or who()}
     if older:
-        audit.append(store, "package.downgraded", {"name": manifest["name"], "version": manifest["version"], "newest": newest, "package": digest,
-                                                   "by": by or who(), "reason": downgrade})
+        audit.append(store, "package.downgraded", {**told, "newest": newest, "reason": downgrade})
+    if trial:
+        audit.append(store, "package.tried", told)
     return manifest

@@ -11,17 +11,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from ..core.errors import InputError, suggest
 from ..core.store import digest_file, disk_errors, locked, read_frame, to_json, write_frame, write_whole
+from ..data.archives import is_archive, open_member
 from ..data.export import EXPORTS, SHEET_ROWS, write_export
+from ..data.sources import unnest
 from .cluster import Part, answer_on_cluster, answer_rows
 from .frames import check_frame
 from .further import WISHES, can_say, explain
-from .reading import cut, read_pieces
+from .reading import cut, orders_of, read_pieces, year_first
 from .schema import dtype_of
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ['KINDS', 'AT_ONCE', 'ENGINES', 'ASKED', 'read_rows', 'stream_rows', 'write_rows', 'predict_file', 'predict_all']
 
 # %% ../../nbs/lib/deploy/10_batch.ipynb #41dc06b1
-KINDS = (".csv", ".parquet", ".jsonl", ".xlsx")
+KINDS = (".csv", ".parquet", ".jsonl", ".xlsx")     # also compressed: .csv.gz, .csv.zst, .zip …
 AT_ONCE = 100_000          # rows that are encoded together
 
 
@@ -39,9 +42,8 @@ def read_rows(
     path: Path | str,      # .csv, .parquet, .jsonl or .xlsx
 ) -> pl.DataFrame:         # CSV and workbook: every column as text
     "A table as it stands; raises `InputError` for a file that is missing, empty or of another kind."
-    path = _there(path)
-    with _read_errors(path):
-        return pl.read_parquet(path) if path.suffix.lower() == ".parquet" else pl.concat(list(read_pieces(path, None, AT_ONCE)))
+    with _unpacked(_there(path)) as path:
+        return unnest(pl.read_parquet(path)) if path.suffix.lower() == ".parquet" else pl.concat(list(read_pieces(path, None, AT_ONCE)))
 
 
 def stream_rows(
@@ -49,12 +51,14 @@ def stream_rows(
     columns: Sequence[str],           # that are wanted; all where one of them is not there
     at_once: int = AT_ONCE,           # rows of a part
     numbers: Collection[str] = (),    # columns in which a CSV's 1,5 may be a number
+    dates: Sequence[str] = (),        # columns of dates, in which the whole file may show that 1/2/2024 begins with the month
 ) -> Iterator[Part]:                  # at least one
     "The same rows in parts, in bounded memory."
-    path, start = _there(path), 0
-    with _read_errors(path):
+    start = 0
+    with _unpacked(_there(path)) as path:
+        orders = orders_of(path, dates, at_once) if dates else {}
         for number, rows in enumerate(cut(read_pieces(path, columns, at_once, numbers=numbers), at_once)):
-            yield Part(number, start, rows)
+            yield Part(number, start, year_first(rows, orders))
             start += rows.height
 
 
@@ -71,9 +75,25 @@ def _there(path: Path | str) -> Path:
     if not path.is_file():
         near = suggest(path.name, [p.name for p in path.parent.iterdir() if p.suffix.lower() in KINDS] if path.parent.is_dir() else [])
         raise InputError(f"no data file {path}{near or '; check the path after --data'}")
-    if path.suffix.lower() not in KINDS:
+    if not is_archive(path) and path.suffix.lower() not in KINDS:
         raise InputError(f"{path.name} is no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; convert it first")
     return path
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    "The table itself: of an archive its only file, on the disk for as long as it is read."
+    if not is_archive(path):
+        with _read_errors(path):
+            yield path
+        return
+    with TemporaryDirectory(prefix="pilothouse-") as folder:
+        name, blocks = open_member(path)
+        plain = Path(folder) / Path(name).name
+        with disk_errors(f"unpacking {path.name}"), plain.open("wb") as file:
+            file.writelines(blocks)
+        with _read_errors(plain):
+            yield _there(plain)
 
 
 @contextmanager
@@ -113,7 +133,8 @@ def predict_file(
     folder, key = package_of(run_folder)
     predictor = load_package(folder, key)
     beside = _served(predictor, beside)
-    parts = stream_rows(data, predictor.schema.names, at_once, [f.name for f in predictor.schema.fields if dtype_of(f.dtype).is_numeric()])
+    fields = predictor.schema.fields
+    parts = stream_rows(data, predictor.schema.names, at_once, [f.name for f in fields if dtype_of(f.dtype).is_numeric()], [f.name for f in fields if f.type == "date"])
     first = next(parts)
     second = next(parts, None)
     if second is None and engine == "local":

@@ -20,7 +20,7 @@ from .rows import shortened
 from .schema import Field, Schema, dtype_of
 
 # %% auto #0
-__all__ = ['NOTHING', 'PLAIN', 'check_frame']
+__all__ = ['NOTHING', 'SLASHED', 'PLAIN', 'check_frame']
 
 # %% ../../nbs/lib/deploy/03_frames.ipynb #b0d3c096
 def check_frame(
@@ -85,6 +85,11 @@ def _from_text(series: pl.Series, spec: Field, wanted: Any) -> pl.Series:
         read = text.str.to_lowercase().replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
     elif wanted == pl.Date or isinstance(wanted, pl.Datetime):
         read = _moments(text, wanted)
+        unsettled = read.is_null() & text.str.contains(SLASHED).fill_null(False)
+        if unsettled.any():
+            at = int(unsettled.arg_max() or 0)
+            raise InputError(f"column {spec.name!r}, row {at + 1:,}: {shortened(series[at])!r} is no date as long as the values of its column do not settle "
+                             "whether the day or the month stands first; write dates as 2024-01-31")
     elif wanted.is_integer():
         number = text.cast(pl.Float64, strict=False)
         read = text.cast(pl.Int64, strict=False)
@@ -94,6 +99,7 @@ def _from_text(series: pl.Series, spec: Field, wanted: Any) -> pl.Series:
     return _all_read(series, read, read.is_null() & text.is_not_null(), spec)
 
 
+SLASHED = r"^\d{1,2}/\d{1,2}/\d{4}\b"
 PLAIN = [f for f in (*DATES, *TIMES) if ("/" not in f or f.startswith("%Y")) and not f.endswith("z")]   # day and month cannot be taken for each other
 
 

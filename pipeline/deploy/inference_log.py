@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #d1b5f9d9
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import math
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,14 +138,23 @@ class Recorder:
         "Write what waits into a file that is whole then; raises `EnvironmentFault` where the disk does not take it, and keeps it."
         with self._writing:
             self._write()
-            if self._spool is not None:
-                layouts = {str(version): asdict(layout) for version, layout in self.layouts.items()}
-                self._spool.finish(self._pack(layouts))
-                self._spooled += self._spool.size
-                self.written += self._unnamed
-                self._spool, self._unnamed = None, 0
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._spool is not None:
+            layouts = {str(version): asdict(layout) for version, layout in self.layouts.items()}
+            self._spool.finish(self._pack(layouts))
+            self._spooled += self._spool.size
+            self.written += self._unnamed
+            self._spool, self._unnamed = None, 0
 
     def _write(self) -> None:
+        if self._spool is not None and not self._spool.named and not self._spool.held.exists():       # somebody took it away: what comes from now on is not lost too
+            self._spool.drop()
+            self.dropped += self._unnamed
+            self._spool, self._unnamed = None, 0
+        if self._spool is not None and self._spool.whole:      # it lacks its name alone: nothing comes after a last frame
+            self._finish()
         waiting = len(self._waiting)          # what comes meanwhile is for the next time
         while waiting or self._frame:
             if not self._frame:
@@ -219,7 +230,8 @@ def spool_key(
 
 class Spool:
     """A file of sealed frames, which has its name once it is whole; the name orders it among the others. It has a key of its own, so
-    that a frame's number is nonce enough, and none can be taken out, doubled or moved; the last one says that it is the last."""
+    that a frame's number is nonce enough, and none can be taken out, doubled or moved; the last one says that it is the last. Until it
+    has its name its writer holds its lock: what nobody holds was left by one who was killed, whatever the clocks say."""
 
     def __init__(
         self,
@@ -233,7 +245,8 @@ class Spool:
         self._seal = _cipher(key, self.file.name).encrypt
         with disk_errors(f"writing {self.file.name}"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._out: int | None = os.open(self.held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._out = os.open(self.held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            fcntl.flock(self._out, fcntl.LOCK_EX)
 
     def add(
         self,
@@ -241,7 +254,6 @@ class Spool:
         last: bool = False,
     ) -> None:
         "One frame more; raises `EnvironmentFault` and leaves the file as it was where the disk is full."
-        assert self._out is not None
         sealed = self._seal(self.frames.to_bytes(12, "big"), content, LAST if last else b"")
         with disk_errors(f"writing {self.file.name}"):
             try:
@@ -264,14 +276,18 @@ class Spool:
             self.add(content, last=True)
             self.whole = True
         with disk_errors(f"writing {self.file.name}"):
-            if self._out is not None:
-                os.fsync(self._out)
-                out, self._out = self._out, None
-                os.close(out)
             if not self.named:
+                os.fsync(self._out)
                 os.rename(self.held, self.file)
                 self.named = True
+                os.close(self._out)
             sync_path(self.file.parent)
+
+    def drop(self) -> None:
+        "Leave nothing of a file that will not be finished."
+        if not self.named:
+            self.held.unlink(missing_ok=True)
+            os.close(self._out)
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #379dec75
 LAST = b"the last"
@@ -319,7 +335,12 @@ def note_outcomes(
                          else f"{len(outcomes):,} outcomes were sent, {MOST_OUTCOMES:,} are taken at once; send them in parts")
     noted = [_outcome(told, i, classes) for i, told in enumerate(outcomes)]
     if noted:
-        Spool(Path(store), check_name(name, "problem"), "outcomes", spool_key(Path(store))).finish(msgspec.msgpack.encode({"at": time.time() if at is None else at, "outcomes": noted}))
+        spool = Spool(Path(store), check_name(name, "problem"), "outcomes", spool_key(Path(store)))
+        try:
+            spool.finish(msgspec.msgpack.encode({"at": time.time() if at is None else at, "outcomes": noted}))
+        except BaseException:
+            spool.drop()
+            raise
     return len(noted)
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #f139edfa
@@ -388,10 +409,21 @@ def collect(
     for left in spool.glob(".*"):          # half-written by a worker that was killed; its place in time is in its name
         written = left.name[1:21]
         if written.isdigit() and time.time() - int(written) / 1e9 > 3600:
-            left.unlink(missing_ok=True)
+            _remove_unheld(left)
     return taken
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #76dd5e0c
+def _remove_unheld(left: Path) -> None:
+    "Remove a file unless its writer lives: a clock that jumped makes a file of this moment look old."
+    with suppress(FileNotFoundError, BlockingIOError):       # it has its name by now, or will have it
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
 def _groups(files: Iterable[Path]) -> Iterable[list[Path]]:
     group: list[Path] = []
     for file in files:

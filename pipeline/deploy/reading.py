@@ -13,7 +13,7 @@ import posixpath
 import re
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from typing import Any
 import polars as pl
 
 from ..core.errors import InputError, IntegrityError
-from ..data.sources import BROKEN, NULLS, check_object, flatten, guess_separator, has_decimal_commas, plain_names, tidy_names, without_thousands
+from ..data.sources import BROKEN, NULLS, check_object, flatten, guess_separator, has_decimal_commas, plain_names, tidy_names, unnest, without_thousands
 
 # %% auto #0
 __all__ = ['BLOCK', 'JSON_BLOCK', 'HEAD', 'LOOKED_AT', 'MOST_SHARED', 'MOST_CELL', 'MOST_COLUMNS', 'DATED', 'read_pieces', 'cut',
-           'Dialect', 'dialect_of', 'csv_blocks', 'json_blocks', 'is_dated', 'moment_of']
+           'orders_of', 'year_first', 'Dialect', 'dialect_of', 'csv_blocks', 'json_blocks', 'is_dated', 'moment_of']
 
 # %% ../../nbs/lib/deploy/09_reading.ipynb #ce27f75a
 BLOCK = 16_000_000         # bytes of a CSV that are read at a time
@@ -66,6 +66,39 @@ def cut(
         yield held
 
 # %% ../../nbs/lib/deploy/09_reading.ipynb #1df5dec3
+def orders_of(
+    path: Path,               # a table, not packed
+    columns: Sequence[str],   # that hold dates
+    at_once: int,             # rows of a piece
+) -> dict[str, bool]:         # column -> whether the month stands first
+    "What the values of a whole file settle; it is read no further than that needs."
+    found: dict[str, bool] = {}
+    for piece in read_pieces(path, columns, at_once):
+        unsettled = False
+        for name in (n for n in columns if n not in found and piece.schema.get(n) == pl.String):
+            first, second = (int(piece[name].str.extract(SLASHED, place).cast(pl.Int64).max() or 0) for place in (1, 2))   # type: ignore[arg-type]
+            if max(first, second) > 12:
+                found[name] = second > 12
+            else:
+                unsettled |= first > 0
+        if piece.height and not unsettled:
+            break
+    return found
+
+
+def year_first(
+    rows: pl.DataFrame,
+    orders: Mapping[str, bool],
+) -> pl.DataFrame:
+    "Dates such as 1/31/2024 as 2024-1-31, in the columns whose order is settled; what is no date in that order stays."
+    month, day, year = "(0?[1-9]|1[0-2])", r"(\d{1,2})", r"(\d{4})\b"
+    ways = {True: (rf"^\s*{month}/{day}/{year}", "$3-$1-$2"), False: (rf"^\s*{day}/{month}/{year}", "$3-$2-$1")}
+    return rows.with_columns(pl.col(name).str.replace(*ways[first]) for name, first in orders.items() if name in rows.columns)
+
+# %% ../../nbs/lib/deploy/09_reading.ipynb #c333d4d6
+SLASHED = r"^\s*(\d{1,2})/(\d{1,2})/\d{4}\b"
+
+
 def _wanted(columns: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     return list(columns) if columns is not None and set(columns) <= set(known) else list(known)
 
@@ -73,11 +106,13 @@ def _wanted(columns: Sequence[str] | None, known: Sequence[str]) -> list[str]:
 def _parquet_pieces(path: Path, columns: Sequence[str] | None, at_once: int) -> Iterator[pl.DataFrame]:
     import pyarrow.parquet as pq
 
-    known = pl.scan_parquet(path).collect_schema()
-    wanted = _wanted(columns, known.names())
-    yield pl.DataFrame(schema={n: known[n] for n in wanted})
+    whole = pl.scan_parquet(path).collect_schema().to_frame()
+    known = unnest(whole)
+    wanted = _wanted(columns, known.columns)
+    outer = [name for name in whole.columns if any(n == name or n.startswith(f"{name}.") for n in wanted)]
+    yield known.select(wanted)
     parquet = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)     # else every page that was read stays in memory
-    yield from (pl.DataFrame(pl.from_arrow(batch)) for batch in parquet.iter_batches(at_once, columns=wanted))
+    yield from (unnest(pl.DataFrame(pl.from_arrow(batch))).select(wanted) for batch in parquet.iter_batches(at_once, columns=outer))
 
 # %% ../../nbs/lib/deploy/09_reading.ipynb #4b0d5c01
 HEAD = 2_000_000     # first bytes of a CSV, which tell how it is written

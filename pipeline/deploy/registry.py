@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import audit
 from ..core.display import Html, note, stack, table
-from ..core.errors import EnvironmentFault, InputError, IntegrityError
+from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
 from ..core.run import Check, clock, overall, room_of
 from ..core.store import digest_file, locked
 from ..data.network import fill_secrets, shown_url
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.packing import Packed
 
 # %% auto #0
-__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'WHOLE', 'Entry', 'Move', 'Registry', 'enter', 'judge_package']
+__all__ = ['STATES', 'MOVES', 'ALONE', 'ROLLBACK', 'DOWNGRADE', 'WHOLE', 'MOST_NAMED', 'Entry', 'Move', 'Registry', 'enter',
+           'judge_package']
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #1bb06f54
 STATES = ("candidate", "staging", "canary", "production", "retired")
@@ -41,6 +42,7 @@ MOVES: dict[str, tuple[str, ...]] = {
 ALONE = ("canary", "production")   # at most one package of a name is in each of these
 ROLLBACK, DOWNGRADE = "rollback", "downgrade"
 WHOLE = Check("the run as a whole", "go", "", "go")   # where nobody says which criterion failed
+MOST_NAMED = 3        # criteria in a refusal
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ class Registry:
         self.tell_moves()
         return self.entry(found.name, found.version)
 
+    def check_verdict(
+        self,
+        digest: str,      # of a package
+    ) -> None:
+        "May it answer anybody? Raises `GateFailed` for one that is no-go, while no person answers for it."
+        with _said_plainly(self.url), self.engine.connect() as connection:
+            found = self._one(connection, self.tables.packages.c.digest == digest)
+            if found is not None and found.state != "production":
+                self._bar(connection, found, "answers nobody", "try it on this machine alone (pilothouse serve --trial), ")
+
     def failed(self, entry: Entry) -> list[str]:
         "The criteria that bar a package, each with its limit."
         with _said_plainly(self.url), self.engine.connect() as connection:
@@ -201,7 +213,7 @@ class Registry:
         downgrade: bool = False,        # yes, although a newer package was in production
         waive: bool = False,            # yes, although it failed a criterion
     ) -> Entry:
-        "Move a package, all or nothing; whoever was in production makes room for it. Raises `InputError`, `IntegrityError` for an older package."
+        "Move a package, all or nothing; whoever was in production makes room for it. Raises `InputError`, `GateFailed` for a no-go, `IntegrityError` for an older package."
         with self.transaction(name) as connection:
             self.put(connection, name, version, to, reason, by, expected, downgrade, waive)
         self.tell_moves()
@@ -265,7 +277,7 @@ class Registry:
         downgrade: bool = False,
         back: bool = False,      # it answered before, and is brought back
     ) -> tuple[Entry, str]:      # as it is now; the reason as it will be written down
-        "May it answer callers? Raises `InputError`, `IntegrityError` for an older package."
+        "May it answer callers? Raises `InputError`, `GateFailed` for a no-go, `IntegrityError` for an older package."
         found = self._one(connection, self.tables.packages.c.digest == digest, self.tables.packages.c.name == name)
         if found is None:
             raise InputError(f"package {digest[:12]} of {name} is not registered; run the deploy phase of its run again, `pilothouse models {name}` lists what is")
@@ -347,16 +359,23 @@ class Registry:
 
     def _judged(self, connection: Any, found: Entry, to: str, reason: str, downgrade: bool) -> str:
         "Raise for what must not come near callers; the reason as it is written down."
-        if to in ("staging", "canary", "production") and found.verdict == "no-go":
-            failed = "; ".join(self._failed(connection, found))
-            raise InputError(f"{found.name} v{found.version} comes from a run with the verdict no-go{f' ({found.run})' if found.run else ''} and cannot become {to}{f' (failed: {failed})' if failed else ''}; mend what failed and run again, "
-                             f"or answer for it by name: pilothouse models {found.name} --move {found.version} --to staging --waive --reason '…'")
+        if to in ("staging", "canary", "production"):
+            self._bar(connection, found, f"cannot become {to}")
         newest = self._newest(connection, found.name)
         if to not in ALONE or found.version >= newest:
             return reason
         if not downgrade:
-            raise IntegrityError(f"{found.name} v{found.version} is older than v{newest}, which was in production; go back by a rollback, or say --downgrade, which is written down")
+            run = self._found(connection, found.name, newest).run
+            raise IntegrityError(f"{found.name} v{found.version} is older than v{newest}, which was in production{f' ({run})' if run else ''}; go back by a rollback, or say --downgrade, which is written down")
         return f"{DOWNGRADE} below v{newest}: {reason}"
+
+    def _bar(self, connection: Any, found: Entry, so: str, or_else: str = "") -> None:
+        if found.verdict != "no-go":
+            return
+        known = self._failed(connection, found)
+        failed = "; ".join(known[:MOST_NAMED]) + (f"; and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else "")
+        raise GateFailed(f"{found.name} v{found.version} comes from a run with the verdict no-go{f' ({found.run})' if found.run else ''} and {so}{f' (failed: {failed})' if failed else ''}; mend what failed and run again, "
+                         f"{or_else}or answer for it by name: pilothouse models {found.name} --move {found.version} --to staging --waive --reason '…'")
 
     def _weigh(self, connection: Any, manifest: Mapping[str, Any], digest: str, verdict: str, checks: Iterable[Check], run: str) -> str:
         "The verdict that holds: what a model failed stays failed, whatever it is packed in, until it meets that same limit."
@@ -559,7 +578,8 @@ def judge_package(
     "Tell the registry how the whole run was judged."
     if not run.has("deploy/package"):
         return note("No package was made, so the registry has nothing to learn.")
-    checks = [*run.made_checks, *(check for phase in run.phases() for check in run.checks(room_of(phase)))]
+    summaries = [check for check in run.made_checks if check.verdict != "no-go"]      # what fails there has failed elsewhere, or is the run as a whole
+    checks = [*summaries, *(check for phase in run.phases() for check in run.checks(room_of(phase)))]
     registry = Registry(run.store, run.settings.database)
     try:
         entry = registry.judge(run.load("deploy/package"), run.verdict, f"{run.folder.parent.name}/{run.folder.name}", checks=checks)

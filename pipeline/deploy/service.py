@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, IntegrityError
 from ..core.settings import secret
-from ..core.store import locked
+from ..core.store import digest_file, locked
 from .board import Board
 from .further import WISHES
 from .handler import Service
@@ -111,6 +111,7 @@ def serve(
     port: int = 8000,                # 0: a free one
     token_ref: str | None = None,    # env:NAME; demanded, or a file of tokens, for any host but this machine
     downgrade: str = "",             # why a package older than one that was in production may answer
+    trial: bool = False,             # on this machine alone, whatever its verdict: without plans and log
     **more: Any,                     # other fields of `Serving`
 ) -> None:
     "Serve a run's package, and what the plans of its store say, until told to stop; raises before a port is open."
@@ -120,12 +121,27 @@ def serve(
 
     folder, key = package_of(run_folder)
     store = Path(run_folder).resolve().parent.parent / "store"
-    serving = {"store": str(store), **more}
+    if trial and not is_loopback(host):
+        raise InputError(f"a trial answers on this machine alone and {host} was asked; leave --host or --trial out")
+    serving = {"store": str(store), **more} | ({"store": "", "extensions": ""} if trial else {})
     Serving(str(folder), b"", host, token_ref, **serving).check()
     free_port(host, port)
-    admit(store, serving.get("database", ""), folder, downgrade)
-    Plans(Registry(store, serving.get("database", "")))    # the table is made once, before the workers ask for it
+    if not trial:
+        plan = Plans(Registry(store, serving.get("database", ""))).current(Path(run_folder).resolve().parent.name)    # the table is made once, before the workers ask for it
+        folder = folder if plan is None or downgrade else _planned(store, plan, folder)
+    admit(store, serving.get("database", ""), folder, downgrade, trial=trial)
     serve_package(folder, key, host, port, token_ref, **serving)
+
+
+def _planned(store: Path, plan: Plan, folder: Path) -> Path:
+    "The package that answers by the traffic's plan: nobody has to know of which run it is to start a service again."
+    from pipeline.deploy.package import MANIFEST
+
+    live = store / "models" / plan.live
+    if plan.live == digest_file(folder / MANIFEST) or not live.is_dir():
+        return folder
+    print(f"the traffic of {plan.name} goes to another package than this run's; that one is served", file=sys.stderr)
+    return live
 
 
 def serve_package(

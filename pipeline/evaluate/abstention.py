@@ -16,6 +16,7 @@ from ..core.errors import EnvironmentFault, InputError
 from ..core.intervals import interval, units_of
 from ..core.metrics import predictions_of
 from ..core.run import Estimate
+from ..train.choice import measured_in
 from ..label.active import QUEUE, margin_uncertainty
 from ..label.studio import build_tasks, labelling_config, validate_tasks
 
@@ -151,7 +152,7 @@ def check_abstention(
     act = holdout.using["threshold"] if task == "binary" else None
     need = need_of(p, task, act, _other_seeds(frame, holdout.seeds))
     if need is None:
-        run.not_applicable(title, "one model only: nothing tells which numbers are unsure (train.seeds)", ["problem.human_review"])
+        run.pending(title, "one model only: nothing tells which numbers are unsure", "two models", "train with more seeds (train.seeds)", ["problem.human_review"])
         return note("Models of other seeds would tell which numbers are unsure; there is none (train.seeds), so no row can be left to people.")
     picked, miss = pick_for_review(need, share), miss_of(y, p, task, act)
     unit = units_of(frame, holdout.unit)
@@ -164,11 +165,11 @@ def check_abstention(
     run.require("the review queue holds exactly what the budget pays for", queue.height == wanted, f"{queue.height:,} of {len(y):,} rows",
                 "report this: the count is exact by construction", f"= {wanted:,}", ["problem.human_review"])
     told: dict[str, Any] = {"task": task, "level": holdout.using["level"], "seed": run.seed}
-    what = "mean absolute error" if task == "regression" else "accuracy"
-    alone = run.claim("decided_alone", of="evaluate/review", by=decided_alone, using=told | {"what": "alone"}, on="holdout", title=f"{what} of what is decided without people",
+    what, measured = "mean absolute error" if task == "regression" else "accuracy", measured_in("mae" if task == "regression" else "accuracy", holdout.contract)
+    alone = run.claim("decided_alone", of="evaluate/review", by=decided_alone, using=told | {"what": "alone"}, on="holdout", title=f"{what} of what is decided without people", unit=measured,
                       better="lower" if task == "regression" else "higher")
     gain = run.claim("gain_of_review", of="evaluate/review", by=decided_alone, using=told | {"what": "gain"}, on="holdout", better="higher",
-                     title=f"gain in {what} where people take the rest")
+                     unit=measured, title=f"gain in {what} where people take the rest")
     run.check(title, gain, at_least=0.0, bound="low", why="" if gain.value > 0 else "the rows that people get are no harder than the others", answers=["problem.human_review"])
     return stack(_drawn(need, miss, share, alone, gain, task), _tasks(run, holdout, queue))
 

@@ -17,6 +17,7 @@ from ..core.intervals import paired, score, units_of
 from ..core.metrics import BINS, metric, metric_or_none, predictions_of
 from ..core.run import Estimate
 from .threshold import block_column
+from ..train.choice import measured_in
 from ..train.repairs import apply_repair, fit_repair, fit_widths, repairs_for
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def _repair_widths(run: Run, frame: pl.DataFrame, ordered: bool) -> Html:
         return said
     shown = tried.rename({"worst_fifth": "covered in the worst fifth", "width": "mean width", "score": "interval score", "gain": "saved", "gain_low": "low", "gain_high": "high"})
     return stack(said, table(shown, f"90 % intervals on {'later rows than' if ordered else 'rows other than'} those they were learned on",
-                             formats={"covered": ".1%", "covered in the worst fifth": ".1%"}))
+                             formats={"covered": ".1%", "covered in the worst fifth": ".1%"}, units={"mean width": measured_in("mae", run.load("data/contract"))}))
 
 
 def validation_of(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SMALL', 'SUPPRESSED', 'COMPARED', 'EACH_CLASS', 'OF_CLASS', 'BY_CLASS', 'GAPS', 'cohort_of', 'cohorts_by',
-           'draw_by_cohort', 'comparable', 'classes_compared', 'rows_compared', 'cohort_table', 'spread_of',
+           'draw_by_cohort', 'comparable', 'lacking', 'classes_compared', 'rows_compared', 'cohort_table', 'spread_of',
            'cohort_gap', 'is_relative', 'decision_gaps', 'beyond_chance', 'check_cohorts', 'compared_by']
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #6d8698d4
@@ -127,12 +127,27 @@ def comparable(
     unit: np.ndarray | None = None,   # block of each row
 ) -> list[str]:
     "Groups of 100 rows or more from ten blocks or more, for a ranked metric with 30 rows of each class or more."
-    found = []
-    for label in np.unique(labels):
-        here = labels == label
-        if here.sum() >= COMPARED and (unit is None or len(np.unique(unit[here])) >= BLOCKS) and (name not in RANKED or _rarest(y[here], p) >= EACH_CLASS):
-            found.append(str(label))
-    return found
+    return [str(label) for label in np.unique(labels) if all(has >= least for _, has, least in _asked(labels == label, y, p, name, unit))]
+
+
+def lacking(
+    labels: np.ndarray,      # (n,) group of each row
+    y: np.ndarray,
+    p: np.ndarray,
+    name: str,               # the metric
+    unit: np.ndarray | None = None,   # block of each row
+    least: int = SUPPRESSED,          # rows below which a count is not published
+) -> tuple[str, str, str]:            # found, needed, what to do
+    "What stands between these groups and a comparison: the group that would make two, what it has, and how many times as many rows would do."
+    named = {str(label): _asked(labels == label, y, p, name, unit) for label in np.unique(labels)}
+    needed = f"two groups with {', '.join(f'{most} {what}' for what, _, most in next(iter(named.values())))} each"
+    if len(named) < 2:
+        return f"all rows are of one group, {next(iter(named))}", needed, "bring rows of another group"
+    share = {label: min(has / most for _, has, most in asked) for label, asked in named.items()}
+    second = sorted(named, key=lambda label: -share[label])[1]
+    has = ", ".join(f"{n if n >= least else f'fewer than {least}'} of {most} {what}" for what, n, most in named[second] if n < most)
+    more = f"about {math.ceil(1 / share[second])} times as many" if share[second] > 0 and named[second][0][1] >= least else "more"
+    return f"{second} has {has}", needed, f"bring {more} holdout rows (data.split.holdout_share), join small groups"
 
 
 def classes_compared(
@@ -165,7 +180,14 @@ def rows_compared(
     shared = classes_compared(frame, by, name, classes, unit)
     return np.isin(frame["y"].to_numpy(), shared) if len(shared) > 1 else np.ones(frame.height, bool)
 
-# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #f39d758d
+# %% ../../nbs/lib/evaluate/03_cohorts.ipynb #56a96cc2
+def _asked(here: np.ndarray, y: np.ndarray, p: np.ndarray, name: str, unit: np.ndarray | None) -> list[tuple[str, int, int]]:
+    "What a group is asked for before it is compared: of what, how many it has, how many it needs."
+    asked = [("rows", int(here.sum()), COMPARED)]
+    asked += [] if unit is None else [("days or other blocks", len(np.unique(unit[here])), BLOCKS)]
+    return asked + ([("rows of its rarest class", _rarest(y[here], p), EACH_CLASS)] if name in RANKED else [])
+
+
 def _rarest(y: np.ndarray, p: np.ndarray) -> int:
     return int(np.bincount(y.astype(int), minlength=2 if p.ndim == 1 or p.shape[1] == 2 else p.shape[1]).min())
 
@@ -408,12 +430,14 @@ def compared_by(
 
 # %% ../../nbs/lib/evaluate/03_cohorts.ipynb #d375aa9c
 def _check_gap(run: Run, column: str, limit: float, holdout: Holdout, measured: pl.DataFrame) -> None:
-    "Go up to the limit; above it no-go, or inconclusive while the interval still reaches down to it."
+    "Go up to the limit; above it no-go, or inconclusive while the interval still reaches down to it, or while there are too few rows to measure it."
     compared, title = compared_by(holdout, column), f"{column} groups are served alike (gap of {LABELS[holdout.main]})"
-    groups = cohorts_by(holdout.predictions, column).n_unique()
-    said = f"{len(compared)} of {groups} groups are large enough to compare"
+    labels = cohorts_by(holdout.predictions, column).to_numpy().astype(str)
+    said = f"{len(compared)} of {len(np.unique(labels))} groups {'is' if len(compared) == 1 else 'are'} large enough to compare"
     if len(compared) < 2:
-        run.not_applicable(title, f"{said}; two are needed", [f"evaluate.cohorts.{column}"])
+        y, p = predictions_of(holdout.predictions, holdout.using["classes"])
+        found, needed, todo = lacking(labels, y, p, holdout.main, units_of(holdout.predictions, holdout.unit), max(SUPPRESSED, run.problem.comply.least_cell))
+        run.pending(title, f"{said}; {found}", needed, f"{todo}, or drop {column} from evaluate.cohorts", [f"evaluate.cohorts.{column}", "M6"])
         return
     over = _over(holdout, column)
     claim = run.claim(

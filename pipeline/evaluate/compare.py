@@ -16,6 +16,7 @@ from ..core.intervals import RANGES, against_margin, chance_of, holm, paired, sc
 from ..core.metrics import BETTER, LABELS, Settings, metric_or_none, predictions_of
 from ..core.run import Estimate
 from ..data.contract import target_values
+from ..train.choice import measured_in
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -29,10 +30,11 @@ def constant_of(
     y: np.ndarray,        # training outcomes: class indices or numbers
     task: str,            # binary, multiclass, regression
     classes: int,         # how many
-) -> list[float]:         # one probability a class, or the median
+    metric: str = "",     # that ranks
+) -> list[float]:         # one probability a class; the mean of numbers whose squared error counts, else their median
     "What one would answer without looking."
     if task == "regression":
-        return [float(np.median(y))]
+        return [float(np.mean(y) if metric in ("rmse", "r2") else np.median(y))]
     return (np.bincount(y.astype(int), minlength=classes) / len(y)).tolist()
 
 
@@ -82,16 +84,16 @@ def compare_simpler(
 ) -> Html:
     "Claim the gain over a constant answer and the difference to the default model, check both, weigh the choice, show them."
     y = target_values(run.load("data/train"), holdout.contract)
-    constant = constant_of(y, holdout.task, len(holdout.contract["classes"]))
+    constant = constant_of(y, holdout.task, len(holdout.contract["classes"]), holdout.main)
     label, better = LABELS[holdout.main], BETTER[holdout.main]
     gain = run.claim("gain_over_constant", of="evaluate/predictions", by=gain_over_constant, on="holdout", better="higher",
-                     using={"name": holdout.main, "constant": constant} | holdout.using, title=f"{label} won over one answer for all rows")
+                     using={"name": holdout.main, "constant": constant} | holdout.using, unit=measured_in(holdout.main, holdout.contract), title=f"{label} won over one answer for all rows")
     run.check("better than one answer for all rows", gain, at_least=0, strict=True, bound="low", why="a model that learnt nothing reaches zero", answers=["I4"])
     rows = [_row("one answer for all rows", holdout, constant, Estimate(gain.value, gain.low, gain.high))]
     if holdout.current:
         difference = run.claim("difference_to_default", of="evaluate/predictions", by=score_difference, on="holdout", better=better,
                                using={"name": holdout.main, "prefix": "current_"} | holdout.using,
-                               title=f"{label}, this model minus the default model")
+                               unit=measured_in(holdout.main, holdout.contract), title=f"{label}, this model minus the default model")
         ahead = turned(Estimate(difference.value, difference.low, difference.high), better)
         rows.append(_row("default model", holdout, None, ahead))
         margin = margin_for(holdout.main, run.problem.evaluate.margin, rows[-1][label])
@@ -99,7 +101,8 @@ def compare_simpler(
                   at_least=-margin if better == "higher" else None, at_most=None if better == "higher" else margin,
                   why="judged on the favourable end: few rows cannot show a loss", answers=["evaluate.margin"])
         _adjust(rows)
-        said = _weigh(run, rows, ahead, label, margin)
+        answer, default = (predictions_of(holdout.predictions, holdout.using["classes"], prefix)[1] for prefix in ("", "current_"))
+        said = _weigh(run, rows, ahead, label, margin, np.array_equal(answer, default))
     else:
         _adjust(rows)
         said = note("No default model was trained, so only the constant answer is a rival.")
@@ -138,10 +141,10 @@ def _adjust(rows: list[dict[str, Any]]) -> None:
         row["by chance"] = chance
 
 
-def _weigh(run: Run, rows: list[dict[str, Any]], ahead: Estimate, label: str, margin: float) -> Any:
+def _weigh(run: Run, rows: list[dict[str, Any]], ahead: Estimate, label: str, margin: float, alike: bool) -> Any:
     options = [{"option": "this model", "gain": rows[-1]["gain"]}, {"option": "default model", "gain": 0.0}]
     title, range_ = "this model or the default one", "" if ahead.low is None or ahead.high is None else f"{ahead.low:+.4f} to {ahead.high:+.4f}"
-    if ahead.value == ahead.low == ahead.high == 0:
+    if alike:
         run.decide(title, options, "this model", "both give the same answers: training chose the default configuration")
         return note("Training chose the default configuration, so the default model gives the same answers.")
     if not range_ or not np.isfinite(ahead.value):

@@ -17,7 +17,7 @@ from ..core.display import Html, note, number, stack, table
 from ..core.intervals import units_of
 from ..core.metrics import predictions_of
 from ..core.run import Estimate
-from .calibration import validation_of
+from ..train.choice import measured_in
 from ..train.reweighing import Grouping, learn_grouping
 
 if TYPE_CHECKING:
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['LEVEL', 'FEW', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'intervals_of', 'learn_promise', 'row_cuts', 'holds',
-           'coverage_of', 'coverage_by', 'check_promise']
+__all__ = ['LEVEL', 'FEW', 'FIFTHS', 'strangeness', 'cut_for', 'cuts_by', 'sets_of', 'intervals_of', 'learn_promise', 'row_cuts',
+           'honest_cuts', 'holds', 'coverage_of', 'coverage_by', 'check_promise']
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #ecae7a84
 LEVEL = 0.9
 FEW = 30       # rows of a group below which it has no cut of its own
+FIFTHS = 5     # parts, each of which is judged by the line that the others draw
 
 
 def strangeness(
@@ -118,6 +119,29 @@ def row_cuts(
     return np.max(found, axis=0) if found else np.full(frame.height, float(promise["cut"]))
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #a8e13aca
+def honest_cuts(
+    strange: np.ndarray,                   # (n,)
+    frame: pl.DataFrame,                   # (n,) the same rows with the columns of the groupings, __time where they have one
+    groupings: Sequence[Grouping] = (),    # cohorts
+    few: int = FEW,                        # rows of a group below which it shares the cut of all
+    block: np.ndarray | None = None,       # (n,) rows that stay together
+) -> np.ndarray:                           # (n, 2): each row's cut and the cut of all; NaN for a row that is not judged
+    "Cuts that other rows drew: the earlier half for the later one, or four fifths for each fifth."
+    cuts = np.full((frame.height, 2), np.nan)
+    if "__time" in frame.columns:
+        rank = frame["__time"].rank("min").fill_null(0).to_numpy()
+        parts = [rank > frame.height / 2]
+    else:
+        own = np.arange(frame.height) if block is None else np.unique(block, return_inverse=True)[1]
+        fold = np.random.default_rng(0).permutation(own.max(initial=0) + 1)[own] % FIFTHS
+        parts = [fold == i for i in range(FIFTHS)]
+    for judged in parts:
+        promise = learn_promise(strange[~judged], frame.filter(~judged), groupings, few)
+        if promise["cut"] is not None:
+            cuts[judged] = np.column_stack([row_cuts(promise, frame.filter(judged)), np.full(judged.sum(), promise["cut"])])
+    return cuts
+
+
 def holds(
     y: np.ndarray,             # class indices or numbers
     p: np.ndarray,             # as `strangeness` takes it
@@ -130,16 +154,21 @@ def holds(
 
 def coverage_of(
     frame: pl.DataFrame,                # stored predictions, with the cohort columns
-    promise: Mapping[str, Any],         # as `learn_promise` gave it
+    promise: Mapping[str, Any] | None,  # as `learn_promise` gave it; None: cuts that other rows of the frame draw
     classes: list[str] | None = None,
     unit: str | None = None,
     level: float = 0.95,
+    groupings: Sequence[Mapping[str, Any]] = (),    # whose groups have cuts of their own, where they are drawn here
+    few: int = FEW,
     **_: Any,                           # draws, threshold, recall, costs: of no use here
 ) -> Estimate:
     "How many sets or intervals hold the truth."
     y, p = predictions_of(frame, classes)
-    hits = holds(y, p, row_cuts(promise, frame), not classes)
-    return Estimate(float(hits.mean()), *share_interval(hits, units_of(frame, unit), level), len(hits))
+    block = units_of(frame, unit)
+    cuts = row_cuts(promise, frame) if promise else honest_cuts(strangeness(y, p, not classes), frame, [Grouping.from_dict(g) for g in groupings], few, block)[:, 0]
+    judged = ~np.isnan(cuts)
+    hits = holds(y, p, cuts, not classes)[judged]
+    return Estimate(float(hits.mean()), *share_interval(hits, None if block is None else block[judged], level), len(hits))
 
 
 def coverage_by(
@@ -168,52 +197,46 @@ def check_promise(
     run: Run,             # the evaluate phase
     holdout: Holdout,     # opened
 ) -> Html:
-    "Learn cuts on validation rows, hold them to their word on the holdout by cohort, claim the coverage, save evaluate/conformal and evaluate/promise."
+    "Learn cuts on rows that the shipped model has not seen, judge them on others, claim the coverage, save evaluate/conformal and evaluate/promise."
     classes, numbers = holdout.contract["classes"] or None, holdout.task == "regression"
-    validation, predictions, least = validation_of(run), holdout.predictions, int(run.problem.comply.least_cell)
-    before, groupings = _cohorts(run, holdout, validation)
+    predictions, least = holdout.predictions, int(run.problem.comply.least_cell)
+    few, train = max(FEW, least), run.load("data/train")
+    groupings = [learn_grouping(train[c]) for c in run.problem.evaluate.cohorts if c in train.columns and c in predictions.columns]
     served = [one for one in groupings if one.by in holdout.contract["features"]]
-    promise = learn_promise(strangeness(*predictions_of(validation, classes), numbers), before, served, max(FEW, least))
-    if promise["cut"] is None:
-        run.save("evaluate/conformal", pl.DataFrame(schema={"by": pl.String, "cohort": pl.String}))
-        run.save("evaluate/promise", promise | {"covered": None})
-        return note(f"{validation.height} validation rows are too few to promise that {LEVEL:.0%} of the answers hold the truth.", "warn")
-    what = "intervals" if numbers else "sets"
-    claim = run.claim("promise_kept", of="evaluate/predictions", by=coverage_of, using={"promise": promise} | holdout.using, on="holdout",
-                      n=predictions.height, title=f"{what} that hold the truth, {LEVEL:.0%} promised")
-    run.save("evaluate/promise", promise | {"covered": claim.value})      # what a service needs to answer with sets and intervals
     y, p = predictions_of(predictions, classes)
-    cuts = row_cuts(promise, predictions)
-    size, one_size = (_sizes(p, cut, numbers) for cut in (cuts, promise["cut"]))
-    told = pl.DataFrame({"held": holds(y, p, cuts, numbers), "one_held": holds(y, p, promise["cut"], numbers), "size": size, "one_size": one_size})
-    unit, tables = units_of(predictions, holdout.unit), []
+    strange, block = strangeness(y, p, numbers), units_of(predictions, holdout.unit)
+    promise, cuts = learn_promise(strange, predictions, served, few), honest_cuts(strange, predictions, served, few, block)
+    judged = ~np.isnan(cuts[:, 0])
+    if not judged.any():
+        run.save("evaluate/conformal", pl.DataFrame(schema={"by": pl.String, "cohort": pl.String}))
+        run.save("evaluate/promise", learn_promise(strange[:0], predictions[:0]) | {"covered": None})
+        return note(f"{predictions.height} holdout rows are too few to promise that {LEVEL:.0%} of the answers hold the truth.", "warn")
+    what = "intervals" if numbers else "sets"
+    claim = run.claim("promise_kept", of="evaluate/predictions", by=coverage_of, using=holdout.using | {"promise": None, "groupings": [one.to_dict() for one in served], "few": few},
+                      on="holdout", n=int(judged.sum()), title=f"{what} that hold the truth, {LEVEL:.0%} promised")
+    run.save("evaluate/promise", promise | {"covered": claim.value})      # what a service needs to answer with sets and intervals
+    y, p, cuts, rows = y[judged], p[judged], cuts[judged], predictions.filter(judged)
+    size, one_size = (_sizes(p, cut, numbers) for cut in cuts.T)
+    told = pl.DataFrame({"held": holds(y, p, cuts[:, 0], numbers), "one_held": holds(y, p, cuts[:, 1], numbers), "size": size, "one_size": one_size})
+    tables = []
     for grouping in groupings:
         own: dict[str, float] = next((one["cuts"] for one in promise["groups"] if one["grouping"]["by"] == grouping.by), {})
-        rows = dict(grouping.of(before[grouping.by]).value_counts().iter_rows())
-        found = coverage_by(told, grouping.of(predictions[grouping.by]).to_numpy(), unit, holdout.using["level"], max(least, 10))
+        count = dict(grouping.of(predictions[grouping.by]).value_counts().iter_rows())
+        found = coverage_by(told, grouping.of(rows[grouping.by]).to_numpy(), None if block is None else block[judged], holdout.using["level"], max(least, 10))
         tables.append(found.select(pl.lit(grouping.by).alias("by"), pl.all(), *(
-            pl.Series(name, [kind.get(c) for c in found["cohort"]], dtype) for name, kind, dtype in (("own_cut", own, pl.Float64), ("learned_on", rows, pl.Int64)))))
+            pl.Series(name, [kind.get(c) for c in found["cohort"]], dtype) for name, kind, dtype in (("own_cut", own, pl.Float64), ("learned_on", count, pl.Int64)))))
     found = pl.concat(tables) if tables else pl.DataFrame(schema={"by": pl.String, "cohort": pl.String})
     run.save("evaluate/conformal", found)
-    said = (f"{LEVEL:.0%} are promised; {claim.value:.1%} of {predictions.height:,} hold the truth ({claim.low:.1%} to {claim.high:.1%}). "
-            + (f"Intervals are {number(float(size.mean()))} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
+    how = f"the {int((~judged).sum()):,} earlier rows drew the line" if not judged.all() else "each judged by a line that other rows drew"
+    said = (f"{LEVEL:.0%} are promised; of {rows.height:,} {'later ' if not judged.all() else ''}holdout rows {claim.value:.1%} hold the truth ({claim.low:.1%} to {claim.high:.1%}); {how}. "
+            + (f"Intervals are {number(float(size.mean()), unit=measured_in('mae', holdout.contract))} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
     parts: list[Any] = [note(said, "go" if (claim.high or 1.0) >= LEVEL else "warn")]
     if tables:
-        parts += [note(_whose(found, served, groupings, max(FEW, least))), _shown(found, least, WIDTH if numbers else "answers left")]
+        parts += [note(_whose(found, served, groupings, few)), _shown(found, least, WIDTH if numbers else "answers left")]
     return stack(*parts)
 
 # %% ../../nbs/lib/evaluate/20_conformal.ipynb #964a6993
 WIDTH = "mean width"
-
-
-def _cohorts(run: Run, holdout: Holdout, validation: pl.DataFrame) -> tuple[pl.DataFrame, list[Grouping]]:
-    "Validation rows with the declared cohort columns, and how each becomes groups."
-    train = run.load("data/train")
-    if "__row" not in validation.columns or "__row" not in train.columns:
-        return validation, []
-    wanted = [c for c in run.problem.evaluate.cohorts if c in train.columns and c in holdout.predictions.columns]
-    beside = validation.select("__row").join(train.select("__row", *wanted), on="__row", how="left", maintain_order="left")
-    return beside, [learn_grouping(train[c]) for c in wanted]
 
 
 def _sizes(p: np.ndarray, cut: float | np.ndarray, numbers: bool) -> np.ndarray:
@@ -236,7 +259,7 @@ def _whose(found: pl.DataFrame, served: list[Grouping], groupings: list[Grouping
     if small.height:
         named = ", ".join(f"{row['by']} {row['cohort']} ({row['learned_on'] or 0})" for row in small.head(6).to_dicts())
         more = f" and {small.height - 6} more" if small.height > 6 else ""
-        said += f" {small.height} with fewer than {few} validation rows share{'s' if small.height == 1 else ''} the line of all rows: {named}{more}."
+        said += f" {small.height} with fewer than {few} holdout rows share{'s' if small.height == 1 else ''} the line of all rows: {named}{more}."
     if missing:
         said += f" {', '.join(missing)}: no input of the model, so a request cannot say the group, and its groups share the line of all rows."
     return said

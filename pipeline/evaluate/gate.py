@@ -20,6 +20,7 @@ from ..core.metrics import BETTER
 from ..core.run import Claim
 from ..core.store import digest_bytes, to_json
 from .threshold import block_column
+from ..train.choice import measured_in
 from .measures import Measured, in_words, title_of
 
 if TYPE_CHECKING:
@@ -142,10 +143,7 @@ def tell_answer(
     money = measured.claims.get("value_per_1000")
     if money is not None and np.isfinite(money.value) and money is not main:
         said += f", worth {in_words('value_per_1000', money.value, money.unit)} per 1,000 decisions against never acting"
-    untold = [a.removeprefix("evaluate.cohorts.") for c in run.made_checks if c.verdict == "not applicable" for a in c.answers if a.startswith("evaluate.cohorts.")]
-    alike = f"; too few rows tell whether groups by {' or '.join(untold)} are served alike" if untold else ""
-    met = "; every criterion that could be asked is met" if untold else "; every criterion is met"
-    return f"{said}{run.unmet or met}{alike}."
+    return f"{said}{run.unmet or '; every criterion is met'}."
 
 
 def tell_span(
@@ -165,7 +163,7 @@ def _on_validation(run: Run, holdout: Holdout, name: str) -> Claim:
     answered = "evaluate/validation" if run.has("evaluate/validation") else "train/validation"
     using = {"name": name} | holdout.using | {"unit": block_column(run.load(answered))}
     return made or run.claim(f"validation_{name}", of=answered, by=score, using=using, on="validation", better=BETTER[name],
-                             title=f"{title_of(name, holdout.using['recall'])} on validation")
+                             title=f"{title_of(name, holdout.using['recall'])} on validation", unit=measured_in(name, holdout.contract))
 
 
 def _none_skipped(run: Run) -> None:

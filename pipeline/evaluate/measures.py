@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..core.display import Html, estimates, headline, note, number, stack
 from ..core.intervals import score, score_over_seeds
 from ..core.metrics import BETTER, LABELS, Settings, brier_parts, metric_or_none, predictions_of
 from ..core.run import Claim
+from ..train.choice import measured_in
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from pipeline.train.models import Model
 
 # %% auto #0
-__all__ = ['PERCENT', 'ALIKE', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure',
-           'beside_validation', 'measure_over_seeds', 'over_seeds_of']
+__all__ = ['PERCENT', 'CALIBRATION', 'ALIKE', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure',
+           'one_sided', 'beside_validation', 'measure_over_seeds', 'over_seeds_of']
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #d7d0ee4e
 PERCENT = ("accuracy", "balanced_accuracy", "precision_at_recall", "coverage_90")
@@ -41,7 +43,7 @@ def title_of(
 def in_words(
     name: str,             # a metric
     value: float | None,
-    unit: str = "",        # of money
+    unit: str = "",        # of money, or of the outcome
 ) -> str:
     "A metric's value as people write it."
     if value is None or not np.isfinite(value):
@@ -50,7 +52,7 @@ def in_words(
         return f"{value:.1%}"
     if name == "value_per_1000":
         return f"{value:,.0f} {unit}".replace("-", "−").strip()
-    return number(float(value))
+    return f"{number(float(value))} {unit}".strip()
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #b59e10d7
 def brier_in_words(
@@ -101,7 +103,7 @@ def measure(
     claims = {
         name: run.claim(
             name, of="evaluate/predictions", by=score, using={"name": name} | holdout.using, on="holdout", better=BETTER[name],
-            unit=currency if name == "value_per_1000" else "", title=title_of(name, evaluate.recall),
+            unit=currency if name == "value_per_1000" else measured_in(name, holdout.contract), title=title_of(name, evaluate.recall),
         ) for name in names
     }
     limits: dict[str, float] = {}
@@ -110,9 +112,10 @@ def measure(
         if line.on == "holdout" and limit is not None:
             limits[line.metric] = limit
     first = list(dict.fromkeys([*limits, *holdout.metrics]))[:3]
-    big = [(claims[n].title, in_words(n, claims[n].value, currency), claims[n], limits.get(n)) for n in first if np.isfinite(claims[n].value)]
+    big = [(claims[n].title, in_words(n, claims[n].value, currency) if n == "value_per_1000" else number(claims[n].value, unit=claims[n].unit), claims[n], limits.get(n)) for n in first if np.isfinite(claims[n].value)]
     undefined = [claims[n].title for n in claims if not np.isfinite(claims[n].value)]
     parts: list[Any] = [headline(big), estimates([c for c in claims.values() if np.isfinite(c.value)], "On the holdout", limits)]
+    parts += one_sided(claims)
     if undefined:
         parts.append(note(f"Not defined on these rows: {', '.join(undefined)}. A limit on any of them is not met.", "warn"))
     if holdout.task == "binary" and "brier" in claims:
@@ -124,6 +127,15 @@ def measure(
     return Measured(claims, stack(*parts))
 
 
+def one_sided(
+    claims: Mapping[str, Claim],
+) -> list[Html]:        # one box; none where no interval ends at its value
+    "Why an interval may end at its own value."
+    ends = [c.title for name, c in claims.items() if name in CALIBRATION and c.low is not None and c.high is not None and c.low < c.high == c.value]
+    return [note(f"The interval of the {' and the '.join(ends)} ends at its own value: chance adds to such an error and never takes off, so without chance's part it is lower.")] if ends else []
+
+
+CALIBRATION = ("ece", "ece_debiased")
 ALIKE = ("roc_auc", "average_precision", "log_loss", "brier", "ece")      # of yes or no, those that no threshold moves
 
 
@@ -159,7 +171,7 @@ def measure_over_seeds(
     alike = all(np.array_equal(p, answers[0][1]) for _, p in answers)   # the first is the model that is measured
     claim = run.claim(
         f"{holdout.main}_over_seeds", of="evaluate/predictions", on="holdout", better=BETTER[holdout.main],
-        title=f"{title_of(holdout.main)}, mean over {made} seeds", **over_seeds_of(holdout, alike),
+        unit=measured_in(holdout.main, holdout.contract), title=f"{title_of(holdout.main)}, mean over {made} seeds", **over_seeds_of(holdout, alike),
     )
     values = [metric_or_none(holdout.main, y, p, settings=settings) for y, p in answers]
     known = [v for v in values if v is not None]

@@ -17,6 +17,7 @@ from ..core.metrics import BETTER, LABELS, predictions_of
 from ..core.run import Estimate
 from ..data.contract import target_values
 from .holdout import answers_of
+from ..train.choice import measured_in
 from ..train.models import train_model
 from ..train.protocol import Fitting
 
@@ -104,7 +105,7 @@ def _answers(run: Run, family: str, rows: pl.DataFrame, contract: dict[str, Any]
 
 def _claim(run: Run, holdout: Holdout, name: str, first: str, second: str, title: str) -> Any:
     return run.claim(name, of="evaluate/rivals", by=gain_between, using={"name": holdout.main, "first": first, "second": second} | holdout.using,
-                     on="holdout", better="higher", title=title)
+                     on="holdout", better="higher", title=title, unit=measured_in(holdout.main, holdout.contract))
 
 
 def _tell_age(run: Run, holdout: Holdout, ages: tuple[pl.DataFrame, pl.DataFrame] | None, label: str) -> Any:

@@ -186,20 +186,24 @@ def check_rules(
             run.check(_title(place, rule), claim, at_most=0.0, bound="value", why="" if claim.value == 0 else str(shown[place]["counter-example"]),
                       answers=["evaluate.rules", f"evaluate.rules.{place}", "M6"])
     broken = [s for s in shown if s["broken"]]
-    said = f"{len(broken)} of {len(rules)} rules are broken." if broken else f"No row of {frame.height:,} breaks any of {len(rules)} rules."
-    return stack(note(said, "no-go" if broken else "go"), table(pl.DataFrame(shown, infer_schema_length=None), f"Declared rules, each tried on {frame.height:,} rows with up to {GRID} values",
+    told = sum(s["broken"] is not None for s in shown)
+    said = f"{len(broken)} of {len(rules)} rules are broken." if broken else f"No row of {frame.height:,} breaks any of the {told} rules that could be tried, of {len(rules)}."
+    return stack(note(said, "no-go" if broken else "go" if told == len(rules) else "warn"), table(pl.DataFrame(shown, infer_schema_length=None), f"Declared rules, each tried on {frame.height:,} rows with up to {GRID} values",
                                                                formats={"broken": ".1%", "low": ".1%", "high": ".1%", "decisions that change": ".1%", "largest breach": ".4f"}))
 
 # %% ../../nbs/lib/evaluate/22_rules.ipynb #9379675d
+ABSENT, ONE_VALUE, UNSEEN = "no such column in the holdout", "the column has one value only", "the model does not see this column"
+
+
 def _try(kind: str, column: str, direction: str, holdout: Holdout, frame: pl.DataFrame) -> tuple[tuple[Tried, pl.Series] | None, str]:
     "A rule tried, with the values; or why there is nothing to try."
     if column not in frame.columns:
-        return None, "no such column in the holdout"
+        return None, ABSENT
     values = values_of(frame[column])
     if len(values) < 2:
-        return None, "the column has one value only"
+        return None, ONE_VALUE
     if not readers_of(column, holdout.contract):
-        return None, "the model does not see this column"
+        return None, UNSEEN
     threshold = holdout.using["threshold"] if holdout.task == "binary" else None
     if kind == "monotone" and holdout.task == "multiclass":
         return None, "with several classes there is no one answer that could rise"
@@ -211,13 +215,15 @@ def _try(kind: str, column: str, direction: str, holdout: Holdout, frame: pl.Dat
 
 
 def _without(run: Run, place: int, rule: Any, why: str, frame: pl.DataFrame) -> None:
-    answers = ["evaluate.rules", f"evaluate.rules.{place}"]
-    if why == "the model does not see this column" and rule.kind == "invariant":
-        run.require(_title(place, rule), True, why, answers=answers)
-    elif why == "no such column in the holdout":
-        run.require(_title(place, rule), False, f"{why}{suggest(rule.column, frame.columns)}", "name a column of the data in evaluate.rules", answers=answers)
+    title, answers = _title(place, rule), ["evaluate.rules", f"evaluate.rules.{place}"]
+    if why == UNSEEN:
+        run.require(title, True, why, answers=answers)
+    elif why == ONE_VALUE:
+        run.pending(title, why, "two values", "bring holdout rows with other values, or drop the rule from evaluate.rules", answers)
+    elif why == ABSENT:
+        run.require(title, False, f"{why}{suggest(rule.column, frame.columns)}", "name a column of the data in evaluate.rules", answers=answers)
     else:
-        run.not_applicable(_title(place, rule), why, answers)
+        run.require(title, False, why, "make it an invariant rule, name an ordered column, or drop it from evaluate.rules", answers=answers)
 
 
 def _words(rule: Any) -> str:

@@ -15,13 +15,14 @@ from ..core.display import Html, note, table
 from ..core.intervals import BLOCKS, student, units_of
 from ..core.metrics import predictions_of
 from .cohorts import SUPPRESSED, cohort_of
+from ..train.choice import measured_in
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
     from pipeline.evaluate.holdout import Holdout
 
 # %% auto #0
-__all__ = ['LEAST', 'COLUMNS', 'row_surprise', 'find_slices', 'seek_slices']
+__all__ = ['LEAST', 'COLUMNS', 'NUMBERS', 'row_surprise', 'find_slices', 'seek_slices']
 
 # %% ../../nbs/lib/evaluate/09_slices.ipynb #2f9fd465
 def row_surprise(
@@ -134,4 +135,7 @@ def seek_slices(
     if not found.height:
         return note(f"No slice of {len(searched[:COLUMNS])} columns, or of pairs of them, is answered worse than the model itself expects.", "go")
     return table(found, f"Weak spots that nobody declared: mean {what} inside the slice and elsewhere; low allows for all slices looked at",
-                 formats=dict.fromkeys(("inside", "elsewhere", "excess", "low"), ".3f"))
+                 formats=dict.fromkeys(NUMBERS, ".3f"), units=dict.fromkeys(NUMBERS, measured_in("mae", holdout.contract) if holdout.task == "regression" else ""))
+
+
+NUMBERS = ("inside", "elsewhere", "excess", "low")

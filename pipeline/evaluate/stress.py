@@ -18,6 +18,7 @@ from ..core.errors import InputError
 from ..core.intervals import bootstrap, score_difference, units_of
 from ..core.metrics import BETTER, LABELS, metric_or_none, predictions_of
 from ..data.features import compute, derived_in, load_expressions, load_feature
+from ..train.choice import measured_in
 
 if TYPE_CHECKING:
     from pipeline.core.run import Run
@@ -340,7 +341,7 @@ def stress_model(
     finite = all(np.isfinite(a).all() for a in given.values())
     run.claim("stress_worst_change", of="evaluate/stress_predictions", by=worst_change, on="holdout, disturbed", better="higher" if BETTER[holdout.main] == "higher" else "lower",
               using={"name": holdout.main, "keys": list(given)} | holdout.using,
-              title=f"change of {LABELS[holdout.main]} under the worst of {len(listed)} disturbances")
+              unit=measured_in(holdout.main, holdout.contract), title=f"change of {LABELS[holdout.main]} under the worst of {len(listed)} disturbances")
     run.require("every disturbed row is answered with a finite number or refused in words", finite,
                 f"{len(given)} disturbances answered, {len(refused)} refused" if finite else "an answer is not finite",
                 "find the rows without an answer in evaluate/stress_predictions", answers=["O5"])

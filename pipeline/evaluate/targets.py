@@ -11,6 +11,7 @@ from ..core.display import Html, estimates, note, stack
 from ..core.intervals import units_of
 from ..core.metrics import BETTER, LABELS
 from ..data.contract import target_values
+from ..train.choice import measured_in
 from ..train.targets import kept_answers, load_several, score_target
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def measure_targets(
     run.save("evaluate/targets_predictions", kept_answers(model.asked, values, {model.kind: list(answers.values())}, units_of(holdout.predictions, holdout.unit)))
     claims = [
         run.claim(f"target_{i}_{a.metric}", of="evaluate/targets_predictions", by=score_target, on="holdout", better=BETTER[a.metric], title=f"{a.name}: {LABELS[a.metric]}",
+                  unit=measured_in(a.metric, holdout.contract | {"target": a.name}),
                   using={"place": i, "way": model.kind, "task": a.task, "classes": list(a.classes), "seed": run.seed, "level": holdout.using["level"]})
         for i, a in enumerate(model.asked)
     ]

@@ -38,7 +38,7 @@ class Prober:
     url: str                           # http://127.0.0.1:8000
     every_s: float = 1.0
     patience_s: float = IN_TIME_MS / 1000
-    seen: list[tuple[float, bool, float]] = field(default_factory=list)     # due (Unix time), answered in time, milliseconds
+    seen: list[tuple[float, bool, float]] = field(default_factory=list)     # due (seconds from its start), answered in time, milliseconds
 
     def __enter__(self) -> Prober:
         if not _is_address(self.url):
@@ -58,13 +58,13 @@ class Prober:
         return found
 
     def _run(self) -> None:
-        due = time.time()
-        while not self._ended.wait(max(due - time.time(), 0)):
+        start, due = time.monotonic(), 0.0       # a wall clock may jump
+        while not self._ended.wait(max(start + due - time.monotonic(), 0)):
             begun = time.perf_counter()
             good = self._ask()
             took = time.perf_counter() - begun
             self.seen.append((due, good and took <= self.patience_s, 1000 * took))
-            missed = int(max(time.time() - due, 0) // self.every_s)      # these were due while one was waited for
+            missed = int(max(time.monotonic() - start - due, 0) // self.every_s)      # these were due while one was waited for
             self.seen += [(due + i * self.every_s, good and took - i * self.every_s <= self.patience_s, 1000 * (took - i * self.every_s)) for i in range(1, missed + 1)]
             due += (missed + 1) * self.every_s
 
@@ -112,27 +112,30 @@ def follow(
     told: Callable[[dict[str, Any]], None] = lambda alarm: None,
     every_s: float = ROUND_S,
     pace: float = 1.0,                 # for a rehearsal in short: the service's seconds in one of the clock's
-    failed: Callable[[str], None] = lambda why: None,     # why the log cannot be read at the moment; each reason once
+    failed: Callable[[str], None] = lambda why: None,     # that nobody answers, or why the log cannot be read at the moment; each reason once
 ) -> Watched:
-    "Watch a service from now on; a log that cannot be read is told, and the watch goes on."
+    "Watch a service from now on; one that does not answer and a log that cannot be read are told, and the watch goes on."
     from pipeline.deploy.inference_log import newest_numbers, read_inferences
 
-    name, objectives, begun = problem.problem.name, objectives_of(problem), clock()
+    name, objectives, begun, start = problem.problem.name, objectives_of(problem), clock(), time.monotonic()
     outside, told_of = Watch(objectives, pace), [0, 0]
     rang: list[dict[str, Any]] = []
     probes = answered = 0
-    why = ""
+    why, silent = "", False
     tail = Tail(Watch(objectives, pace, outside=False), lambda after: read_inferences(store, name, after, outcomes=False), begun, last=newest_numbers(store, name)[0],
                 settles_s=min(2.0, objectives.window_s / pace / 2))
     with Prober(url, every_s=min(1.0, every_s)) as prober:
-        while seconds is None or (clock() - begun).total_seconds() < seconds:
+        while seconds is None or time.monotonic() - start < seconds:
             time.sleep(every_s)
             seen = prober.taken()
             if seen:
                 at, good, ms = (np.array(column) for column in zip(*seen))
                 probes, answered = probes + len(good), answered + int(good.sum())
-                outside.add(np.maximum(at - begun.timestamp(), 0), good, ms)
-                outside.judge(float(at[-1]) - begun.timestamp())
+                outside.add(at, good, ms)
+                outside.judge(float(at[-1]))
+                if not good.any() and not silent:
+                    failed(f"nobody answers in time at {url}")
+                silent = not good.any()
             try:
                 tail.look(clock())
                 why = ""
@@ -145,7 +148,7 @@ def follow(
                     rang.append(alarm)
                     told(_told(problem, alarm, begun, pace))
                 told_of[place] = len(watch.raised)
-    return Watched([_told(problem, alarm, begun, pace) for alarm in rang], (clock() - begun).total_seconds(), probes, answered)
+    return Watched([_told(problem, alarm, begun, pace) for alarm in rang], time.monotonic() - start, probes, answered)
 
 
 def look_back(

@@ -18,7 +18,7 @@ from .evidence import Evidence, Phase
 from ..scope.criteria import acceptance_table, constraints_table
 
 # %% auto #0
-__all__ = ['ASKS_NOTHING', 'Requirement', 'requirements', 'trace']
+__all__ = ['ASKS_NOTHING', 'NO_LIMIT', 'Requirement', 'requirements', 'trace']
 
 # %% ../../nbs/lib/report/08_traceability.ipynb #492c611e
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Requirement:
     text: str
     limit: str
     room: str                  # where its evidence is to be found
+    declared: bool = False     # somebody wrote it down, so it is not met by being skipped
 
 
-ASKS_NOTHING = {("train.interpretable", "not required"), ("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0"),
-                ("deploy.cost_per_1000", "no limit"), ("deploy.cpu_ms_per_1000", "no limit"),
-                ("deploy.offline", "not required"), ("deploy.regions", "any"), ("deploy.licences", "any"), ("deploy.log_inputs", "minimised"), ("deploy.log_inputs", "none")}
+ASKS_NOTHING = {("deploy.throughput_rps", "≥ 0"), ("problem.human_review", "≤ 0"), ("deploy.target", "server"), ("deploy.log_inputs", "minimised"), ("deploy.log_inputs", "none")}
+NO_LIMIT = ("no limit", "not required", "any")
 
 
 def requirements(
@@ -53,12 +53,13 @@ def requirements(
         found.append(Requirement("data.target_distribution", "the sample has enough rows of every declared stratum", "none too thin", "data"))
     for i, line in enumerate(acceptance_table(problem).iter_rows(named=True)):
         asked = f"{LABELS[line['metric']]} on {line['on']} ({line['judged_by']})"
-        found.append(Requirement(f"evaluate.acceptance.{i}", asked, line["limit"], "monitor" if line["on"] == "production" else "evaluate"))
-    found += [Requirement(f"evaluate.cohorts.{c}", f"{c} groups are served alike", f"≤ {problem.evaluate.cohort_gap:g}", "evaluate") for c in problem.evaluate.cohorts]
+        found.append(Requirement(f"evaluate.acceptance.{i}", asked, line["limit"], "monitor" if line["on"] == "production" else "evaluate", True))
+    found += [Requirement(f"evaluate.cohorts.{c}", f"{c} groups are served alike", f"≤ {problem.evaluate.cohort_gap:g}", "evaluate", True) for c in problem.evaluate.cohorts]
+    found += [Requirement(f"evaluate.rules.{i}", f"answers keep the {rule.kind} rule on {rule.column}", "no row breaks it", "evaluate", True) for i, rule in enumerate(problem.evaluate.rules)]
     if problem.evaluate.stable_runs > 1:
         found.append(Requirement("evaluate.stable_runs", "good in consecutive runs", f"{problem.evaluate.stable_runs} runs", "evaluate"))
     for row in constraints_table(problem).iter_rows(named=True):
-        if (row["key"], row["limit"]) not in ASKS_NOTHING and not (row["key"] == "evaluate.cohort_gap" and problem.evaluate.cohorts):
+        if row["limit"] not in NO_LIMIT and (row["key"], row["limit"]) not in ASKS_NOTHING and not (row["key"] == "evaluate.cohort_gap" and problem.evaluate.cohorts):
             found.append(Requirement(row["key"], row["constraint"], f"{row['limit']} {row['unit']}".strip(), row["measured_in"].split()[-1]))
     found.append(Requirement("rollout.stages", f"traffic moves in stages of {', '.join(f'{s:g}' for s in problem.rollout.stages)} %", "each held", "rollout"))
     if comply.subject:
@@ -81,15 +82,16 @@ def _traced(asked: Requirement, run: Evidence) -> dict[str, str]:
     row = {"requirement": asked.key, "asked": asked.text, "limit": asked.limit}
     checks = list(run.answering(asked.key))
     if checks:
-        return {**row, **_answered(checks)}
+        return {**row, **_answered(checks, asked.declared)}
     where = asked.room if run.phase(asked.room) else f"{asked.room} has not run"
     return {**row, "phase": where, "evidence": "no evidence", "found": "–", "verdict": "inconclusive"}
 
 
-def _answered(checks: Sequence[tuple[Phase, Mapping[str, Any]]]) -> dict[str, str]:
-    "The worst of the criteria that answer a requirement."
+def _answered(checks: Sequence[tuple[Phase, Mapping[str, Any]]], declared: bool) -> dict[str, str]:
+    "The worst of the criteria that answer a requirement; what was declared and could nowhere be asked is open."
     weighed = [(p, c) for p, c in checks if c.get("verdict") != "not applicable"]
-    verdict = overall([str(c.get("verdict")) for _, c in weighed]) if weighed else "not applicable"
-    phase, check = next((p, c) for p, c in checks if c.get("verdict") == verdict)
+    worst = overall([str(c.get("verdict")) for _, c in weighed]) if weighed else "not applicable"
+    phase, check = next((p, c) for p, c in checks if c.get("verdict") == worst)
+    verdict = "inconclusive" if declared and not weighed else worst
     more = len(weighed or checks) - 1
     return {"phase": phase.name.replace("_", " "), "evidence": str(check.get("title")) + (f" (and {more} more)" if more else ""), "found": readable(str(check.get("found"))), "verdict": verdict}

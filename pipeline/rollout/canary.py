@@ -359,7 +359,7 @@ def standing(
     assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
     errors, asked = state.errors, max(state.asked, 1)
 
-    def row(name: str, test: Any, does: str, estimate: float | None, tolerated: float, unit: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    def row(name: str, test: Any, does: str, estimate: float | None, tolerated: float | None, unit: str, low: float | None = None, high: float | None = None) -> dict[str, Any]:
         return {"test": name, "evidence": min(test.evidence, 1e9), "boundary": 1 / test.alpha, "estimate": estimate, "low": low, "high": high,
                 "tolerated": tolerated, "unit": unit, "does": does, "crossed": test.rejected}
 
@@ -371,7 +371,7 @@ def standing(
         row("errs too often", state.limit, "roll back", errors.new / asked, rules.errors_max, "share of its requests"),
         row("over the limit", state.latency, "roll back", None, SLOW_SHARE, "share of its requests"),
         row("answers otherwise", state.shift, "roll back", None, rules.shift_max, "share of answers"),
-        row("subjects are missing", state.split, "hold", state.split.new / max(state.split.new + state.split.old, 1) * 100, state.split.share, "% of subjects"),
+        row("subjects are missing", state.split, "hold", state.split.new / max(state.split.new + state.split.old, 1) * 100, None, f"% of subjects, {state.split.share:g} asked"),
     ]
     slower = state.slower
     low, mid, high = (ratio_of(v) for v in (slower.low, slower.value, slower.high))

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import EnvironmentFault, InputError, IntegrityError
+from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
 from ..core.run import clock
 from ..deploy.registry import Entry, Registry, who
 from ..deploy.versions import Plan, Plans
@@ -107,14 +107,14 @@ class Steering:
         maintenance: Sequence[str] = (),
         review_s: float = 3600.0,
     ) -> Rollout:
-        "Start a rollout of a version that is in staging or on trial already; raises `InputError`, `IntegrityError` for an older one."
+        "Start a rollout of a version that is in staging or on trial already; raises `InputError`, `GateFailed` for a no-go, `IntegrityError` for an older one."
         from pipeline.rollout.gather import unsettled
 
         by, entry, plan = by or who(), self.registry.entry(name, version), self.plans.current(name)
         if entry.state not in ("staging", "canary"):
             raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging (pilothouse models {name} --move {version} --to staging --reason '…')")
         if entry.verdict == "no-go":
-            raise InputError(f"{name} v{version} comes from a run with the verdict no-go and cannot be tried; mend what failed and run again")
+            raise GateFailed(f"{name} v{version} comes from a run with the verdict no-go and cannot be tried; mend what failed and run again")
         tried = self.registry.holder(name, "canary")
         if tried is not None and tried.version != version:
             raise InputError(f"{name} v{tried.version} is on trial already; promote it or take it back before v{version} is tried")
@@ -134,7 +134,7 @@ class Steering:
         rollout = self.rollouts.start(name, version, entry.digest, old, rules, facts, plan.revision if plan else 0, by, reason, first)
         try:
             return self.settle(rollout)
-        except (InputError, IntegrityError) as error:      # somebody was quicker in the registry or with the traffic: nothing has begun
+        except (InputError, GateFailed, IntegrityError) as error:      # somebody was quicker in the registry or with the traffic: nothing has begun
             self._withdraw(rollout, by, str(error))
             self.rollouts.change(self.rollouts.get(rollout.number), "aborted", by, str(error), None, "aborted", replace(first, status="rolled back"))
             raise
@@ -467,11 +467,14 @@ def begin_rollout(
     reason: str,
     by: str = "",
 ) -> Rollout:
-    "Start a rollout by the rules of a problem file; what the log holds already is not looked at."
+    "Start a rollout by the rules of a problem file; what the log holds already is not looked at. Raises `IntegrityError` for a package that was changed."
+    from pipeline.core import audit
     from pipeline.deploy.inference_log import newest_numbers
+    from pipeline.deploy.package import KEY, verify_package
 
     name, said = problem.problem.name, problem.rollout
     entry = registry.entry(name, version)
+    verify_package(registry.store / "models" / entry.digest, audit.public_key(registry.store, KEY))
     last, silent = newest_numbers(registry.store, name)
     reading = replace(reading_for(problem, registry.store / "models" / entry.digest, version), begin=last, read=last, tops=(last,), heard=silent, silent=silent)
     return Steering(registry).begin(name, version, rules_for(problem), reading, reason, by, said.subject, said.maintenance, said.review_minutes * 60)

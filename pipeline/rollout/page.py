@@ -115,7 +115,8 @@ function chart(id, what, key, minutes, least, tell) {
 function show(s) {
   held = s;
   const r = s.rollout, plan = s.plan;
-  put('title', r ? `${s.problem}: rolling out version ${r.version}` : `${s.problem}: no rollout`);
+  const over = r && {promoted: 'was rolled out', 'rolled back': 'was rolled back', aborted: 'was left'}[r.status];
+  put('title', s.problem + ': ' + (!r ? 'no rollout' : over ? `version ${r.version} ${over}` : `rolling out version ${r.version}`));
   document.title = `${r ? r.share + ' % · ' : ''}${s.problem} · pilothouse`;
   const word = r ? r.status : 'no rollout';
   const kind = {running: 'go', promoted: 'go', held: 'open', 'rolled back': 'no-go', aborted: 'no-go'}[word] || 'open';

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import InputError
-from ..core.intervals import RARE, cases_of, draw_metric, interval
+from ..core.intervals import RARE, bootstrap, cases_of, draw_metric, interval
 from ..core.metrics import LABELS, Context
 from ..data.contract import target_values
 from ..data.splits import each_fold
@@ -24,9 +24,9 @@ from .protocol import pick_rows, simplicity
 from .search import Found, Goal, Rows, Trial, blocks
 
 # %% auto #0
-__all__ = ['COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'Z95', 'rows_of', 'newest_rows', 'goal_of', 'Limits',
-           'Beside', 'Cost', 'witnesses', 'leaderboard', 'teacher_of', 'why_not_student', 'families_of', 'why_not_ship',
-           'Choice', 'granted', 'choose']
+__all__ = ['OWN_SCALE', 'COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'Z95', 'rows_of', 'newest_rows', 'goal_of',
+           'measured_in', 'Limits', 'Beside', 'Cost', 'witnesses', 'leaderboard', 'teacher_of', 'why_not_student',
+           'families_of', 'why_not_ship', 'Choice', 'granted', 'choose']
 
 # %% ../../nbs/lib/train/10_choice.ipynb #2df17d11
 def rows_of(
@@ -73,6 +73,20 @@ def goal_of(
     if plan["metric"] == "precision_at_recall":
         using["recall"] = recall
     return Goal(plan["metric"], using)
+
+
+OWN_SCALE = ("mae", "rmse", "pinball_90")     # metrics on the scale of the outcome
+
+
+def measured_in(
+    metric: str,
+    contract: Mapping[str, Any],   # data/contract
+) -> str:                          # "" where the metric has no unit
+    "The unit of a metric: the outcome's own, as the contract of the table states it, else units of that column."
+    if metric not in OWN_SCALE:
+        return ""
+    told = next((column.get("unit") for column in contract["columns"] if column["name"] == contract["target"]), None)
+    return str(told or f"units of {contract['target']}")
 
 # %% ../../nbs/lib/train/10_choice.ipynb #ec9b4144
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ def leaderboard(
     draws: int = 200,
     costs: Mapping[str, Cost] | None = None,   # candidate -> what it was measured to cost
 ) -> pl.DataFrame:      # best first; `may_ship` and, where not, `why_not`
-    "Candidates with intervals and their distance to the best; no interval where a class has fewer than `RARE` rows."
+    "Candidates with intervals and their distance to the best, which has no interval where a class has fewer than `RARE` rows."
     costs = costs or {}
     goal, target = found.goal, rows.target[rows.valid]
     block, (fewest, units) = rows.units[rows.valid], witnesses(rows)
@@ -144,11 +158,11 @@ def leaderboard(
     out = []
     for t in done:
         assert best is not None
-        low, high = _ends(_value(t), drawn[t.name], units)
+        own = bootstrap(goal.metric, target, _answer(t), unit=block, seed=seed, draws=draws, **goal.using)
         gap = _value(t) - _value(best)
         gap_low, gap_high = _ends(gap, drawn[t.name] - drawn[best.name], units) if t is not best else (0.0, 0.0)
         out.append({
-            "candidate": t.name, "family": t.family, "metric": t.value, "low": low, "high": high, "to_best": gap,
+            "candidate": t.name, "family": t.family, "metric": t.value, "low": own.low, "high": own.high, "to_best": gap,
             "to_best_low": gap_low, "to_best_high": gap_high, "size_mb": t.size_bytes / 1e6, "steps": t.steps, "rows": t.rows,
             "may_ship": not why_not[t.name], "why_not": why_not[t.name],
         })
@@ -237,11 +251,13 @@ def _value(trial: Trial) -> float:
     return float(trial.value) if trial.value is not None else math.nan
 
 
+def _answer(trial: Trial) -> np.ndarray:
+    assert trial.answer is not None
+    return trial.answer[:, 1] if trial.answer.ndim == 2 and trial.answer.shape[1] == 2 else trial.answer
+
+
 def _drawn(goal: Goal, target: np.ndarray, trial: Trial, block: np.ndarray, seed: int, draws: int) -> np.ndarray:
-    answer = trial.answer
-    assert answer is not None
-    answer = answer[:, 1] if answer.ndim == 2 and answer.shape[1] == 2 else answer
-    return draw_metric(goal.metric, target, answer, block, seed, draws, Context(**goal.using))
+    return draw_metric(goal.metric, target, _answer(trial), block, seed, draws, Context(**goal.using))
 
 
 def _ends(value: float, drawn: np.ndarray, units: int) -> tuple[float | None, float | None]:

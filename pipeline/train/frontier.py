@@ -24,27 +24,29 @@ from .protocol import pick_rows
 from .search import Found, Goal, Rows, Trial
 
 # %% auto #0
-__all__ = ['TURNS', 'ASKED', 'MANY', 'MOST_S', 'RACES', 'LAPS', 'SHARES', 'NOISY_ROWS', 'COLUMNS', 'least_cpu', 'measure_model',
-           'measure_costs', 'price_of', 'race', 'shorten', 'cut_to_rounds', 'size_with_rounds', 'disturb', 'noise_loss',
-           'dominated_by', 'frontier']
+__all__ = ['TURNS', 'ASKED', 'MANY', 'MOST_S', 'MOMENTS', 'PAUSE_S', 'RACES', 'LAPS', 'SHARES', 'NOISY_ROWS', 'COLUMNS',
+           'least_cpu', 'measure_model', 'measure_models', 'measure_costs', 'price_of', 'race', 'shorten',
+           'cut_to_rounds', 'size_with_rounds', 'disturb', 'noise_loss', 'dominated_by', 'frontier']
 
 # %% ../../nbs/lib/train/19_frontier.ipynb #e3c70750
 TURNS, ASKED, MANY = 7, 4, 2_000    # turns of so many single rows; rows asked together
 MOST_S = 0.3                        # CPU seconds that measuring one candidate may take
+MOMENTS, PAUSE_S = 8, 0.03          # times that all are asked single rows, and the rest between two of them
 
 
 def least_cpu(
     ask: Callable[[], Any],
     turns: int = TURNS,
     most_s: float = MOST_S,
+    clock: Callable[[], float] = time.process_time,
 ) -> float:   # CPU seconds
     "The least CPU time of several turns after a first one that does not count."
     ask()
-    begun, best = time.process_time(), float("inf")
+    begun, best = clock(), float("inf")
     for _ in range(turns):
-        before = time.process_time()
+        before = clock()
         ask()
-        now = time.process_time()
+        now = clock()
         best = min(best, now - before)
         if now - begun > most_s:
             break
@@ -53,16 +55,38 @@ def least_cpu(
 
 def measure_model(
     model: Model,
-    frame: pl.DataFrame,   # rows as the model's contract wants them
+    frame: pl.DataFrame,     # rows as the model's contract wants them
+    moments: int = MOMENTS,
 ) -> Cost:
     "Milliseconds of CPU a row, alone and among many, and megabytes."
+    return measure_models({"": model}, frame, moments)[""]
+
+
+def measure_models(
+    models: Mapping[str, Model],
+    frame: pl.DataFrame,       # rows as the models' contract wants them
+    moments: int = MOMENTS,    # more of them tell a limit from a busy machine
+    clock: Callable[[], float] = time.process_time,
+    rest: Callable[[float], None] = time.sleep,
+) -> dict[str, Cost]:
+    "The same for several, each asked in the same moments."
+    asked = {name: _questions(model, frame) for name, model in models.items()}
+    together = {name: least_cpu(many, turns=3, clock=clock) / min(MANY, frame.height) for name, (_, many) in asked.items()}
+    alone = dict.fromkeys(models, math.inf)
+    for moment in range(moments):
+        if moment:
+            rest(PAUSE_S)
+        for name, (some, _) in asked.items():
+            alone[name] = min(alone[name], least_cpu(some, most_s=MOST_S / moments, clock=clock) / min(ASKED, frame.height))
+    return {name: Cost(1000 * alone[name], 1000 * together[name], (model.size_bytes or sum(map(len, model.estimator.to_files().values()))) / 1e6)
+            for name, model in models.items()}
+
+
+def _questions(model: Model, frame: pl.DataFrame) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    "A few single rows, and many together."
     prepare(model.estimator)
-    some = frame.select(model.features).head(ASKED).to_dicts()
-    many = frame.select(model.features).head(MANY)
-    alone = least_cpu(lambda: [model.predict_row(row) for row in some]) / len(some)
-    together = least_cpu(lambda: model.predict(many), turns=3) / many.height
-    size = model.size_bytes or sum(map(len, model.estimator.to_files().values()))
-    return Cost(1000 * alone, 1000 * together, size / 1e6)
+    some, many = frame.select(model.features).head(ASKED).to_dicts(), frame.select(model.features).head(MANY)
+    return lambda: [model.predict_row(row) for row in some], lambda: model.predict(many)
 
 
 def measure_costs(
@@ -74,7 +98,7 @@ def measure_costs(
     "Ask every finished candidate's last model; a student's stands beside its teacher's."
     models = {t.name: Model(t.family, contract, encoder, _shortened(t.models[-1], t.steps), {})
               for t in found.trials if t.stage == "full" and t.status == "done" and t.models}
-    costs, teacher = {name: measure_model(model, frame) for name, model in models.items()}, teacher_of(found)
+    costs, teacher = measure_models(models, frame), teacher_of(found)
     for t in found.trials:
         if t.family == "student" and t.name in models and teacher is not None:
             share = t.size_bytes / teacher.size_bytes

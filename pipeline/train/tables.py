@@ -19,10 +19,10 @@ from ..data.contract import Contract, Rule, target_values
 from ..data.targets import check_target
 from ..data.types import guess_type
 from .budget import Plan, Step, dearness, price, start_clock
-from .ensembles import Ensemble, blend
+from .ensembles import Ensemble, blend, weigh_greedily
 from .features import Encoder, learn_encoder
 from .final import residual_width
-from .frontier import size_with_rounds
+from .frontier import cut_to_rounds, size_with_rounds
 from .models import Model, shape_of
 from .protocol import Fitting, Shape, check_rows, fit, pick_rows, simplicity
 from .search import Fold, Found, Goal, Rows, Trial, final_config, run_search
@@ -313,13 +313,17 @@ def _keep(last: _Last, tolerance: float | None, most_mb: float) -> tuple[Model, 
         shipped = last.model(simple, final_config(simple), members[simple.name][-1], kept) if simple.name in members else last.fit(simple)
     if megabytes(shipped) <= most_mb:
         return best, shipped
-    smaller = [t for t in done.values() if 1.1e-6 * t.size_bytes <= most_mb and t.name != simple.name]
+    smaller = [short for t in done.values() if (short := _shorter(t, last, most_mb)) is not None]
+    last = replace(last, found=replace(found, trials=[*found.trials, *(t for t in smaller if t.name not in done)]))
     cut, worth = _cut(shipped, simple, last, most_mb)
-    rival = max(smaller, key=value, default=None)
-    if rival is not None and (cut is None or value(rival) > worth):
-        other = last.fit(rival)
-        return best, other if megabytes(other) <= most_mb or cut is None else cut
-    return best, cut or shipped
+    tried = [shipped]
+    for rival in sorted((*smaller, *_together(smaller, last, most_mb)), key=value, reverse=True):
+        if cut is not None and value(rival) <= worth:
+            break
+        tried.append(last.fit(rival))
+        if megabytes(tried[-1]) <= most_mb:
+            return best, tried[-1]
+    return best, cut or min(tried, key=megabytes)
 
 
 def _averaged(model: Model, last: _Last, spare: Callable[[], float]) -> Model:
@@ -339,16 +343,49 @@ def _averaged(model: Model, last: _Last, spare: Callable[[], float]) -> Model:
     return replace(model, family="ensemble", estimator=mean, about=model.about | {"seeds": len(fits)})
 
 
+def _shorter(trial: Trial, last: _Last, most_mb: float) -> Trial | None:
+    "A candidate that fits into a size, with fewer of its rounds where it must; None where that leaves nothing of it."
+    if not trial.models or not all(isinstance(model, Trees) for model in trial.models):
+        return trial if 1.1e-6 * trial.size_bytes <= most_mb else None
+    rounds, beside = trial.steps, trial.size_bytes - max(len(model.text.encode()) for model in trial.models)      # codes of categories stay as they are
+    while rounds and 1.1e-6 * (size := beside + max(size_with_rounds(model.text, rounds) for model in trial.models)) > most_mb:
+        rounds = rounds * 19 // 20
+    if rounds < 2:
+        return None
+    if rounds == trial.steps:
+        return replace(trial, size_bytes=size)
+    share = rounds / trial.steps
+    return replace(cut_to_rounds(trial, rounds, last.rows, last.found.goal), size_bytes=size, cpu_s=share * trial.cpu_s, wall_s=share * trial.wall_s)
+
+
+def _together(trials: Sequence[Trial], last: _Last, most_mb: float) -> list[Trial]:
+    "Candidates weighed together so that all of them fit into a size; none where fewer than two do."
+    rows, goal = last.rows, last.found.goal
+    target, able = rows.target[rows.valid], {t.name: t for t in trials if t.answer is not None and "members" not in t.config}
+    while len(able) > 1:
+        weights = weigh_greedily({name: t.answer for name, t in able.items() if t.answer is not None}, lambda answer: goal.measure(target, answer), goal.sign)
+        members = [able[name] for name in weights]
+        if 1.1e-6 * sum(t.size_bytes for t in members) <= most_mb:
+            break
+        able.pop(max(members, key=lambda t: t.size_bytes).name)
+    if len(able) < 2 or len(members) < 2:
+        return []
+    answer = blend([t.answer for t in members if t.answer is not None], list(weights.values()))
+    told = [{"family": t.family, "config": final_config(t), "weight": weights[t.name], "name": t.name} for t in members]
+    return [Trial("small ones together", "ensemble", {"members": told}, "full", max(t.rows for t in members), steps=max(t.steps for t in members),
+                  size_bytes=sum(t.size_bytes for t in members), answer=answer, value=goal.measure(target, answer))]
+
+
 def _cut(model: Model, trial: Trial, last: _Last, most_mb: float) -> tuple[Model | None, float]:
     "A boosted model, or several weighed together, with so many of its rounds as fit into a size, and what that is worth on the folds."
     whole = [part[-1] for part in getattr(model.estimator, "members", ())] or [model.estimator]
     parts, share = last.parts(trial), 1.0
     if not all(isinstance(part, Trees) for part in whole) or not all(t.models for t in parts):
         return None, 0.0
-    bare = sum(size_with_rounds(part.text, 1) for part in whole)
-    while share > 0.01 and sum(size_with_rounds(part.text, max(1, int(share * part.steps))) for part in whole) > 1e6 * most_mb:
+    room = 1e6 * (most_mb - megabytes(model)) + sum(len(part.text.encode()) for part in whole)      # what stands beside the trees, such as codes of categories, stays
+    while share > 0.01 and sum(size_with_rounds(part.text, max(1, int(share * part.steps))) for part in whole) > room:
         share *= 0.95
-    if bare > 1e6 * most_mb or share <= 0.01:
+    if share <= 0.01:
         return None, 0.0
     short = [part.first(max(1, int(share * part.steps))) for part in whole]
     told = [[m.predict(last.rows.matrix[valid], max(1, int(share * t.steps))) for m, (_, valid) in zip(t.models, last.rows.folds)] for t in parts]

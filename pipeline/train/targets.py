@@ -25,10 +25,12 @@ from ..core.run import Estimate
 from ..data.contract import target_values
 from ..data.targets import class_names
 from .budget import price
+from .choice import measured_in
 from .features import Encoder
 from .models import read_checked
 from .native import Native
-from .protocol import Estimator, Fitting, OutOfTime, Shape, fit, from_files, pick_rows, probabilities
+from .protocol import Estimator, Fitting, OutOfTime, Shape, check_finite, fit, from_files, pick_rows, probabilities
+from .trees import check_text
 
 # %% auto #0
 __all__ = ['MOST_CLASSES', 'RATE', 'LEAVES', 'MOST_ROUNDS', 'PATIENCE', 'LOOK', 'FORMAT', 'SHARE', 'Asked', 'asked_of', 'Columns',
@@ -364,7 +366,11 @@ def load_several(
             told = json.loads(files["forest.json"])
             columns = Columns(asked, tuple(told["centre"]), tuple(told["spread"]), tuple(told["base"]))
             leaves = load(files["leaves.safetensors"])["leaves"]
-            return Several("shared", asked, encoder, _forest(columns, files["forest.txt"].decode(), leaves if len(leaves) else None))
+            text = files["forest.txt"].decode()
+            if len(leaves):
+                check_text(text, "forest.txt")
+                check_finite({"leaves": leaves}, "forest")
+            return Several("shared", asked, encoder, _forest(columns, text, leaves if len(leaves) else None))
         parts = [{n.partition(".")[2]: c for n, c in files.items() if n.startswith(f"{i}.")} for i in range(len(asked))]
         estimators = tuple(from_files(about["family"], a.shape(encoder.sizes), part) for a, part in zip(asked, parts))
         return Several("separate", asked, encoder, None, estimators, about["family"])
@@ -499,7 +505,8 @@ def compare_targets(
     run.save("train/targets_model", final.save(run.scratch / "targets"))
     for i, a in enumerate(asked):
         run.claim(f"target_{i}_{a.metric}", of="train/targets_validation", by=score_target, on="validation", better=BETTER[a.metric],
-                  using={"place": i, "way": found.chose, "task": a.task, "classes": list(a.classes), "seed": run.seed}, title=f"{LABELS[a.metric]} for {a.name}")
+                  using={"place": i, "way": found.chose, "task": a.task, "classes": list(a.classes), "seed": run.seed}, title=f"{LABELS[a.metric]} for {a.name}",
+                  unit=measured_in(a.metric, contract | {"target": a.name}))
     return show_ways(found, len(train), len(rows.folds[-1][0]))
 
 

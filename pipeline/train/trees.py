@@ -17,13 +17,13 @@ from ..core.errors import IntegrityError
 from .fast import Forest, NotFast, open_forest, pays
 from .linear import add_by_owner
 from .native import Native
-from .protocol import Fitting, OutOfTime, Shape, check_answer, check_weights
+from .protocol import Fitting, OutOfTime, Shape, check_answer, check_finite, check_weights
 from .shapley import Explainer, open_explainer
 from .target_encoding import TargetCoder, learn_codes
 
 # %% auto #0
-__all__ = ['DEFAULT', 'PORTFOLIO', 'OURS', 'FEW_CELLS', 'most_rounds', 'patience', 'parameters', 'View', 'is_skewed', 'Trees',
-           'fit', 'from_files', 'check_text']
+__all__ = ['DEFAULT', 'PORTFOLIO', 'OURS', 'FEW_CELLS', 'NUMBERS', 'most_rounds', 'patience', 'parameters', 'View', 'is_skewed',
+           'Trees', 'fit', 'from_files', 'check_text', 'check_numbers']
 
 # %% ../../nbs/lib/train/04_trees.ipynb #7339c53a
 DEFAULT: dict[str, Any] = {"learning_rate": 0.1, "num_leaves": 31}
@@ -273,6 +273,8 @@ def _portable(text: str) -> str:
 def from_files(shape: Shape, files: dict[str, bytes], steps: int | None = None) -> Trees:
     "A booster from its text; raises `IntegrityError` for a text that is not whole."
     view = View.from_dict(json.loads(files["view.json"])) if "view.json" in files else View()
+    if view.coder is not None:
+        check_finite({f"table {i} of view.json": codes for i, codes in enumerate(view.coder.tables)}, "trees")
     return _read(shape, files["model.txt"].decode("utf-8", "replace"), view, steps)
 
 
@@ -283,12 +285,36 @@ def _read(shape: Shape, text: str, view: View, steps: int | None) -> Trees:
 
 
 def check_text(
-    text: str,   # a LightGBM model
+    text: str,               # a LightGBM model
+    name: str = "model.txt",
 ) -> None:
-    "Refuse a text that LightGBM would crash on; raises `IntegrityError`."
+    "Refuse a text that LightGBM would crash on, or that holds a number that is none; raises `IntegrityError`."
     sizes = re.search(r"^tree_sizes=([\d ]*)$", text, re.MULTILINE)
     start, end = text.find("\nTree=0\n") + 1, text.find("end of trees")
     told = sum(map(int, sizes[1].split())) if sizes else -1
     found = len(text[start:end].encode()) if 0 < start < end else 0
     if not text.startswith("tree\n") or end < 0 or told != found or not re.search(r"^num_tree_per_iteration=[1-9]\d*$", text, re.MULTILINE):
-        raise IntegrityError(f"model.txt is not a whole LightGBM text (trees of {told} bytes promised, {found} found); train or copy it again")
+        raise IntegrityError(f"{name} is not a whole LightGBM text (trees of {told} bytes promised, {found} found); train or copy it again")
+    check_numbers(text[start:end], name)
+
+
+NUMBERS = ("threshold", "leaf_value", "leaf_const", "leaf_coeff", "internal_value", "leaf_count", "internal_count", "shrinkage")   # what answers and contributions hang on
+
+
+def check_numbers(
+    trees: str,   # the trees of a LightGBM text
+    name: str,    # its file
+) -> None:
+    "Refuse a threshold or leaf that is NaN, infinite or no number, by its tree and field; a threshold of inf asks only whether a value is missing. Raises `IntegrityError`."
+    tree = ""
+    for line in trees.splitlines():
+        field, _, told = line.partition("=")
+        if field == "Tree":
+            tree = told
+        elif field in NUMBERS:
+            try:
+                numbers = np.array(told.split(), float)
+            except ValueError:
+                raise IntegrityError(f"{field} of tree {tree} in {name} holds something that is no number; train or copy it again") from None
+            if bad := int((~np.isfinite(numbers) & ~((numbers == np.inf) & (field == "threshold"))).sum()):
+                raise IntegrityError(f"{field} of tree {tree} in {name} holds {bad} numbers that are not finite; train or copy it again")

@@ -10,6 +10,7 @@ Results go to tests/bench/results/intervals.json and are printed as a table.
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime as dt
 import fcntl
@@ -107,9 +108,11 @@ def told(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    trials = int(sys.argv[sys.argv.index("--trials") + 1]) if "--trials" in sys.argv else 1000
-    ways = [a for a in sys.argv[1:] if a in WAYS] or list(WAYS)
-    worlds = [w for w in WORLDS if w.name in sys.argv[1:]] or WORLDS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*WAYS, *(w.name for w in WORLDS), []], metavar="WAY|WORLD")
+    parser.add_argument("--trials", type=int, default=1000)
+    asked = parser.parse_args()
+    ways, worlds, trials = [w for w in WAYS if w in asked.what] or list(WAYS), [w for w in WORLDS if w.name in asked.what] or WORLDS, asked.trials
     lines: list[dict[str, Any]] = []
     for way in ways:
         for world in worlds:

@@ -5,6 +5,7 @@
     python -m tests.bench.serving [speed] [swaps] [kill] [kill_two_workers] [--rounds 3] [--only pilothouse,FastAPI]
     python -m tests.bench.serving tls                # with and without TLS, in turn
     python -m tests.bench.serving tails              # p99 of ours and of the best peer, in turn
+    python -m tests.bench.serving mlflow             # requests a second of ours and of MLflow with named rows, in turn
     python -m tests.bench.serving fuzz
     python -m tests.bench.serving soak --soak 600    # ten minutes at the promised rate, three times kill -9
 
@@ -13,8 +14,9 @@
          windows of 3 s for each server, and how much of the cores' time the hypervisor took in each
 `swaps`  10,000 requests through 20 hot swaps and 10 blue-green switches; every answer held against its version's
 `kill`   kill -9 of the worker under load; `kill_two_workers` of one of two
-`tails`  ours, the best peer and a socket that computes nothing stand on one core and are asked in turn, in open loops of 2 s at half of
-         what 16 clients get: what a machine adds to a p99 changes within minutes, so only windows side by side can be compared
+`tails`  ours, the best peer and a socket that computes nothing stand on one core and are asked in turn, in open loops of 1 s at half of
+         what 16 clients get: what a machine adds to a p99 changes within minutes, so only windows side by side can be compared;
+         those in which the hypervisor took nothing of any core are told apart
 `tls`    ours alone, with and without TLS, in turn: single rows at 1 and 16 clients on open connections, and a connection for each request
 `fuzz`   schemathesis makes 10,000 bodies from the service's own OpenAPI document
 `soak`   the promised rate, every answer held against the model's, three kills
@@ -427,8 +429,26 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"table": table}
 
 
-def tails(world: Path, number: int = 20, seconds: float = 2.0) -> dict[str, Any]:
-    "p99 in windows that take turns; the ratio's interval is a bootstrap over turns."
+def ratio(mine: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    "Ratio of medians, its interval a bootstrap over windows."
+    a, b, rng = np.array(mine), np.array(others), np.random.default_rng(0)
+    drawn = np.median(rng.choice(a, (2000, len(a))), axis=1) / np.median(rng.choice(b, (2000, len(b))), axis=1)
+    return {"value": float(np.median(a) / np.median(b)), "interval": [float(v) for v in np.quantile(drawn, [0.025, 0.975])], "windows": [len(a), len(b)]}
+
+
+def beside(world: Path, name: str, turns: int = 8, seconds: float = 4.0) -> dict[str, Any]:
+    "Requests a second of ours and of one peer, 16 clients, in turn."
+    ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == name)
+    with running(peer, world) as other, running(ours, world) as mine:
+        found: dict[str, list[float]] = {name: [], "pilothouse": []}
+        for turn in range(turns):
+            for server in (other, mine)[:: 1 if turn % 2 else -1]:
+                found[server.server.name].append(wrk(server, bodies(world, server.server, 1, 500), 16, seconds)["rps"])
+    return {"of": name, "rps": found, "ratio": ratio(found["pilothouse"], found[name])}
+
+
+def tails(world: Path, number: int = 40, seconds: float = 1.0) -> dict[str, Any]:
+    "p99 in windows that take turns: of all of them, and of those in which the hypervisor took nothing."
     ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == "FastAPI async")
     control = Server("socket", lambda w, p: [_peer("python"), "socket_app.py", str(p[0])], computes=False)
     with running(peer, world) as best, running(ours, world) as mine, running(control, world) as floor:
@@ -442,14 +462,16 @@ def tails(world: Path, number: int = 20, seconds: float = 2.0) -> dict[str, Any]
             for name in list(arms)[:: 1 if turn % 2 else -1]:
                 server, rate = arms[name]
                 found[name].append(window(server, sent[server.server.name], rate, seconds, turn))
-    p99 = {name: np.array([row["p99_ms"] for row in rows]) for name, rows in found.items()}
-    turns = np.random.default_rng(0).integers(0, number, (2000, number))
-    ratios = {}
-    for name in ("pilothouse", "pilothouse at that peer's rate"):
-        drawn = np.median(p99[name][turns], axis=1) / np.median(p99[peer.name][turns], axis=1)
-        ratios[name] = {"of": peer.name, "value": float(np.median(p99[name]) / np.median(p99[peer.name])), "interval": [float(v) for v in np.quantile(drawn, [0.025, 0.975])]}
-    return {"ratios": ratios, "table": [{"arm": name, "rate": arms[name][1]} | {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
-        "p99_quartiles_ms": [float(v) for v in np.quantile(p99[name], [0.25, 0.75])]} for name, rows in found.items()], "windows": number, "seconds": seconds}
+    table, ratios = [], []
+    for kept, most in (("all", 1.0), ("nothing stolen", 0.0)):
+        p99 = {name: [row["p99_ms"] for row in rows if row["stolen"] <= most] for name, rows in found.items()}
+        if min(len(values) for values in p99.values()) < 5:
+            continue
+        table += [{"arm": name, "kept": kept, "windows": len(p99[name]), "rate": arms[name][1]} | {
+            key: statistics.median(row[key] for row in rows if row["stolen"] <= most) for key in rows[0]} | {
+            "p99_quartiles_ms": [float(v) for v in np.quantile(p99[name], [0.25, 0.75])]} for name, rows in found.items()]
+        ratios += [{"arm": name, "of": peer.name, "kept": kept} | ratio(p99[name], p99[peer.name]) for name in ("pilothouse", "pilothouse at that peer's rate")]
+    return {"ratios": ratios, "table": table, "seconds": seconds}
 
 
 def certificate(place: Path) -> list[str]:
@@ -638,11 +660,14 @@ def show(found: dict[str, Any]) -> None:
             print("\nRequests a second by our own generator instead of wrk, 16 clients: " + ", ".join(f"{r['server']} {r['own_rps_16'] / r['rps_16']:.2f} ×" for r in found["speed"]["table"]))
             print(f"\nAt half of the best peer's capacity ({us['peer_rate']:,.0f} a second): p99 {us['peer_rate_p99_ms']:.2f} ms.")
     if "tails" in found:
-        print("| open loop | a second | p50 ms | p99 ms (quartiles of windows) | stolen |\n|---|---|---|---|---|")
+        print("| open loop | windows | a second | p50 ms | p99 ms (quartiles of windows) | stolen |\n|---|---|---|---|---|---|")
         for r in found["tails"]["table"]:
-            print(f"| {r['arm']} | {r['rate']:,.0f} | {r['p50_ms']:.2f} | {r['p99_ms']:.2f} ({r['p99_quartiles_ms'][0]:.2f}–{r['p99_quartiles_ms'][1]:.2f}) | {r['stolen']:.1%} |")
-        for name, r in found["tails"]["ratios"].items():
-            print(f"\np99 of {name}: {r['value']:.2f} × {r['of']} ({r['interval'][0]:.2f}–{r['interval'][1]:.2f})")
+            print(f"| {r['arm']}, {r['kept']} | {r['windows']} | {r['rate']:,.0f} | {r['p50_ms']:.2f} | {r['p99_ms']:.2f} ({r['p99_quartiles_ms'][0]:.2f}–{r['p99_quartiles_ms'][1]:.2f}) | {r['stolen']:.1%} |")
+        for r in found["tails"]["ratios"]:
+            print(f"\np99 of {r['arm']}, {r['kept']}: {r['value']:.2f} × {r['of']} ({r['interval'][0]:.2f}–{r['interval'][1]:.2f})")
+    if "mlflow" in found:
+        r = found["mlflow"]["ratio"]
+        print(f"requests a second, 16 clients, in turn: {r['value']:.0f} × {found['mlflow']['of']} ({r['interval'][0]:.0f}–{r['interval'][1]:.0f}, {r['windows'][0]} windows each)")
     if "tls" in found:
         print("| with and without TLS | requests/s | p50 ms | CPU ms a request |\n|---|---|---|---|")
         for what, said in (("one", "1 client, open connection"), ("sixteen", "16 clients, open connections"), ("anew", "16 clients, a connection for each request")):
@@ -695,6 +720,7 @@ def main() -> None:
         "speed": lambda: speed(place, [n for n in given.only.split(",") if n], given.rounds, given.seconds, given.most),
         "tls": lambda: tls(place, given.rounds, given.seconds),
         "tails": lambda: tails(place),
+        "mlflow": lambda: beside(place, "MLflow rows"),
         "swaps": lambda: swaps(place),
         "kill": lambda: kill(place, given.rate),
         "kill_two_workers": lambda: kill(place, given.rate, workers=2),
