@@ -76,6 +76,14 @@ def test_without_production_it_says_so(project, production):
     assert {c["verdict"] for c in records(run, "08_monitor", "checks")} == {"not applicable"}
 
 
+def test_every_line_that_production_was_promised_is_judged(project):
+    make_project(project, extra="  time: day\nevaluate: {acceptance: [{metric: brier, at_most: 0.3, on: production}, {metric: roc_auc, at_least: 0.99, on: production}]}\n")
+    run = earlier_phases(project, "binary", rows(2400, LATER, seed=3, first=9000))
+    execute(NOTEBOOK)
+    judged = {tuple(c["answers"])[0]: c["verdict"] for c in records(run, "08_monitor", "checks") if c["title"].endswith("in production keeps the promise")}
+    assert judged == {"evaluate.acceptance.0": "go", "evaluate.acceptance.1": "no-go"}
+
+
 def test_thirty_production_rows(project):
     make_project(project)
     run = earlier_phases(project, "binary", rows(30, LATER, seed=3, first=9000), n=300)

@@ -127,7 +127,11 @@ def serve(
     Serving(str(folder), b"", host, token_ref, **serving).check()
     free_port(host, port)
     if not trial:
-        plan = Plans(Registry(store, serving.get("database", ""))).current(Path(run_folder).resolve().parent.name)    # the table is made once, before the workers ask for it
+        registry = Registry(store, serving.get("database", ""))
+        try:
+            plan = Plans(registry).current(Path(run_folder).resolve().parent.name)    # the table is made once, before the workers ask for it
+        finally:
+            registry.close()
         folder = folder if plan is None or downgrade else _planned(store, plan, folder)
     admit(store, serving.get("database", ""), folder, downgrade, trial=trial)
     serve_package(folder, key, host, port, token_ref, **serving)

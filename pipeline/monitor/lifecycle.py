@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +136,7 @@ def claim_production(run: Run, found: Look) -> Kept:
         run.check(promise, whole, at_least=found.limit, answers=answers)
     else:
         run.check(promise, whole, at_most=found.limit, answers=answers)
+    _check_others(run, found, using)
     run.check("Every window has usable answers", unusable, at_most=0, answers=["O2"])
     beside = tuple(beside_holdout(c, whole) for c in (run.claims("evaluate") if run.has("evaluate/predictions") else []) if c.name == found.metric)
     return Kept("", (whole, worst, alarms, unusable), {"unusable_windows": 0.0} | ({} if found.limit is None else dict.fromkeys(("production_metric", "worst_window"), found.limit)), beside)
@@ -143,6 +145,18 @@ def claim_production(run: Run, found: Look) -> Kept:
 def _unit(run: Run) -> str | None:
     "Rows of a group, else of a day, are drawn together, as on the holdout."
     return unit_for(run.load("monitor/predictions").filter(pl.col("y").is_not_null()))
+
+
+def _check_others(run: Run, found: Look, using: dict[str, Any]) -> None:
+    "Claim and check each further metric that production was promised."
+    for place, line in enumerate(run.problem.evaluate.acceptance):
+        if line.on == "production" and line.metric != found.metric:
+            label = LABELS[line.metric]
+            claim = run.claim(f"production_{line.metric}_{place}", of="monitor/predictions", by=production_score, using={**using, "name": line.metric}, on="production",
+                              better=BETTER[line.metric], title=f"{label} on all production rows with an outcome")
+            known = math.isfinite(claim.value)
+            run.check(f"{label} in production keeps the promise", claim if known else None, at_least=line.at_least, at_most=line.at_most, bound=line.bound,
+                      why="" if known else "this metric is not defined on these rows", answers=[f"evaluate.acceptance.{place}", "O7"])
 
 
 def _promised(run: Run, metric: str) -> list[str]:

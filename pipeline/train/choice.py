@@ -24,9 +24,9 @@ from .protocol import pick_rows, simplicity
 from .search import Found, Goal, Rows, Trial, blocks
 
 # %% auto #0
-__all__ = ['OWN_SCALE', 'COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'Z95', 'rows_of', 'newest_rows', 'goal_of',
-           'measured_in', 'Limits', 'Beside', 'Cost', 'witnesses', 'leaderboard', 'teacher_of', 'why_not_student',
-           'families_of', 'why_not_ship', 'Choice', 'granted', 'choose']
+__all__ = ['OWN_SCALE', 'COLUMNS', 'READABLE', 'ON_EDGE', 'SIZE', 'LATENCY', 'MARGIN', 'Z95', 'KEEPS', 'rows_of', 'newest_rows',
+           'goal_of', 'measured_in', 'Limits', 'Beside', 'Cost', 'witnesses', 'leaderboard', 'teacher_of',
+           'why_not_student', 'families_of', 'why_not_ship', 'Choice', 'granted', 'choose']
 
 # %% ../../nbs/lib/train/10_choice.ipynb #2df17d11
 def rows_of(
@@ -303,7 +303,7 @@ def choose(
     # among equally simple ones the better: the board is sorted, and the sort below keeps its order
     simplest = sorted(close, key=lambda r: simplicity(r["family"]))[0]
     name, label = simplest["candidate"], LABELS[goal.metric]
-    kept = _kept_out(board, best, goal)
+    kept = _kept_out(board, best, goal) + _given_up(board, simplest, goal)
     if name == best["candidate"]:
         others = able.height - 1
         return Choice(name, (f"best {label} of {able.height} candidates, and none of the simpler ones comes within {tolerance:g}" if others
@@ -314,6 +314,19 @@ def choose(
     if lost > tolerance:
         return Choice(name, f"simplest that these rows cannot tell from the best: {lost:.4f} {label} behind {best['candidate']}, one standard error is {error:.4f}" + kept)
     return Choice(name, f"simplest within the tolerance: {lost:.4f} {label} behind {best['candidate']}, {tolerance:g} are granted" + kept)
+
+
+KEEPS = 0.95     # of the best candidate's gain over LightGBM's default; less is said
+
+
+def _given_up(board: pl.DataFrame, chosen: dict[str, Any], goal: Goal) -> str:
+    "What share of the best candidate's gain over LightGBM's default is shipped, where it is less than nearly all."
+    known = board.filter(pl.col("metric").is_not_null())
+    default, best = known.filter(candidate="trees")["metric"], goal.sign * (goal.sign * known["metric"]).max()   # type: ignore[operator]
+    if default.is_empty() or goal.sign * (best - default[0]) <= 0:
+        return ""
+    share = (chosen["metric"] - default[0]) / (best - default[0])
+    return "" if share >= KEEPS else f"; of the {abs(best - default[0]):.2g} that the best candidate gains over LightGBM's default {f'it keeps {share:.0%}' if share > 0 else 'it keeps nothing'}"
 
 
 def _kept_out(board: pl.DataFrame, best: dict[str, Any], goal: Goal) -> str:
