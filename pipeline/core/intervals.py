@@ -315,12 +315,12 @@ def _share_parts(term: Redrawn, level: float) -> Iterator[tuple[float, float, fl
 
 def _shares_apart(terms: list[tuple[float, Redrawn]], level: float) -> tuple[float, float, float]:
     "Two shares of the same rows, with one more row that the first alone gets right or the second alone (after Agresti and Min 2005); a row in every second class of more than two."
-    units, one = terms[0][1].units, np.ones((1, terms[0][1].units))
-    value, error = float(_combined(terms, one)[0]), float(_errors(terms, one)[0])
+    name, units = terms[0][1].name, terms[0][1].units
+    value, error = (float(found(terms, np.ones((1, units)))[0]) for found in (_combined, _errors))
     sums = [term.sums for _, term in terms if term.sums is not None]
     hits = sums[0].shape[1] // 2
-    unseen = np.max([_slopes(terms[0][1].name, s.sum(0)[None], np.maximum(np.abs(s).sum(0), 1.0))[0, :hits] for s in sums], axis=0)
-    half = student(units - 1, level) * math.sqrt(error**2 + float((unseen**2).sum()) * min(1.0, 2 / hits))
+    unseen = np.max([_slopes(name, s.sum(0)[None], np.maximum(np.abs(s).sum(0), 1.0))[0, :hits] for s in sums], axis=0)
+    half = student(units - 1, level) * math.sqrt(error**2 + float((unseen**2).sum()) * min(1.0, 2 / hits))     # hits: one a class
     return value, value - half, value + half
 
 
