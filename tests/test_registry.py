@@ -147,7 +147,6 @@ def test_what_a_service_starts_with(world, monkeypatch):
     started: list[Path] = []
     monkeypatch.setattr("pipeline.deploy.service.serve_package", lambda folder, *given, **more: started.append(folder) or folders.append(more["store"]))
     monkeypatch.setattr("pipeline.deploy.package.package_of", lambda run: (packages[int(run.name)], audit.public_key(registry.store, KEY)))
-    monkeypatch.setattr("pipeline.deploy.admission.check_loads", lambda *given: None)
     folders: list[str] = []
 
     def start(number: int, **more) -> Path:

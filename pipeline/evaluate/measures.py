@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from ..core.display import Html, estimates, headline, note, number, stack
-from ..core.intervals import score, score_over_seeds
+from ..core.intervals import CALIBRATION, score, score_over_seeds
 from ..core.metrics import BETTER, LABELS, Settings, brier_parts, metric_or_none, predictions_of
 from ..core.run import Claim
 from ..train.choice import measured_in
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pipeline.train.models import Model
 
 # %% auto #0
-__all__ = ['PERCENT', 'CALIBRATION', 'ALIKE', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure',
-           'one_sided', 'beside_validation', 'measure_over_seeds', 'over_seeds_of']
+__all__ = ['PERCENT', 'ALIKE', 'title_of', 'in_words', 'brier_in_words', 'throughput_of', 'Measured', 'measure', 'one_sided',
+           'beside_validation', 'measure_over_seeds', 'over_seeds_of']
 
 # %% ../../nbs/lib/evaluate/07_measures.ipynb #d7d0ee4e
 PERCENT = ("accuracy", "balanced_accuracy", "precision_at_recall", "coverage_90")
@@ -135,7 +135,6 @@ def one_sided(
     return [note(f"The interval of the {' and the '.join(ends)} ends at its own value: chance adds to such an error and never takes off, so without chance's part it is lower.")] if ends else []
 
 
-CALIBRATION = ("ece", "ece_debiased")
 ALIKE = ("roc_auc", "average_precision", "log_loss", "brier", "ece")      # of yes or no, those that no threshold moves
 
 

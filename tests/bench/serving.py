@@ -440,10 +440,11 @@ def beside(world: Path, name: str, turns: int = 8, seconds: float = 4.0) -> dict
     "Requests a second of ours and of one peer, 16 clients, in turn."
     ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == name)
     with running(peer, world) as other, running(ours, world) as mine:
+        sent = {server.server.name: bodies(world, server.server, 1, 500) for server in (other, mine)}
         found: dict[str, list[float]] = {name: [], "pilothouse": []}
         for turn in range(turns):
             for server in (other, mine)[:: 1 if turn % 2 else -1]:
-                found[server.server.name].append(wrk(server, bodies(world, server.server, 1, 500), 16, seconds)["rps"])
+                found[server.server.name].append(wrk(server, sent[server.server.name], 16, seconds)["rps"])
     return {"of": name, "rps": found, "ratio": ratio(found["pilothouse"], found[name])}
 
 
