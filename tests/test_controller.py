@@ -21,7 +21,7 @@ from pipeline.core.errors import InputError, IntegrityError
 from pipeline.deploy.package import Contents, release
 from pipeline.deploy.registry import Registry
 from pipeline.deploy.schema import make_schema
-from pipeline.deploy.versions import Plan, point
+from pipeline.deploy.versions import REFUSED, Plan, point
 from pipeline.rollout.canary import Rules
 from pipeline.rollout.controller import Controller, Steering, describe
 from pipeline.rollout.gather import Reading
@@ -489,6 +489,9 @@ def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path
     code, told = say(tmp_path, "start", "late", "--version", "2", "--reason", "better on validation")
     assert code == 0 and told["share"] == 25 and told["status"] == "running"
     plan = Steering(registry).plans.current("late")
+    assert say(tmp_path, "status", "late")[1]["refused"] == ""
+    audit.append(store, REFUSED, {"name": "late", "revision": plan.revision, "why": "model.txt differs"})
+    assert say(tmp_path, "status", "late")[1]["refused"] == "model.txt differs"
     recorder = Recorder(store, "late", {v: Layout(("hour",), (), "who", ("no", "yes")) for v in (1, 2)}, interval=60, collects=False)
     random, outcomes = np.random.default_rng(0), []
     for i in range(1200):

@@ -20,7 +20,7 @@ from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, load_package
 from pipeline.deploy.registry import Registry
 from pipeline.deploy.staging import as_rows
-from pipeline.deploy.versions import Plan, Plans, Routing, Served, point
+from pipeline.deploy.versions import FOLLOWED, Plan, Plans, Routing, Served, point, refusal
 
 
 class World:
@@ -93,9 +93,11 @@ def test_a_package_that_kills_its_reader_never_goes_live(served: World, tmp_path
     assert until(lambda: [r for r in served.server.records("plan refused") if r["revision"] == bad.revision])
     assert [p.pid for p in served.server.workers()] == before and good.revision + 1 == bad.revision
     assert {json.loads(served.server.ask("POST", "/predict", body)[2])["version"] for body in served.bodies[:20]} == {1}
-    assert [e for e in audit.entries(served.store) if e["event"] == "traffic.refused"][-1]["details"]["revision"] == bad.revision
+    assert until(lambda: refusal(served.store, "tiny", bad.revision) == served.server.records("plan refused")[-1]["error"])
     after = served.change(canary=None, share=0.0, live=served.digests[1])
     assert until(lambda: served.followed(after))
+    assert until(lambda: [e for e in audit.entries(served.store) if e["event"] == FOLLOWED and e["details"]["revision"] == after.revision])
+    assert not refusal(served.store, "tiny", after.revision)
 
 
 def test_a_tampered_package_never_goes_live(served: World) -> None:

@@ -481,16 +481,18 @@ def _problem_of(name: str, settings: Any) -> Any:
     return load_problem(problem_file(name, settings))
 
 
-def _show_rollout(rollout: Any, as_json: bool) -> int:
+def _show_rollout(rollout: Any, as_json: bool, refused: str = "") -> int:
     from pipeline.rollout.controller import describe
 
-    told = describe(rollout)
+    told = describe(rollout) | {"refused": refused}
     difference = "no outcome known yet" if told["difference"] is None else f"loss {told['difference']:+.4f} on {told['outcomes']:,} outcomes"
 
     def show() -> None:
         print(f"{told['name']} v{told['version']}: {told['status']} at {told['share']:g} %, review {told['reviews_of_stage']} of at least {told['reviews_a_stage']} in this stage")
         print(f"  {told['served']:,} requests answered, {difference}; {min(told['outcomes_known'], told['outcomes_due']):,} of {told['outcomes_due']:,} outcomes that are due have come")
         print(f"  {told['by']}: {told['why']}")
+        if refused:
+            print(f"  the service does not follow this plan and answers as before: {refused}")
         if rollout.active:
             print(f"  reviewed by {told['leads']}" if told["leads"] else f"  nobody reviews it, so it goes neither forward nor back by itself; start: pilothouse rollout run {told['name']}")
         _show_rows([{"test": t["test"], "evidence": "" if t["evidence"] is None else f"{t['evidence']:.3g}", "acts at": "" if t["boundary"] is None else f"{t['boundary']:.3g}",
@@ -526,12 +528,15 @@ def rollout_status(
     debug: Debug = False,
 ) -> int:
     "Where a rollout stands: stage, traffic, and each test with the evidence at which it acts."
+    from pipeline.deploy.versions import refusal
+
     with _steering(problem) as (steering, name):
         last = steering.rollouts.current(name)
         if last is None:
             raise InputError(f"nothing of {name} was ever rolled out; start with: pilothouse rollout start {name} --version N --reason '…'")
         if not history:
-            return _show_rollout(last, as_json)
+            plan = steering.plans.current(name)
+            return _show_rollout(last, as_json, refusal(steering.registry.store, name, plan.revision) if plan else "")
         events = [vars(e) for e in steering.rollouts.events(name)]
         rows = [{"at": f"{e['at']:%Y-%m-%d %H:%M:%S}", **{k: e[k] for k in ("version", "event", "share", "by", "reason")}} for e in events]
         say(events, partial(_show_rows, rows), as_json)

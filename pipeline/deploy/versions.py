@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core import audit
 from ..core.errors import InputError, PilothouseError
 from ..core.run import clock
 from .registry import Entry, Registry, who
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['REREAD_S', 'SETTLED_NS', 'KEPT', 'RETRY_S', 'point', 'Plan', 'Plans', 'check_plan', 'matches', 'Served', 'Routing',
-           'Traffic', 'Follower']
+__all__ = ['REREAD_S', 'SETTLED_NS', 'KEPT', 'RETRY_S', 'REFUSED', 'FOLLOWED', 'point', 'Plan', 'Plans', 'check_plan', 'matches',
+           'Served', 'Routing', 'Traffic', 'Follower', 'refusal']
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #429a1bad
 def point(
@@ -380,6 +382,7 @@ class Traffic:
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #2e04eef2
 RETRY_S = 30.0      # after which a plan that could not be followed is tried again
+REFUSED, FOLLOWED = "traffic.refused", "traffic.followed"     # in the audit trail: a plan that a service could not follow, and its end
 
 
 class Follower:
@@ -452,3 +455,13 @@ class Follower:
         while not self._ended.wait(self.every_s):
             self.step()
             self.look_behind()
+
+
+def refusal(
+    store: Path,       # outputs/store
+    name: str,         # the problem's
+    revision: int,     # of the plan
+) -> str:
+    "Why the plan is not followed, by the word of the service that tried last; empty where none refuses it."
+    told = [e for e in audit.entries(store) if e["event"] in (REFUSED, FOLLOWED) and (e["details"]["name"], e["details"]["revision"]) == (name, revision)]
+    return str(told[-1]["details"]["why"]) if told and told[-1]["event"] == REFUSED else ""

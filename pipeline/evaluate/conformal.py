@@ -227,7 +227,8 @@ def check_promise(
             pl.Series(name, [kind.get(c) for c in found["cohort"]], dtype) for name, kind, dtype in (("own_cut", own, pl.Float64), ("learned_on", count, pl.Int64)))))
     found = pl.concat(tables) if tables else pl.DataFrame(schema={"by": pl.String, "cohort": pl.String})
     run.save("evaluate/conformal", found)
-    how = f"the {int((~judged).sum()):,} earlier rows drew the line" if not judged.all() else "each judged by a line that other rows drew"
+    how = f"the {int((~judged).sum()):,} earlier rows drew their line" if not judged.all() else "each judged by a line that other rows drew"
+    how += f"; what is served is drawn from all {predictions.height:,}"
     said = (f"{LEVEL:.0%} are promised; of {rows.height:,} {'later ' if not judged.all() else ''}holdout rows {claim.value:.1%} hold the truth ({claim.low:.1%} to {claim.high:.1%}); {how}. "
             + (f"Intervals are {number(float(size.mean()), unit=measured_in('mae', holdout.contract))} wide on average." if numbers else _how_large(size, p.shape[1] if p.ndim > 1 else 2)))
     parts: list[Any] = [note(said, "go" if (claim.high or 1.0) >= LEVEL else "warn")]
@@ -270,7 +271,7 @@ def _shown(found: pl.DataFrame, least: int, size: str) -> Any:
     broken, one = known.filter(pl.col("high") < LEVEL).height, known.filter(pl.col("one_covered") < LEVEL).height
     said = (f"in {'no group' if not broken else f'{broken} of {known.height} groups'} the promise is broken beyond doubt"
             f" (under {LEVEL:.0%}: {known.filter(pl.col('covered') < LEVEL).height}; with one line for all: {one})")
-    cut = pl.when(pl.col("own_cut").is_null()).then(pl.lit("all rows")).otherwise(pl.format("its {} rows", "learned_on")).alias("line from")
+    cut = pl.when(pl.col("own_cut").is_null()).then(pl.lit("all rows")).otherwise(pl.format("its {} rows", "learned_on")).alias("served line from")
     shown = known.head(8).select("by", "cohort", "n", cut, pl.col("one_covered").alias("held with one line"), pl.col("covered").alias("held"), "low", "high",
                                  pl.col("one_size").alias(f"{size}, one line"), pl.col("size").alias(size))
     return table(shown, f"Groups with the lowest coverage: {said}", counts="n", least=least,
