@@ -26,7 +26,7 @@ from pipeline.train.choice import LATENCY, SIZE, Beside, Cost, Limits, choose, l
 from pipeline.train.ensembles import Ensemble
 from pipeline.train.fast import NotFast, open_forest, read_forest
 from pipeline.train.features import learn_encoder
-from pipeline.train.frontier import cut_to_rounds, dominated_by, frontier, measure_costs, measure_model, price_of, shorten
+from pipeline.train.frontier import cut_to_rounds, dominated_by, frontier, measure_costs, measure_model, price_of, shorten, size_of
 from pipeline.train.models import load_model, train_model
 from pipeline.train.protocol import Fitting, Shape, fit
 from pipeline.train.search import Found, Goal, Rows, Trial, run_search
@@ -228,6 +228,20 @@ def test_fewer_rounds_cost_less_and_a_dominated_model_is_marked() -> None:
     assert price_of(2.0, PRICES | {"core_hour": 0.08})[0] == 2 * price_of(2.0, PRICES)[0] == 4 * price_of(1.0, PRICES)[0]
     worse = pl.concat([shown, shown.head(1).with_columns(candidate=pl.lit("worse"), metric=pl.col("metric") - 0.1, row_ms=pl.col("row_ms") * 3)])
     assert dominated_by(worse, 1)[-1] == shown["candidate"][0]
+
+
+def test_whoever_is_too_large_is_cut_to_the_limit_not_the_best_alone() -> None:
+    found, rows, contract, encoder, frame = searched()
+    boosted = [t for t in found.trials if t.models and all(hasattr(model, "text") for model in t.models) and t.steps > 9]
+    tight = Limits(["trees", "portfolio"], model_mb=1.1e-6 * min(size_of(t.models[0], t.steps // 3) for t in boosted))
+    everyone, _ = shorten(found, rows, tight, measure_costs(found, contract, encoder, frame))
+    cut = [t for t in everyone.trials if t.name not in {o.name for o in found.trials} and 1.1e-6 * t.size_bytes <= tight.model_mb]
+    assert len({t.name.rsplit(",", 1)[0] for t in cut}) == len(boosted) > 1
+    for whole in boosted:
+        fits = max((t for t in cut if t.name.startswith(f"{whole.name}, ")), key=lambda t: t.steps)
+        assert 1.1e-6 * max(size_of(model, fits.steps + 1) for model in whole.models) > tight.model_mb
+    choice = choose(leaderboard(everyone, rows, tight, 7, costs=measure_costs(everyone, contract, encoder, frame)), found.goal, 0.0)
+    assert everyone.named(choice.name).value == max(t.value for t in cut if t.value is not None)
 
 
 def test_a_shorter_trial_answers_as_if_it_had_been_stopped_then() -> None:

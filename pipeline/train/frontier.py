@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/train/19_frontier.ipynb #744ecb92
 from __future__ import annotations
 
+import bisect
 import math
 import re
 import time
@@ -26,7 +27,8 @@ from .search import Found, Goal, Rows, Trial
 # %% auto #0
 __all__ = ['TURNS', 'ASKED', 'MANY', 'MOST_S', 'MOMENTS', 'PAUSE_S', 'RACES', 'LAPS', 'SHARES', 'NOISY_ROWS', 'COLUMNS',
            'least_cpu', 'measure_model', 'measure_models', 'measure_costs', 'price_of', 'race', 'shorten',
-           'cut_to_rounds', 'size_with_rounds', 'disturb', 'noise_loss', 'dominated_by', 'frontier']
+           'cut_to_rounds', 'size_with_rounds', 'size_of', 'rounds_within', 'disturb', 'noise_loss', 'dominated_by',
+           'frontier']
 
 # %% ../../nbs/lib/train/19_frontier.ipynb #e3c70750
 TURNS, ASKED, MANY = 7, 4, 2_000    # turns of so many single rows; rows asked together
@@ -153,7 +155,7 @@ def shorten(
     limits: Limits,
     costs: Mapping[str, Cost],
 ) -> tuple[Found, list[Trial]]:   # trials with the shorter ones that a limit asks for, and the whole sweep
-    "The best boosted candidate with fewer rounds; they compete where a limit keeps the whole one out."
+    "The best boosted candidate with fewer rounds, which compete where a limit keeps the whole one out; and whoever is too large, cut to size."
     boosted = [t for t in found.trials if t.stage == "full" and t.status == "done" and t.value is not None and _is_boosted(t)]
     if not boosted:
         return found, []
@@ -163,9 +165,12 @@ def shorten(
         rounds = max(1, round(share * best.steps))
         if rounds < best.steps and rounds not in {t.steps for t in sweep}:
             sweep.append(cut_to_rounds(best, rounds, rows, found.goal))
-    kept_out = why_not_ship(best, limits, costs.get(best.name))
-    asked = any(word in kept_out for word in ("latency_ms", "model_mb", "throughput_rps"))
-    return (replace(found, trials=[*found.trials, *sweep]), sweep) if asked else (found, sweep)
+    why = {t.name: why_not_ship(t, limits, costs.get(t.name)) for t in boosted}
+    asked = sweep if any(word in why[best.name] for word in ("latency_ms", "model_mb", "throughput_rps")) else []
+    room = {t.name: rounds_within(t.models, t.steps, 1e6 * limits.model_mb / 1.1) for t in boosted if "model_mb" in why[t.name]}
+    fitting = [cut_to_rounds(t, room[t.name], rows, found.goal) for t in boosted if room.get(t.name, 0) > 1]
+    fitting = [t for t in fitting if t.name not in {s.name for s in sweep}]
+    return replace(found, trials=[*found.trials, *asked, *fitting]) if asked or fitting else found, [*sweep, *fitting]
 
 # %% ../../nbs/lib/train/19_frontier.ipynb #119d87a6
 def _is_boosted(trial: Trial) -> bool:
@@ -187,7 +192,7 @@ def cut_to_rounds(
     models = [_shortened(model, rounds) for model in trial.models]
     answer = np.concatenate([model.predict(rows.matrix[valid]) for model, (_, valid) in zip(models, rows.folds)])
     target, fold = rows.target[rows.valid], rows.fold_of
-    size = max(size_with_rounds(model.text, rounds) for model in models)
+    size = max(size_of(model, rounds) for model in models)
     return Trial(name or f"{trial.name}, {rounds} rounds", trial.family, trial.config, "full", trial.rows, steps=rounds, size_bytes=size, answer=answer,
                  value=goal.measure(target, answer), by_fold=[goal.measure(target[fold == i], answer[fold == i]) for i in range(len(rows.folds))],
                  models=models)
@@ -201,6 +206,23 @@ def size_with_rounds(
     sizes = [int(size) for size in re.search(r"^tree_sizes=([\d ]*)$", text, re.MULTILINE)[1].split()]   # type: ignore[index]
     each = int(re.search(r"^num_tree_per_iteration=(\d+)$", text, re.MULTILINE)[1])                      # type: ignore[index]
     return len(text.encode()) - sum(sizes[rounds * each:])
+
+
+def size_of(
+    model: Any,     # boosted
+    rounds: int,
+) -> int:
+    "Bytes of all its files with its first rounds only; what stands beside the trees, such as codes of categories, stays."
+    return sum(map(len, model.to_files().values())) - len(model.text.encode()) + size_with_rounds(model.text, rounds)
+
+
+def rounds_within(
+    models: Sequence[Any],   # boosted
+    rounds: int,             # that they have
+    most_bytes: float,
+) -> int:
+    "The most rounds with which each of them keeps to a size; 0 where none does."
+    return bisect.bisect_right(range(1, rounds + 1), most_bytes, key=lambda r: max(size_of(model, r) for model in models))
 
 # %% ../../nbs/lib/train/19_frontier.ipynb #0a43b5ac
 NOISY_ROWS = 4_000

@@ -16,7 +16,7 @@ import polars as pl
 from . import trees
 from .budget import price, price_answers, usual_rounds
 from .choice import SIZE, Cost, teacher_of, why_not_student
-from .frontier import cut_to_rounds, size_with_rounds
+from .frontier import cut_to_rounds, rounds_within
 from .protocol import Fitting, OutOfTime, Shape, never
 from .protocol import fit as fit_family
 from .search import Found, Goal, Rows, Trial, failures_kept
@@ -85,9 +85,7 @@ def try_candidate(
             fitting = Fitting(config, seed, threads, (rows.matrix[valid], rows.target[valid]), late, cache=cache)
             models.append(fit_family(family, rows.shape, rows.matrix[train], rows.target[train], fitting))
             trial.rows = max(trial.rows, len(train))
-        rounds = round(float(np.mean([model.steps for model in models])))
-        while rounds > 1 and max(size_with_rounds(model.text, rounds) for model in models) > most_bytes:
-            rounds = rounds * 9 // 10
+        rounds = rounds_within(models, round(float(np.mean([model.steps for model in models]))), most_bytes)
         trial.models = models
         trial = cut_to_rounds(trial, max(1, rounds), rows, goal, name)
     trial.wall_s, trial.cpu_s = time.monotonic() - wall, time.process_time() - cpu

@@ -22,7 +22,7 @@ from .budget import Plan, Step, dearness, price, start_clock
 from .ensembles import Ensemble, blend, weigh_greedily
 from .features import Encoder, learn_encoder
 from .final import residual_width
-from .frontier import cut_to_rounds, size_with_rounds
+from .frontier import cut_to_rounds, rounds_within, size_of, size_with_rounds
 from .models import Model, shape_of
 from .protocol import Fitting, Shape, check_rows, fit, pick_rows, simplicity
 from .search import Fold, Found, Goal, Rows, Trial, final_config, run_search
@@ -347,15 +347,13 @@ def _shorter(trial: Trial, last: _Last, most_mb: float) -> Trial | None:
     "A candidate that fits into a size, with fewer of its rounds where it must; None where that leaves nothing of it."
     if not trial.models or not all(isinstance(model, Trees) for model in trial.models):
         return trial if 1.1e-6 * trial.size_bytes <= most_mb else None
-    rounds, beside = trial.steps, trial.size_bytes - max(len(model.text.encode()) for model in trial.models)      # codes of categories stay as they are
-    while rounds and 1.1e-6 * (size := beside + max(size_with_rounds(model.text, rounds) for model in trial.models)) > most_mb:
-        rounds = rounds * 19 // 20
+    rounds = rounds_within(trial.models, trial.steps, 1e6 * most_mb / 1.1)
     if rounds < 2:
         return None
     if rounds == trial.steps:
-        return replace(trial, size_bytes=size)
+        return replace(trial, size_bytes=max(size_of(model, rounds) for model in trial.models))
     share = rounds / trial.steps
-    return replace(cut_to_rounds(trial, rounds, last.rows, last.found.goal), size_bytes=size, cpu_s=share * trial.cpu_s, wall_s=share * trial.wall_s)
+    return replace(cut_to_rounds(trial, rounds, last.rows, last.found.goal), cpu_s=share * trial.cpu_s, wall_s=share * trial.wall_s)
 
 
 def _together(trials: Sequence[Trial], last: _Last, most_mb: float) -> list[Trial]:
