@@ -29,7 +29,7 @@ from ..core.run import Estimate
 from .staging import Staged
 
 # %% auto #0
-__all__ = ['CLOSED', 'OPEN', 'LEAST_RATE', 'MOST_RATE', 'SAMPLE', 'arrivals', 'Plan', 'measure', 'send_bodies', 'send',
+__all__ = ['CLOSED', 'OPEN', 'LEAST_RATE', 'MOST_RATE', 'SAMPLE', 'arrivals', 'Plan', 'measure', 'send_bodies', 'send', 'request',
            'latency_quantile', 'throughput', 'failed_share', 'answered_share', 'uptime', 'per_1000', 'of_key',
            'folder_mb']
 
@@ -105,7 +105,7 @@ def send(
     told = json.loads((Path(place) / "plan.json").read_text())
     plan = Plan(**told)
     bodies = pl.read_parquet(Path(place) / "bodies.parquet")["body"].to_list()
-    loop = _Loop(plan, [_request(plan, body) for body in bodies])
+    loop = _Loop(plan, [request(plan, body) for body in bodies])
     gc.collect()
     gc.freeze()
     gc.disable()     # a pause of this program would be counted as one of the service
@@ -114,7 +114,8 @@ def send(
     pl.DataFrame(loop.found, schema=schema, orient="row").sort("due_s").write_parquet(Path(place) / "found.parquet")
 
 
-def _request(plan: Plan, body: bytes) -> bytes:
+def request(plan: Plan, body: bytes) -> bytes:
+    "All bytes of an HTTP/1.1 request with this body."
     host = f"[{plan.host}]" if ":" in plan.host else plan.host
     headers = {"host": f"{host}:{plan.port}", **plan.headers, "content-length": str(len(body))}
     return f"POST {plan.path} HTTP/1.1\r\n".encode() + "".join(f"{k}: {v}\r\n" for k, v in headers.items()).encode() + b"\r\n" + body

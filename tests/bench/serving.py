@@ -27,11 +27,14 @@ FastAPI runs twice: with `def`, as its documentation asks for work that blocks, 
 nobody else meanwhile. MLflow runs three times: with its LightGBM flavour, where the caller must send the booster's own numbers, the same with a
 signature, against which it checks columns as ours does, and with rows as FastAPI, LitServe and BentoML get them. Servers take turns in each round, medians over rounds are shown. Every server's answers are held against the
 booster's own first.
+Two processors of a virtual machine are often halves of one core: there a generator that works hard slows the server, most of all the one
+that answers most. So the open loops come from a small program in C (open_loop.c, compiled with cc).
 Results: tests/bench/results/serving.json.
 """
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime as dt
 import json
 import os
@@ -40,6 +43,7 @@ import signal
 import socket
 import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -50,6 +54,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +67,7 @@ import psutil  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from pipeline.deploy.load import Plan, answered_share, latency_quantile, send_bodies, throughput  # noqa: E402
+from pipeline.deploy.load import OPEN, SAMPLE, Plan, answered_share, arrivals, latency_quantile, request, send_bodies, throughput  # noqa: E402
 
 PEERS = ROOT / ".venv-peers"
 HANDLERS = Path(__file__).parent / "serving_peers"
@@ -340,8 +345,29 @@ def wrk(server: Running, some: Sequence[bytes], clients: int, seconds: float, cl
 
 
 def open_loop(server: Running, some: Sequence[bytes], rate: float, seconds: float, keep: bool = False, seed: int = 7) -> pl.DataFrame:
+    "Single requests when they are due; with `keep` from the generator that staging uses, which keeps the answers."
     plan = Plan("127.0.0.1", server.port, rate, max(int(rate * seconds), 20), server.server.path, server.sent, seed, keep=keep)
-    return send_bodies(plan, some, LOAD_CORE)
+    if keep:
+        return send_bodies(plan, some, LOAD_CORE)
+    with tempfile.TemporaryDirectory() as scratch:
+        due, sent, found = (Path(scratch) / name for name in ("due", "sent", "found"))
+        due.write_bytes(arrivals(plan.rate, plan.requests, plan.seed).tobytes())
+        sent.write_bytes(b"".join(struct.pack("<I", len(each)) + each for each in (request(plan, body) for body in some)))
+        subprocess.run(["taskset", "-c", str(LOAD_CORE), str(generator()), str(plan.port), str(OPEN), str(plan.timeout_s), due, sent, found], check=True)
+        told = np.fromfile(found).reshape(-1, len(SAMPLE))
+    return pl.DataFrame(told, schema=list(SAMPLE)).cast(SAMPLE).sort("due_s")
+
+
+@cache
+def generator() -> Path:
+    "The open loop as a program."
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise SystemExit("the open loops are made by a program in C and there is no compiler: install one (cc)")
+    program = Path(tempfile.mkdtemp(prefix="open-loop-")) / "open_loop"
+    atexit.register(shutil.rmtree, program.parent)
+    subprocess.run([compiler, "-O2", "-o", str(program), str(ROOT / "tests" / "bench" / "open_loop.c")], check=True)
+    return program
 
 
 def speed(world: Path, only: Sequence[str], rounds: int, seconds: float, most_s: float) -> dict[str, Any]:
