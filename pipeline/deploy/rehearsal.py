@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['REPLAYED', 'VALIDATED', 'SINGLE', 'LOAD_S', 'ATTEMPTS', 'Rehearsal', 'rehearse', 'validation_rows', 'affordable',
-           'side_by_side', 'smoke_test', 'claim_equality', 'claim_metric_again', 'show_smoke', 'show_refusals']
+__all__ = ['REPLAYED', 'VALIDATED', 'SINGLE', 'BATCHES', 'LOAD_S', 'ATTEMPTS', 'Rehearsal', 'rehearse', 'validation_rows',
+           'affordable', 'side_by_side', 'smoke_test', 'claim_equality', 'claim_metric_again', 'show_smoke',
+           'show_refusals']
 
 # %% ../../nbs/lib/deploy/14_rehearsal.ipynb #9ac705e9
 REPLAYED = 100_000      # rows of the holdout at most
 VALIDATED = 5_000       # rows of the validation set at most, evenly from first to last
 SINGLE = 200            # of these one by one
+BATCHES = 3             # turns in which the holdout is answered as a batch; the calmest counts
 LOAD_S = 10.0           # seconds that a load sample may take, one request after the other
 ATTEMPTS = 5            # a machine shared with others is given so many chances to be quiet
 
@@ -82,10 +84,13 @@ def rehearse(
         spent = server.cpu_s() - spent
         resources = {"rss_mb": server.memory_mb(), "start_s": start_s, "rate": rate, "cpu_ms_per_1000": 1e6 * spent / len(speed),
                      "online_rows_per_s": len(rows) / max(online_s, 1e-9)}
-    begun, spent = time.perf_counter(), time.process_time()
-    batch = predict_all(packed.predictor, frame)
-    resources |= {"batch_rows_per_s": len(frame) / max(time.perf_counter() - begun, 1e-9),
-                  "batch_cpu_ms_per_1000": 1e6 * (time.process_time() - spent) / len(frame)}
+    turns = []
+    for _ in range(BATCHES):
+        begun, spent = time.perf_counter(), time.process_time()
+        batch = predict_all(packed.predictor, frame)
+        turns.append((time.perf_counter() - begun, time.process_time() - spent))
+    wall, cpu = map(min, zip(*turns))
+    resources |= {"batch_rows_per_s": len(frame) / max(wall, 1e-9), "batch_cpu_ms_per_1000": 1e6 * cpu / len(frame)}
     resources |= {n: getattr(run.settings, n) for n in ("core_hour", "watts_per_core", "gram_co2e_per_kwh")}
     replayed = side_by_side(measured, served, batch)
     shared = [n for n in served.columns if n in measured.columns]
