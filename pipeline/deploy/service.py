@@ -34,7 +34,7 @@ from .process import Orphan, end, listen, supervise
 from .shedding import Pool, Queue, Rates
 from .telemetry import telemetry
 from .tokens import Tokens
-from .versions import FOLLOWED, REFUSED, Follower, Plan, Plans, Served, Traffic
+from .versions import FOLLOWED, REFUSED, Follower, Plan, Plans, Served, Traffic, refusal
 
 if TYPE_CHECKING:
     import ssl
@@ -300,7 +300,6 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
 
     store, name = Path(serving.store), service.predictor.name
     held: list[Plans] = []
-    refused: tuple[int, str] | None = None
 
     def current() -> Plan | None:
         if not held:
@@ -319,21 +318,17 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
         _describe(serving, recorder, served)
         return served
 
-    def _audit(record: dict[str, Any]) -> None:
+    def tell(revision: int, why: str) -> None:
         "A refusal once, however often it is tried again, and its end."
-        nonlocal refused
-        seen, refused = refused, (record["revision"], record["error"]) if record["event"] == "plan refused" else None
-        if refused and refused != seen:
-            audit.append(store, REFUSED, {"name": name, "revision": refused[0], "why": refused[1]})
-        elif seen and not refused:
-            audit.append(store, FOLLOWED, {"name": name, "revision": record["revision"]})
+        if why != refusal(store, name, revision):
+            audit.append(store, REFUSED if why else FOLLOWED, {"name": name, "revision": revision, **({"why": why} if why else {})})
 
     def note(record: dict[str, Any]) -> None:
         if journal:
             journal({"at": round(time.time(), 3), **record})
         if record["event"] in ("traffic", "plan refused"):
             service.counts.swaps["followed" if record["event"] == "traffic" else "refused"] += 1
-            _audit(record)
+            tell(record["revision"], record.get("error", ""))
 
     def before() -> str | None:
         found = held[0].registry.before(name) if held else None
