@@ -15,6 +15,7 @@ from serving_kit import Running, load, packages, running, until
 
 import deploy_world as world
 from pipeline.core import audit
+from pipeline.core.errors import IntegrityError
 from pipeline.core.store import digest_file
 from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, load_package
@@ -113,6 +114,14 @@ def test_a_tampered_package_never_goes_live(served: World) -> None:
     served.server.workers()[0].kill()      # who comes after it tries at once
     assert until(lambda: refusal(served.store, "tiny", plan.revision) == "")
     assert [e["event"] for e in audit.entries(served.store) if e["details"].get("revision") == plan.revision][-1] == FOLLOWED
+    trail = served.store / "audit.jsonl"
+    trail.rename(trail.with_suffix(".away"))
+    trail.write_text("no entry\n")        # a trail that nobody can read stops no plan
+    with pytest.raises(IntegrityError, match="restore the trail"):
+        served.change(live=served.digests[0])
+    assert until(lambda: served.followed(served.plans.current("tiny")))
+    assert until(lambda: [line for line in list(served.server.lines) if "not in the audit trail" in line])
+    trail.with_suffix(".away").replace(trail)
     followed = served.change(live=served.digests[1])
     assert until(lambda: served.followed(followed))
     assert json.loads(served.server.ask("POST", "/predict", served.bodies[0])[2])["version"] == 2

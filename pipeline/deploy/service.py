@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import InputError, IntegrityError
+from ..core.errors import InputError, IntegrityError, PilothouseError
 from ..core.settings import secret
 from ..core.store import digest_file, locked
 from .board import Board
@@ -320,8 +320,11 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
 
     def tell(revision: int, why: str) -> None:
         "A refusal once, however often it is tried again, and its end."
-        if why != refusal(store, name, revision):
-            audit.append(store, REFUSED if why else FOLLOWED, {"name": name, "revision": revision, **({"why": why} if why else {})})
+        try:
+            if why != refusal(store, name, revision):
+                audit.append(store, REFUSED if why else FOLLOWED, {"name": name, "revision": revision, **({"why": why} if why else {})})
+        except (PilothouseError, OSError) as error:     # a full disk, a broken trail: plans are followed all the same
+            service.fault(error, what="a plan's refusal or its end is not in the audit trail", revision=revision)
 
     def note(record: dict[str, Any]) -> None:
         if journal:
