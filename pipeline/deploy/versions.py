@@ -327,12 +327,12 @@ class Traffic:
         with self._changing:
             try:
                 live, canary = (self._at_hand(digest) for digest in (plan.live, plan.canary))
-            except PilothouseError as error:
-                self.refused = str(error)
+                assert live
+                routing = Routing(live, canary, plan)
+                self.ready(routing)
+            except Exception as error:     # of a package, a disk, a memory: what is live stays live, and the next look tries again
+                self.refused = str(error) if isinstance(error, PilothouseError) else f"{type(error).__name__}: {error}"
                 return False
-            assert live
-            routing = Routing(live, canary, plan)
-            self.ready(routing)
             self.routing, self.refused = routing, ""
             self._forget()
             return True
