@@ -43,9 +43,12 @@ class Journal:
     ) -> None:
         if every_s <= 0:
             raise InputError(f"a journal cannot be written every {every_s:g} s; give more than 0")
-        self.out, self.every_s, self.most, self.dropped = out, every_s, most, 0
+        out.flush()
+        self._out = getattr(out, "raw", out)       # which says how much of a line it took
+        self.every_s, self.most, self.dropped = every_s, most, 0
         self._line = msgspec.json.Encoder().encode
         self._waiting: deque[bytes] = deque()
+        self._begun = memoryview(b"")     # what was on its way
         self._done = threading.Event()
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -61,24 +64,30 @@ class Journal:
     def flush(self) -> None:
         "Write what waits."
         with self._writing:
-            waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            dropped, self.dropped = self.dropped, 0
-            if dropped:
-                waiting.append(self._line({"dropped": dropped, "error": "nobody read these lines fast enough"}))
-            if waiting:
-                waiting.append(b"")
-                self.out.write(b"\n".join(waiting))
-                self.out.flush()
+            if not self._begun:
+                lines = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                lost, self.dropped = self.dropped, 0
+                if lost:
+                    lines.append(self._line({"dropped": lost, "error": "these lines could not be written, or nobody read them fast enough"}))
+                self._begun = memoryview(b"\n".join([*lines, b""] if lines else []))
+            while self._begun:
+                taken = self._out.write(self._begun)
+                if not taken:      # nobody reads at the moment
+                    return
+                self._begun = self._begun[taken:]
 
     def close(self) -> None:
         "Write the rest and stop."
         self._done.set()
         self._thread.join(timeout=5)
         self.flush()
+        self.flush()               # what waited behind the first
 
     def _run(self) -> None:
         while not self._done.wait(self.every_s):
             try:
                 self.flush()
-            except (OSError, ValueError):     # nobody reads any more: the service goes on without its lines
+            except (BrokenPipeError, ValueError):     # nobody reads any more: the service goes on without its lines
                 return
+            except OSError:                           # a full disk: lines wait until there is room
+                continue

@@ -171,5 +171,8 @@ def end(
             failed = True
             sys.stderr.write(f"{getattr(close, '__qualname__', close)} at the end of a worker: {type(error).__name__}: {error}\n")
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        try:
+            stream.flush()
+        except OSError:      # a full disk, or nobody who reads
+            failed = True
     os._exit(1 if failed else 0)
