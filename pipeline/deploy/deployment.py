@@ -274,11 +274,14 @@ def cut_log(
 ) -> None:
     "A line a request would fill the disk: past its most, a log that a service goes on appending to becomes FILE.1 and starts anew."
     if file.is_file() and file.stat().st_size > most_bytes:
+        lost = ""
         try:
             shutil.copyfile(file, file.with_name(f"{file.name}.1"))
         except OSError as error:          # of a full disk, say: then the space counts more than the lines
-            print(f"{file.name} could not be kept ({error})", file=sys.stderr, flush=True)
+            lost = f"{file.name} could not be kept ({error})"
         os.truncate(file, 0)
+        if lost:                          # not before there is room: what it is said to may be on that disk too
+            print(lost, file=sys.stderr, flush=True)
 
 
 def run_door(
