@@ -5250,8 +5250,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'pipeline/rollout/exercise.py'),
                                            'pipeline.rollout.exercise._damaged': ( 'lib/rollout/exercise.html#_damaged',
                                                                                    'pipeline/rollout/exercise.py'),
-                                           'pipeline.rollout.exercise._refusal': ( 'lib/rollout/exercise.html#_refusal',
-                                                                                   'pipeline/rollout/exercise.py'),
                                            'pipeline.rollout.exercise.bad_model': ( 'lib/rollout/exercise.html#bad_model',
                                                                                     'pipeline/rollout/exercise.py'),
                                            'pipeline.rollout.exercise.carry_out': ( 'lib/rollout/exercise.html#carry_out',

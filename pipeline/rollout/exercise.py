@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import audit
 from ..core.errors import EnvironmentFault, InputError
-from ..deploy.versions import Plans
+from ..deploy.versions import Plans, refusal
 from .rig import OPERATOR, Asked, Callers, Stage
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def bad_model(ground: Ground) -> Exercise:
     broken = _damaged(ground)
     decided = time.monotonic()
     revision = stage.plan("drill: a damaged package", canary=broken, share=100.0).revision
-    refused = _await(lambda: _refusal(stage, revision), 10)
+    refused = _await(lambda: refusal(stage.store, stage.name, revision), 10)
     seconds = time.monotonic() - decided
     stage.plan("drill: the damaged package is taken out", canary=None, share=0.0)
     time.sleep(WATCH_S)
@@ -166,11 +166,6 @@ def _damaged(ground: Ground) -> str:
         largest.chmod(0o644)
         largest.write_bytes(content)
     return digest
-
-
-def _refusal(stage: Stage, revision: int) -> str:
-    told = [e["details"] for e in audit.entries(stage.store) if e["event"] == "traffic.refused" and e["details"]["revision"] == revision]
-    return str(told[0]["why"]) if told else ""
 
 
 def lost_worker(ground: Ground) -> Exercise:
