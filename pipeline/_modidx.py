@@ -513,6 +513,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'pipeline/core/intervals.py'),
                                          'pipeline.core.intervals.Redrawn.pulls': ( 'lib/core/intervals.html#redrawn.pulls',
                                                                                     'pipeline/core/intervals.py'),
+                                         'pipeline.core.intervals._added': ('lib/core/intervals.html#_added', 'pipeline/core/intervals.py'),
                                          'pipeline.core.intervals._alone': ('lib/core/intervals.html#_alone', 'pipeline/core/intervals.py'),
                                          'pipeline.core.intervals._blocks': ( 'lib/core/intervals.html#_blocks',
                                                                               'pipeline/core/intervals.py'),

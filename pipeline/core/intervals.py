@@ -521,6 +521,15 @@ def _together(models: list[Redrawn]) -> tuple[np.ndarray, float]:
     halved = 0.5 if models[0].name in CALIBRATION else 1.0     # a sum of absolute values is less moved by rows than leaving blocks out says
     return alike, halved * float((np.trace(shared) - shared.sum() / k) / (k - 1))
 
+
+def _added(rows: float, seeds: float, k: int, level: float) -> float:
+    "How far an end lies from the mean of k seeds, by the rows' squared distance and the variance that the seeds make."
+    if seeds <= 0:
+        return math.sqrt(rows)
+    like = rows / student(math.inf, level) ** 2 + seeds     # as if all were variance
+    together = student((k - 1) * min(like / seeds, 1e6) ** 2, level) ** 2 * like
+    return math.sqrt((rows + student(k - 1, level) ** 2 * seeds + together) / 2)
+
 # %% ../../nbs/lib/core/10_intervals.ipynb #29d6527f
 def over_seeds(
     name: str,                         # one of pipeline.core.metrics.BETTER
@@ -542,8 +551,8 @@ def over_seeds(
     settings = settings.but(**using)
     values, lows, highs = np.array([_alone(name, y, p, unit, group, seed, draws, level, settings) for p in predictions]).T
     alike, by_rows = _together([redraw(name, y, p, unit, settings, group) for p in predictions])
-    by_seeds = student(k - 1, level) ** 2 * max(float(values.var(ddof=1)) - by_rows, 0.0) / k
-    down, up = (math.sqrt(float(away @ alike @ away) / k**2 + by_seeds) for away in (values - lows, highs - values))
+    by_seeds = max(float(values.var(ddof=1)) - by_rows, 0.0) / k
+    down, up = (_added(float(away @ alike @ away) / k**2, by_seeds, k, level) for away in (values - lows, highs - values))
     value = float(values.mean())
     return Estimate(value, *_inside(value, value - down, value + up, RANGES.get(name, (0.0, 1.0))), n=len(y))
 
@@ -559,10 +568,7 @@ def combine_seeds(
     "Mean and interval from the spread over seeds and the spread over any draws."
     k, mean = len(values), float(np.mean(values))
     seeds, rows = float(np.var(values, ddof=1)) / k, float(np.nanvar(drawn)) * units / max(units - 1, 1)
-    if seeds + rows == 0:
-        return Estimate(mean, mean, mean, n)
-    freedom = (seeds + rows) ** 2 / (seeds**2 / (k - 1) + rows**2 / max(units - 1, 1))
-    half = student(freedom, level) * math.sqrt(seeds + rows)
+    half = _added(student(max(units - 1, 1), level) ** 2 * rows, seeds, k, level)
     return Estimate(mean, float(np.clip(mean - half, *within)), float(np.clip(mean + half, *within)), n)
 
 # %% ../../nbs/lib/core/10_intervals.ipynb #901afe98

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from . import audit
 from .errors import EnvironmentFault, GateFailed, Inconclusive, InputError, IntegrityError, suggest
-from .problem import Problem, Watched, check_name, load_problem
 from .receipt import file_facts, imported_libraries, interpreter, lock_digest, module_digests, notebook_digest
 from .settings import Settings, find_root, load_settings
 from .store import Artifact, digest_file, disk_errors, read_artifact, swap_folder, to_json, write_artifact, write_whole
@@ -32,6 +31,8 @@ from .store import Artifact, digest_file, disk_errors, read_artifact, swap_folde
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
+
+    from pipeline.core.problem import Problem
 
 # %% auto #0
 __all__ = ['Verdict', 'Bound', 'NOISE', 'Estimate', 'Claim', 'Check', 'judge', 'bound_for', 'run_folder', 'phase_folders',
@@ -130,6 +131,8 @@ def run_folder(
     run: Path | str,      # outputs/problem/run, relative to the root, or absolute inside the outputs
 ) -> Path:                # absolute
     "The folder of a run; raises `IntegrityError` for a path outside the outputs."
+    from pipeline.core.problem import check_name
+
     folder = Path(run) if Path(run).is_absolute() else settings.root / run
     parts = Path(os.path.normpath(folder)).parts[-2:]
     for part, kind in zip(parts, ("problem", "run")):
@@ -234,7 +237,9 @@ class Run:
     @property
     def problem(self) -> Problem:
         "The problem file; every leaf that is read lands on the receipt."
-        return cast(Problem, Watched(self._problem, "", self._reads))
+        from pipeline.core.problem import Watched
+
+        return cast("Problem", Watched(self._problem, "", self._reads))
 
     @property
     def room(self) -> str:
@@ -574,6 +579,8 @@ def open_run(
     run: Path | str = "outputs/flights/main",         # the run's folder, relative to the root
 ) -> Run:
     "Open a run for one phase; raises one clear sentence for a bad problem file, path or lock."
+    from pipeline.core.problem import check_name, load_problem
+
     settings = load_settings(find_root())
     engine, _, address = os.environ.get("PILOTHOUSE_ENGINE", "").partition(":")
     if engine in ("local", "ray"):

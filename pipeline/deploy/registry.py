@@ -485,7 +485,7 @@ def _tables(engine: Any) -> _Tables:
     )
     for state in ALONE:
         alone = text(f"state = '{state}'")
-        Index(f"one_in_{state}", packages.c.name, unique=True, sqlite_where=alone, postgresql_where=alone)
+        Index(f"one_in_{state}", packages.c.name, unique=True, **{f"{engine.dialect.name}_where": alone})   # the other database's would load its whole dialect
     moves = Table(
         "moves", meta,
         Column("number", Integer, primary_key=True, autoincrement=True), Column("name", String(64), nullable=False), Column("version", Integer, nullable=False),

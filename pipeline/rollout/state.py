@@ -91,7 +91,7 @@ class Rollouts:
         registry: Registry,
     ) -> None:
         self.registry = registry
-        self.rollouts, self.events_ = _tables()
+        self.rollouts, self.events_ = _tables(registry.engine.dialect.name)
         with registry.transaction("") as connection:   # one maker at a time, and a database that does not answer is told plainly
             self.rollouts.metadata.create_all(connection, checkfirst=True)
         self._tell()
@@ -242,7 +242,7 @@ class Rollouts:
 EVENT = "rollout.changed"
 
 
-def _tables() -> tuple[Any, Any]:
+def _tables(dialect: str) -> tuple[Any, Any]:
     from sqlalchemy import Boolean, Column, DateTime, Float, Index, Integer, MetaData, String, Table, Text, text
 
     meta = MetaData()
@@ -256,7 +256,7 @@ def _tables() -> tuple[Any, Any]:
         Column("by", String(200), nullable=False), Column("reason", String(2000), nullable=False),
     )
     going = text("status in ('running', 'held')")
-    Index("one_rollout_a_name", rollouts.c.name, unique=True, sqlite_where=going, postgresql_where=going)
+    Index("one_rollout_a_name", rollouts.c.name, unique=True, **{f"{dialect}_where": going})
     events = Table(
         "rollout_events", meta,
         Column("number", Integer, primary_key=True, autoincrement=True), Column("rollout", Integer, nullable=False), Column("name", String(64), nullable=False),

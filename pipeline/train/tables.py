@@ -170,6 +170,7 @@ def fit_table(
     seed: int = 0,
     threads: int = 1,
     time: str | None = None,          # a column that orders the rows; it is no feature
+    ordered: bool | None = None,      # later rows are what it will be asked about; None: where the last rows are foretold worse than random ones
     metric: str | None = None,        # what ranks; by the task where None
     tolerance: float | None = None,   # of the metric; None: a twentieth of the best's gain over the default
     families: Sequence[str] = ("linear", "trees", "portfolio"),
@@ -187,7 +188,8 @@ def fit_table(
     shape, matrix = shape_of(told, encoder), encoder.encode(frame)
     check_rows(shape, matrix, outcomes, target)
     categories = [rule.name for rule in contract.columns if rule.role == "feature" and rule.type == "category"]
-    ordered = (time is not None or sorted_by_name(frame, categories) is None) and order_matters(shape, matrix, outcomes, seed, threads)
+    if ordered is None:
+        ordered = (time is not None or sorted_by_name(frame, categories) is None) and order_matters(shape, matrix, outcomes, seed, threads)
     dear = dearness(clock, threads)
     folds = folds_for(outcomes, shape, budget_s / dear, ordered, seed)
     rows = Rows(shape, matrix, outcomes, folds, np.arange(len(outcomes)), target)
