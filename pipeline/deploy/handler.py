@@ -282,7 +282,10 @@ class Service:
     def _found(self, path: str) -> tuple[str, str, Answer]:
         found = self._known(path)
         if found is None:
-            raise Refused(404, "no such path", f"{path[:200]!r} is not answered here{suggest(path[:200], [known for _, known in self.routes])}")
+            if allowed := sorted(method for method, own in self.extensions if own == path):
+                raise Refused(405, "method not allowed", f"{path} is asked with {' or '.join(allowed)}", headers=[("allow", ", ".join(allowed))])
+            known = {known for _, known in (*self.routes, *self.extensions)}
+            raise Refused(404, "no such path", f"{path[:200]!r} is not answered here{suggest(path[:200], known)}")
         return found
 
     def _model_route(self, parts: Sequence[str]) -> tuple[str, str, Answer] | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 import socket
 import time
@@ -14,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -25,12 +26,14 @@ from .tokens import OPEN
 
 if TYPE_CHECKING:
     import ssl
+    from contextvars import Context
 
     from pipeline.deploy.handler import Service
     from pipeline.deploy.process import Orphan
     from pipeline.deploy.telemetry import Telemetry
 
 SMALL = 65_536          # bytes of a body that are not counted against the room for all bodies
+READ = 262_144          # bytes at once
 HEAD = 32_768           # bytes of a request's line and headers
 DROPPED = 64_000_000    # bytes that are taken and dropped after a refusal
 HEADERS_S = 20.0        # for a request's headers to arrive, for a connection to idle, for an answer to be read
@@ -45,8 +48,8 @@ GATHER_S = 0.0005       # in which answers are gathered to leave together
 READY = ("/ready", "/v2/health/ready")
 
 # %% auto #0
-__all__ = ['SMALL', 'HEAD', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW', 'LOOK_S', 'SLICE_S', 'SPIN_S',
-           'GATHER_S', 'READY', 'head', 'path_of', 'Connection', 'Request', 'Awake', 'Server']
+__all__ = ['SMALL', 'READ', 'HEAD', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW', 'LOOK_S', 'SLICE_S',
+           'SPIN_S', 'GATHER_S', 'READY', 'Args', 'head', 'path_of', 'Connection', 'Request', 'Awake', 'Loop', 'Server']
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #ceab504c
 _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
@@ -76,12 +79,13 @@ def path_of(
 class Connection(asyncio.Protocol):
     "One client's, from its first byte to its last."
 
-    __slots__ = ("server", "transport", "parser", "since", "awaited", "unread", "taken", "url", "headers", "size", "parts", "seen", "held", "failed", "begun",
+    __slots__ = ("server", "transport", "sock", "number", "parser", "since", "awaited", "unread", "taken", "url", "headers", "size", "parts", "seen", "held", "failed", "begun",
                  "asked", "blocked", "last", "busy", "later", "closing", "dropped")
 
     def __init__(self, server: Server) -> None:
         self.server, self.parser = server, httptools.HttpRequestParser(self)
         self.transport: Any = None
+        self.number = -1                                       # its descriptor, where it is read without the loop
         self.since, self.awaited = server.now, "headers"       # what it waits for since when: headers, body, linger
         self.unread = self.taken = self.size = self.seen = self.held = self.dropped = 0
         self.url, self.headers = b"", dict[str, str]()
@@ -100,6 +104,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing, self.transport = True, None
+        if self.server.heard is not None:
+            self.server.heard.pop(self.number, None)
         self.release()
         self.server.left(self)
 
@@ -120,6 +126,30 @@ class Connection(asyncio.Protocol):
             self.unread += len(data) - self.taken
             if self.unread > HEAD:
                 self.refuse(Refused(431, "headers too large", f"a request's line and headers may hold {HEAD:,} bytes"))
+
+    def hear(self, sock: socket.socket) -> None:
+        "Be read without the loop, while there is a connection."
+        if self.transport is not None and self.server.heard is not None:
+            self.sock, self.number = sock, sock.fileno()
+            self.server.heard[self.number] = self.read
+
+    def read(self) -> bool:     # False: an end or an error, which are the loop's
+        if self.transport is None or self.transport.is_closing():
+            return True
+        try:
+            data = self.sock.recv(READ)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        self.server.hearing = True
+        try:
+            self.data_received(data)
+        except Exception as error:       # a fault of ours, as below
+            self.server.fail(self, error)
+        return True
 
     def eof_received(self) -> bool:              # who has asked and will send no more still gets what he asked for
         self.last = True
@@ -277,24 +307,52 @@ class Request:
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #1f9c9ed3
 class Awake(selectors.DefaultSelector):
-    """Asks for the next request a moment longer before the thread sleeps: putting a processor to sleep and waking it takes longer
-    than most answers, and leaves its caches cold. And says, behind whatever is ready, that the row is too, so that what has
-    just been heard is answered before anything else is asked of the system."""
+    """Has what clients send read and answered without a turn of the loop, which gets what else there is. And asks for the next request
+    a moment longer before the thread sleeps: putting a processor to sleep and waking it takes longer than most answers, and
+    leaves its caches cold."""
 
-    row: int | None = None     # a registered descriptor that is never ready by itself
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: dict[int, Callable[[], bool]] = {}                # by descriptor, what reads it; False: it is the loop's to read
+        self.answer: Callable[[], None] = lambda: None                # what has been read
+        self.told = False                                             # the loop has something to do that no descriptor tells
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        "What is ready, soon or within `timeout`."
-        ready = super().select(0)
-        if not ready and (timeout is None or timeout > 0):
-            until = time.perf_counter() + (SPIN_S if timeout is None else min(SPIN_S, timeout))
-            while not ready and time.perf_counter() < until:
-                ready = super().select(0)
-            if not ready:
-                ready = super().select(timeout)
-        if ready and self.row is not None:
-            ready.append((self.get_key(self.row), selectors.EVENT_READ))
-        return ready
+        "What is ready for the loop, soon or within `timeout`."
+        clock, heard = time.perf_counter, self.heard
+        until, self.told = math.inf if timeout is None else clock() + timeout, False
+        while True:
+            ready = super().select(0)
+            if not ready and (left := until - clock()) > 0:
+                asleep = clock() + min(SPIN_S, left)
+                while not ready and clock() < asleep:
+                    ready = super().select(0)
+                if not ready:
+                    ready = super().select(None if left == math.inf else left)
+            others = [one for one in ready if one[1] != selectors.EVENT_READ or one[0].fd not in heard or not heard[one[0].fd]()]
+            if len(others) < len(ready):
+                self.answer()
+            if others or self.told or not ready or clock() >= until:
+                return others
+
+
+Args = TypeVarTuple("Args")
+
+
+class Loop(asyncio.SelectorEventLoop):
+    "The loop of a worker."
+
+    def __init__(self) -> None:
+        self.awake = Awake()
+        super().__init__(self.awake)
+
+    def call_soon(self, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None) -> asyncio.Handle:
+        self.awake.told = True
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None) -> asyncio.TimerHandle:
+        self.awake.told = True
+        return super().call_at(when, callback, *args, context=context)
 
 
 class Server:
@@ -315,7 +373,8 @@ class Server:
         self.known = {path for _, path in service.routes} | self.slow
         self.connections: set[Connection] = set()
         self.pending = deque[Request]()
-        self.working = self.gathers = self.draining = self.ending = self.listens = False
+        self.working = self.hearing = self.gathers = self.draining = self.ending = self.listens = False
+        self.heard: dict[int, Callable[[], bool]] | None = None       # connections that are read without the loop
         self.outbox: list[tuple[Any, bytes]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
@@ -326,15 +385,12 @@ class Server:
         listening: socket.socket,                # bound, not blocking; it may be shared with other workers
         context: ssl.SSLContext | None = None,   # speak TLS
         stop_s: float = 10.0,                    # for requests in flight to be answered once told to end
-        selector: Awake | None = None,           # of the running loop
     ) -> None:
         "Answer until `end` is called; every request that has begun to arrive by then is answered."
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         self.listening = [(listening, context)]
-        never, other = socket.socketpair()
-        if selector is not None:
-            self.loop.add_reader(never, self.work)
-            selector.row = never.fileno()
+        if isinstance(self.loop, Loop):
+            self.heard, self.loop.awake.answer = self.loop.awake.heard, self.work
         self.look()
         self.listen()
         await self.ended.wait()
@@ -347,11 +403,6 @@ class Server:
                 connection.transport.close()       # what is written is sent first
         while self.loop.time() < deadline and self.connections:
             await asyncio.sleep(0.01)
-        if selector is not None:
-            selector.row = None
-            self.loop.remove_reader(never)
-        never.close()
-        other.close()
 
     def drain(self) -> None:
         "Answer what comes, and say that it ends."
@@ -395,7 +446,9 @@ class Server:
 
     async def greet(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         try:
-            await self.loop.connect_accepted_socket(lambda: Connection(self), sock, ssl=context, ssl_handshake_timeout=HEADERS_S if context else None)
+            _, connection = await self.loop.connect_accepted_socket(lambda: Connection(self), sock, ssl=context, ssl_handshake_timeout=HEADERS_S if context else None)
+            if context is None and self.heard is not None:
+                connection.hear(sock)
         except (OSError, asyncio.IncompleteReadError):       # no handshake, a wrong one, or none in time: a client's affair
             sock.close()
 
@@ -417,11 +470,12 @@ class Server:
             request.failed = self.queue.crowd()
         self.queue.enter()
         self.pending.append(request)
-        if not self.working:          # also for those that no socket brings: what waited for an answer from a thread
+        if not (self.working or self.hearing):      # what TLS opened, and what waited for an answer from a thread
             self.working = True
             self.loop.call_soon(self.work)
 
     def work(self) -> None:
+        self.hearing = False
         if not self.pending:
             self.working = False
             return
@@ -432,19 +486,28 @@ class Server:
         try:
             while pending and start < until:
                 request = pending.popleft()
-                computed = self.answer(request)
+                try:
+                    computed = self.answer(request)
+                except Exception as error:      # a fault of ours: this connection ends, and no other
+                    computed = False
+                    self.fail(request.connection, error)
                 now = clock()
                 queue.leave(now - start if computed else None)
                 start = now
                 if now > gathered:
                     self.deliver()
                     gathered = now + GATHER_S
-        finally:                    # whatever happened to one: the others are answered
+        finally:
             self.gathers = False
             self.deliver()
             self.working = bool(pending)
             if pending:
                 self.loop.call_soon(self.work)
+
+    def fail(self, connection: Connection, error: Exception) -> None:
+        self.service.fault(error, what="a connection ended without an answer")
+        if connection.transport is not None:
+            connection.transport.abort()
 
     def post(self, transport: Any, data: bytes) -> None:
         "To a client; what a slice of the row answers within a moment leaves together, which wakes the other side once."

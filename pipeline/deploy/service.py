@@ -28,7 +28,7 @@ from ..core.store import digest_file, locked
 from .board import Board
 from .further import WISHES
 from .handler import Service
-from .http import Awake, Server
+from .http import Loop, Server
 from .openapi import example_row
 from .process import Orphan, end, listen, supervise
 from .shedding import Pool, Queue, Rates
@@ -190,10 +190,9 @@ def answer(
         gc.freeze()                             # what was loaded stays; looking through all of it again and again takes tens of milliseconds
         gc.set_threshold(20_000, 20, 50)
         sys.setswitchinterval(SWITCH_S)
-        await server.run(listening, serving.tls(), STOP_S, selector)
+        await server.run(listening, serving.tls(), STOP_S)
 
-    selector = Awake()
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+    with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(run())
     end(*server.closers)
 

@@ -11,12 +11,15 @@
 
 `speed`  wrk: single rows at 1 and 16 clients, 100 rows at 8; then single rows in open loops at half of what 16 clients got, and at
          half of what the best peer got (arrivals drawn beforehand, latency from when a request was due): the medians of nine
-         windows of 3 s for each server, and how much of the cores' time the hypervisor took in each
+         windows of 3 s for each server, before everything else on its core (SCHED_FIFO) where that is allowed, and how much of the
+         cores' time the hypervisor took in each
 `swaps`  10,000 requests through 20 hot swaps and 10 blue-green switches; every answer held against its version's
 `kill`   kill -9 of the worker under load; `kill_two_workers` of one of two
 `tails`  ours, the best peer and a socket that computes nothing stand on one core and are asked in turn, in open loops of 1 s at half of
          what 16 clients get: what a machine adds to a p99 changes within minutes, so only windows side by side can be compared;
-         those in which the hypervisor took nothing of any core are told apart
+         those in which the hypervisor took nothing of any core are told apart. And each twice: as ever, and with server and load before
+         everything else on their cores (SCHED_FIFO), since a machine's own housekeeping takes a core for milliseconds several times a
+         second, which is the p99 of whoever answers in a tenth of one
 `tls`    ours alone, with and without TLS, in turn: single rows at 1 and 16 clients on open connections, and a connection for each request
 `fuzz`   schemathesis makes 10,000 bodies from the service's own OpenAPI document
 `soak`   the promised rate, every answer held against the model's, three kills
@@ -52,7 +55,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -411,10 +414,31 @@ def one_turn(server: Server, world: Path, seconds: float, seed: int, found: dict
         return row
 
 
-def window(server: Running, some: Sequence[bytes], rate: float, seconds: float, seed: int) -> dict[str, float]:
-    "One short open loop, and the share of the cores' time that the hypervisor took meanwhile."
+@contextmanager
+def first(server: Running) -> Iterator[None]:
+    "Server and load before everything else that wants their cores (SCHED_FIFO); as ever where that is not allowed."
+    def order(policy: int, priority: int) -> None:
+        for thread in [0, *(thread.id for process in server.tree() for thread in process.threads())]:     # 0: this one, which starts the load
+            try:
+                os.sched_setscheduler(thread, policy, os.sched_param(priority))
+            except ProcessLookupError:     # it has ended meanwhile
+                continue
+
+    try:
+        order(os.SCHED_FIFO, 1)
+    except PermissionError:
+        print("the open loops run at ordinary priority: another needs CAP_SYS_NICE", file=sys.stderr)
+    try:
+        yield
+    finally:
+        order(os.SCHED_OTHER, 0)
+
+
+def window(server: Running, some: Sequence[bytes], rate: float, seconds: float, seed: int, alone: bool = True) -> dict[str, float]:
+    "One short open loop, `first` where it shall be alone, and the share of the cores' time that the hypervisor took meanwhile."
     before = psutil.cpu_times().steal
-    seen = told(open_loop(server, some, rate, seconds, seed=seed))
+    with first(server) if alone else nullcontext():
+        seen = told(open_loop(server, some, rate, seconds, seed=seed))
     return seen | {"stolen": (psutil.cpu_times().steal - before) / (seconds * (os.cpu_count() or 1))}
 
 
@@ -474,8 +498,8 @@ def beside(world: Path, name: str, turns: int = 8, seconds: float = 4.0) -> dict
     return {"of": name, "rps": found, "ratio": ratio(found["pilothouse"], found[name])}
 
 
-def tails(world: Path, number: int = 40, seconds: float = 1.0) -> dict[str, Any]:
-    "p99 in windows that take turns: of all of them, and of those in which the hypervisor took nothing."
+def tails(world: Path, number: int = 30, seconds: float = 1.0) -> dict[str, Any]:
+    "p99 in windows that take turns, alone on the cores and as ever: of all of them, and of those in which the hypervisor took nothing."
     ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == "FastAPI async")
     control = Server("socket", lambda w, p: [_peer("python"), "socket_app.py", str(p[0])], computes=False)
     with running(peer, world) as best, running(ours, world) as mine, running(control, world) as floor:
@@ -484,20 +508,20 @@ def tails(world: Path, number: int = 40, seconds: float = 1.0) -> dict[str, Any]
         rates = {server.server.name: statistics.median(wrk(server, sent[server.server.name], 16, 4)["rps"] for _ in range(3)) / 2 for server in (best, mine)}
         arms = {peer.name: (best, rates[peer.name]), "pilothouse": (mine, rates["pilothouse"]), "pilothouse at that peer's rate": (mine, rates[peer.name]),
                 "socket at pilothouse's rate": (floor, rates["pilothouse"]), "socket at that peer's rate": (floor, rates[peer.name])}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+        found: dict[tuple[str, bool], list[dict[str, float]]] = {(name, alone): [] for alone in (True, False) for name in arms}
         for turn in range(number):
-            for name in list(arms)[:: 1 if turn % 2 else -1]:
+            for name, alone in list(found)[:: 1 if turn % 2 else -1]:
                 server, rate = arms[name]
-                found[name].append(window(server, sent[server.server.name], rate, seconds, turn))
+                found[name, alone].append(window(server, sent[server.server.name], rate, seconds, turn, alone))
     table, ratios = [], []
-    for kept, most in (("all", 1.0), ("nothing stolen", 0.0)):
-        p99 = {name: [row["p99_ms"] for row in rows if row["stolen"] <= most] for name, rows in found.items()}
-        if min(len(values) for values in p99.values()) < 5:
+    for alone, kept, most in ((alone, *kept) for alone in (True, False) for kept in (("all", 1.0), ("nothing stolen", 0.0))):
+        seen = {name: [row for row in found[name, alone] if row["stolen"] <= most] for name in arms}
+        if min(map(len, seen.values())) < 5:
             continue
-        table += [{"arm": name, "kept": kept, "windows": len(p99[name]), "rate": arms[name][1]} | {
-            key: statistics.median(row[key] for row in rows if row["stolen"] <= most) for key in rows[0]} | {
-            "p99_quartiles_ms": [float(v) for v in np.quantile(p99[name], [0.25, 0.75])]} for name, rows in found.items()]
-        ratios += [{"arm": name, "of": peer.name, "kept": kept} | ratio(p99[name], p99[peer.name]) for name in ("pilothouse", "pilothouse at that peer's rate")]
+        p99 = {name: [row["p99_ms"] for row in rows] for name, rows in seen.items()}
+        table += [{"arm": name, "alone": alone, "kept": kept, "windows": len(rows), "rate": arms[name][1]} | {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {
+            "p99_quartiles_ms": [float(v) for v in np.quantile(p99[name], [0.25, 0.75])]} for name, rows in seen.items()]
+        ratios += [{"arm": name, "of": peer.name, "alone": alone, "kept": kept} | ratio(p99[name], p99[peer.name]) for name in ("pilothouse", "pilothouse at that peer's rate")]
     return {"ratios": ratios, "table": table, "seconds": seconds}
 
 
@@ -689,9 +713,9 @@ def show(found: dict[str, Any]) -> None:
     if "tails" in found:
         print("| open loop | windows | a second | p50 ms | p99 ms (quartiles of windows) | stolen |\n|---|---|---|---|---|---|")
         for r in found["tails"]["table"]:
-            print(f"| {r['arm']}, {r['kept']} | {r['windows']} | {r['rate']:,.0f} | {r['p50_ms']:.2f} | {r['p99_ms']:.2f} ({r['p99_quartiles_ms'][0]:.2f}–{r['p99_quartiles_ms'][1]:.2f}) | {r['stolen']:.1%} |")
+            print(f"| {r['arm']}, {r['kept']}{', alone' if r['alone'] else ''} | {r['windows']} | {r['rate']:,.0f} | {r['p50_ms']:.2f} | {r['p99_ms']:.2f} ({r['p99_quartiles_ms'][0]:.2f}–{r['p99_quartiles_ms'][1]:.2f}) | {r['stolen']:.1%} |")
         for r in found["tails"]["ratios"]:
-            print(f"\np99 of {r['arm']}, {r['kept']}: {r['value']:.2f} × {r['of']} ({r['interval'][0]:.2f}–{r['interval'][1]:.2f})")
+            print(f"\np99 of {r['arm']}, {r['kept']}{', alone on the cores' if r['alone'] else ''}: {r['value']:.2f} × {r['of']} ({r['interval'][0]:.2f}–{r['interval'][1]:.2f})")
     if "mlflow" in found:
         r = found["mlflow"]["ratio"]
         print(f"requests a second, 16 clients, in turn: {r['value']:.0f} × {found['mlflow']['of']} ({r['interval'][0]:.0f}–{r['interval'][1]:.0f}, {r['windows'][0]} windows each)")
