@@ -49,7 +49,7 @@ READY = ("/ready", "/v2/health/ready")
 
 # %% auto #0
 __all__ = ['SMALL', 'READ', 'HEAD', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW', 'LOOK_S', 'SLICE_S',
-           'SPIN_S', 'GATHER_S', 'READY', 'Args', 'head', 'path_of', 'Connection', 'Request', 'Awake', 'Loop', 'Server']
+           'SPIN_S', 'GATHER_S', 'READY', 'head', 'path_of', 'Connection', 'Request', 'Awake', 'Loop', 'Server']
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #ceab504c
 _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
@@ -336,7 +336,7 @@ class Awake(selectors.DefaultSelector):
                 return others
 
 
-Args = TypeVarTuple("Args")
+_Args = TypeVarTuple("_Args")
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -346,11 +346,11 @@ class Loop(asyncio.SelectorEventLoop):
         self.awake = Awake()
         super().__init__(self.awake)
 
-    def call_soon(self, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(self, callback: Callable[[*_Args], object], *args: *_Args, context: Context | None = None) -> asyncio.Handle:
         self.awake.told = True
         return super().call_soon(callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None) -> asyncio.TimerHandle:
+    def call_at(self, when: float, callback: Callable[[*_Args], object], *args: *_Args, context: Context | None = None) -> asyncio.TimerHandle:
         self.awake.told = True
         return super().call_at(when, callback, *args, context=context)
 
