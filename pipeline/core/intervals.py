@@ -385,7 +385,7 @@ def _calibration_span(terms: list[tuple[float, Redrawn]], seed: int, draws: int,
         spread = off.std(axis=0)
         clean += factor * float(_without_noise(sums.sum(0), spread)) / float(term.sums[:, -1].sum())
         drawn += factor * _without_noise(off, spread) / float(term.sums[:, -1].sum())
-    ends = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2], method="weibull") * expanded(units, level)
+    ends = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2], method="weibull") * math.sqrt(units / (units - 1))
     return value, clean + float(ends[0]), clean + float(ends[1])
 
 

@@ -4,7 +4,7 @@
 
 One model's metric, the difference of two models on the same rows, and the mean over training seeds, on rows that stand alone and on
 rows that come in days, with many positives and with eight. Among a thousand samples a method that is exactly right is seen between
-93.6 and 96.4 % of the time.
+93.6 and 96.4 % of the time. What lies outside 93–97 % in the seven larger worlds is measured again on five thousand other samples.
 
 Results go to tests/bench/results/intervals.json and are printed as a table.
 """
@@ -33,6 +33,7 @@ from simulated import WAYS, World, answers, binary, multiclass, of, sample  # no
 from pipeline.core.errors import InputError  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "intervals.json"
+LOW, HIGH = 0.93, 0.97
 DRAWS = 200   # phases make 500; fewer leave the ends less sure, and what is counted here a little lower
 MAIN = {"10 seeds": ("roc_auc", "log_loss", "mae", "rmse", "ndcg")}   # ten models a sample: the metrics that rank models
 rare = functools.partial(binary, spread=2.0, said=(1.2, 0.8))   # a few are positive, and ranked well
@@ -60,13 +61,13 @@ def names_of(world: World, way: str) -> tuple[str, ...]:
     return tuple(m for m in world.metrics if m in wanted and (m != "ece_debiased" or way == "one model"))
 
 
-def measure(world: World, way: str, trials: int, names: tuple[str, ...] = (), draws: int = DRAWS) -> list[dict[str, Any]]:
+def measure(world: World, way: str, trials: int, names: tuple[str, ...] = (), draws: int = DRAWS, start: int = 0) -> list[dict[str, Any]]:
     "One line a metric: how often the truth lay inside, below and above the interval, and the median width."
     names = names or names_of(world, way)
-    aims = truths(world, way, names)
+    aims = truths(world, way, names_of(world, way))
     ends = np.full((trials, len(names), 2), np.nan)   # stays so where a sample does not define the metric
     for trial in range(trials):
-        interval = sample(world, way, trial, draws)
+        interval = sample(world, way, start + trial, draws)
         for place, name in enumerate(names):
             with contextlib.suppress(InputError):
                 it = interval(name)
@@ -80,8 +81,17 @@ def measure(world: World, way: str, trials: int, names: tuple[str, ...] = (), dr
     return lines
 
 
-def keep(lines: list[dict[str, Any]], cpu_s: float) -> list[dict[str, Any]]:
-    "Into the results file, in place of earlier lines of the same kind."
+def again(lines: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
+    "Those of the seven worlds that a thousand samples put outside 93–97 %, on others: of 164 counts some lie there by chance alone."
+    worlds, found = {world.name: world for world in simulated.WORLDS}, []
+    for line in lines:
+        if line["world"] in worlds and not LOW <= line["inside"] <= HIGH:
+            found += measure(worlds[line["world"]], line["way"], trials, (line["metric"],), start=1_000_000)
+    return found
+
+
+def keep(lines: list[dict[str, Any]], cpu_s: float, more: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    "Into the results file, in place of earlier lines of the same kind; `more`: those measured again."
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = json.loads(RESULTS.read_text())["lines"] if RESULTS.exists() else []
@@ -89,7 +99,7 @@ def keep(lines: list[dict[str, Any]], cpu_s: float) -> list[dict[str, Any]]:
         kept = [line for line in kept if (line["way"], line["world"]) not in fresh] + lines
         kept.sort(key=lambda line: (WAYS.index(line["way"]), [w.name for w in WORLDS].index(line["world"])))
         RESULTS.write_text(json.dumps({"at": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"), "cores": os.cpu_count(), "numpy": np.__version__,
-                                       "draws": DRAWS, "level": 0.95, "last_cpu_s": round(cpu_s, 1), "lines": kept}, indent=1) + "\n")
+                                       "draws": DRAWS, "level": 0.95, "last_cpu_s": round(cpu_s, 1), "lines": kept, "again": more or []}, indent=1) + "\n")
     RESULTS.with_suffix(".lock").unlink(missing_ok=True)
     return kept
 
@@ -111,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[*WAYS, *(w.name for w in WORLDS), []], metavar="WAY|WORLD")
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--again", type=int, default=5000, help="samples for what lies outside 93–97 %%")
     asked = parser.parse_args()
     ways, worlds, trials = [w for w in WAYS if w in asked.what] or list(WAYS), [w for w in WORLDS if w.name in asked.what] or WORLDS, asked.trials
     lines: list[dict[str, Any]] = []
@@ -119,7 +130,12 @@ def main() -> None:
             begun = time.process_time()
             if names_of(world, way):
                 lines = keep(measure(world, way, trials), time.process_time() - begun)
+    begun = time.process_time()
+    more = again(lines, asked.again)
+    keep([], time.process_time() - begun, more)
     print(told(lines))
+    for line in more:
+        print(f"{line['metric']} of {line['way']}, {line['world']}: {100 * line['inside']:.1f} % of {line['trials']:,} other samples")
 
 
 if __name__ == "__main__":

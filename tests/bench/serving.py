@@ -15,7 +15,7 @@
          cores' time the hypervisor took in each
 `swaps`  10,000 requests through 20 hot swaps and 10 blue-green switches; every answer held against its version's
 `kill`   kill -9 of the worker under load; `kill_two_workers` of one of two
-`tails`  ours, the best peer and a socket that computes nothing stand on one core and are asked in turn, in open loops of 1 s at half of
+`tails`  ours, the best peer and a socket that computes nothing stand on one core and are asked in turn, in open loops of .5 s at half of
          what 16 clients get: what a machine adds to a p99 changes within minutes, so only windows side by side can be compared;
          those in which the hypervisor took nothing of any core are told apart. And each twice: as ever, and with server and load before
          everything else on their cores (SCHED_FIFO), since a machine's own housekeeping takes a core for milliseconds several times a
@@ -498,7 +498,7 @@ def beside(world: Path, name: str, turns: int = 8, seconds: float = 4.0) -> dict
     return {"of": name, "rps": found, "ratio": ratio(found["pilothouse"], found[name])}
 
 
-def tails(world: Path, number: int = 30, seconds: float = 1.0) -> dict[str, Any]:
+def tails(world: Path, number: int = 50, seconds: float = 0.5) -> dict[str, Any]:
     "p99 in windows that take turns, alone on the cores and as ever: of all of them, and of those in which the hypervisor took nothing."
     ours, peer = servers(world)[-1], next(s for s in servers(world) if s.name == "FastAPI async")
     control = Server("socket", lambda w, p: [_peer("python"), "socket_app.py", str(p[0])], computes=False)
