@@ -504,8 +504,8 @@ def tails(world: Path, number: int = 50, seconds: float = 0.5) -> dict[str, Any]
     control = Server("socket", lambda w, p: [_peer("python"), "socket_app.py", str(p[0])], computes=False)
     with running(peer, world) as best, running(ours, world) as mine, running(control, world) as floor:
         sent = {server.server.name: bodies(world, server.server, 1, 500) for server in (best, mine, floor)}
-        wrk(best, sent[peer.name], 16, 1)
-        rates = {server.server.name: statistics.median(wrk(server, sent[server.server.name], 16, 4)["rps"] for _ in range(3)) / 2 for server in (best, mine)}
+        taken = {server.server.name: [wrk(server, sent[server.server.name], 16, seconds)["rps"] for seconds in (1, 2, 2, 2, 2, 2)][1:] for server in (best, mine)}
+        rates = {name: statistics.median(rps) / 2 for name, rps in taken.items()}
         arms = {peer.name: (best, rates[peer.name]), "pilothouse": (mine, rates["pilothouse"]), "pilothouse at that peer's rate": (mine, rates[peer.name]),
                 "socket at pilothouse's rate": (floor, rates["pilothouse"]), "socket at that peer's rate": (floor, rates[peer.name])}
         found: dict[tuple[str, bool], list[dict[str, float]]] = {(name, alone): [] for alone in (True, False) for name in arms}
