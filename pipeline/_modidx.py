@@ -2291,6 +2291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'pipeline.deploy.handler._beside': ( 'lib/deploy/handler.html#_beside',
                                                                               'pipeline/deploy/handler.py'),
                                          'pipeline.deploy.handler._host': ('lib/deploy/handler.html#_host', 'pipeline/deploy/handler.py'),
+                                         'pipeline.deploy.handler._other_method': ( 'lib/deploy/handler.html#_other_method',
+                                                                                    'pipeline/deploy/handler.py'),
                                          'pipeline.deploy.handler._output_type': ( 'lib/deploy/handler.html#_output_type',
                                                                                    'pipeline/deploy/handler.py'),
                                          'pipeline.deploy.handler._rows_of': ( 'lib/deploy/handler.html#_rows_of',

@@ -124,6 +124,10 @@ PREDICTS = ("/predict", "/v2/infer")
 Answer = Callable[[Call], Reply]
 
 
+def _other_method(path: str, methods: Sequence[str]) -> Refused:
+    return Refused(405, "method not allowed", f"{path} is asked with {' or '.join(methods)}", headers=[("allow", ", ".join(methods))])
+
+
 def _wishes(headers: Mapping[str, str]) -> Collection[str]:
     "What a caller prefers (RFC 7240); what nobody knows is no error."
     prefer = headers.get("prefer")
@@ -217,7 +221,7 @@ class Service:
             else:
                 wanted, route, answer = self._routes.get(path) or self._found(path)
                 if method != wanted:
-                    raise Refused(405, "method not allowed", f"{path} is asked with {wanted}", headers=[("allow", wanted)])
+                    raise _other_method(path, [wanted])
                 status, extra, out = answer(call)
         except Refused as refused:
             status, extra, out = self.problem(refused, call.request, path)
@@ -283,7 +287,7 @@ class Service:
         found = self._known(path)
         if found is None:
             if allowed := sorted(method for method, own in self.extensions if own == path):
-                raise Refused(405, "method not allowed", f"{path} is asked with {' or '.join(allowed)}", headers=[("allow", ", ".join(allowed))])
+                raise _other_method(path, allowed)
             known = {known for _, known in (*self.routes, *self.extensions)}
             raise Refused(404, "no such path", f"{path[:200]!r} is not answered here{suggest(path[:200], known)}")
         return found

@@ -104,8 +104,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing, self.transport = True, None
-        if self.server.heard is not None:
-            self.server.heard.pop(self.number, None)
+        self.server.heard.pop(self.number, None)
         self.release()
         self.server.left(self)
 
@@ -129,7 +128,7 @@ class Connection(asyncio.Protocol):
 
     def hear(self, sock: socket.socket) -> None:
         "Be read without the loop, while there is a connection."
-        if self.transport is not None and self.server.heard is not None:
+        if self.transport is not None:
             self.sock, self.number = sock, sock.fileno()
             self.server.heard[self.number] = self.read
 
@@ -374,7 +373,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.pending = deque[Request]()
         self.working = self.hearing = self.gathers = self.draining = self.ending = self.listens = False
-        self.heard: dict[int, Callable[[], bool]] | None = None       # connections that are read without the loop
+        self.heard: dict[int, Callable[[], bool]] = {}                # connections that `Awake` reads, where it is the loop's selector
         self.outbox: list[tuple[Any, bytes]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
@@ -390,7 +389,7 @@ class Server:
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
         self.listening = [(listening, context)]
         if isinstance(self.loop, Loop):
-            self.heard, self.loop.awake.answer = self.loop.awake.heard, self.work
+            self.loop.awake.heard, self.loop.awake.answer = self.heard, self.work
         self.look()
         self.listen()
         await self.ended.wait()
@@ -447,7 +446,7 @@ class Server:
     async def greet(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         try:
             _, connection = await self.loop.connect_accepted_socket(lambda: Connection(self), sock, ssl=context, ssl_handshake_timeout=HEADERS_S if context else None)
-            if context is None and self.heard is not None:
+            if context is None:
                 connection.hear(sock)
         except (OSError, asyncio.IncompleteReadError):       # no handshake, a wrong one, or none in time: a client's affair
             sock.close()

@@ -81,17 +81,18 @@ def measure(world: World, way: str, trials: int, names: tuple[str, ...] = (), dr
     return lines
 
 
-def again(lines: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
-    "Those of the seven worlds that a thousand samples put outside 93–97 %, on others: of 164 counts some lie there by chance alone."
-    worlds, found = {world.name: world for world in simulated.WORLDS}, []
-    for line in lines:
-        if line["world"] in worlds and not LOW <= line["inside"] <= HIGH:
-            found += measure(worlds[line["world"]], line["way"], trials, (line["metric"],), start=1_000_000)
-    return found
+def again(world: World, lines: list[dict[str, Any]], trials: int) -> list[dict[str, Any]]:
+    "With what other samples say of those that a thousand put outside 93–97 %: of 164 counts some lie there by chance alone."
+    outside = [line for line in lines if world in simulated.WORLDS and not LOW <= line["inside"] <= HIGH]
+    if outside:
+        found = measure(world, outside[0]["way"], trials, tuple(line["metric"] for line in outside), start=1_000_000)
+        for line, other in zip(outside, found, strict=True):
+            line["again"] = other
+    return lines
 
 
-def keep(lines: list[dict[str, Any]], cpu_s: float, more: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    "Into the results file, in place of earlier lines of the same kind; `more`: those measured again."
+def keep(lines: list[dict[str, Any]], cpu_s: float) -> list[dict[str, Any]]:
+    "Into the results file, in place of earlier lines of the same kind."
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = json.loads(RESULTS.read_text())["lines"] if RESULTS.exists() else []
@@ -99,7 +100,7 @@ def keep(lines: list[dict[str, Any]], cpu_s: float, more: list[dict[str, Any]] |
         kept = [line for line in kept if (line["way"], line["world"]) not in fresh] + lines
         kept.sort(key=lambda line: (WAYS.index(line["way"]), [w.name for w in WORLDS].index(line["world"])))
         RESULTS.write_text(json.dumps({"at": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"), "cores": os.cpu_count(), "numpy": np.__version__,
-                                       "draws": DRAWS, "level": 0.95, "last_cpu_s": round(cpu_s, 1), "lines": kept, "again": more or []}, indent=1) + "\n")
+                                       "draws": DRAWS, "level": 0.95, "last_cpu_s": round(cpu_s, 1), "lines": kept}, indent=1) + "\n")
     RESULTS.with_suffix(".lock").unlink(missing_ok=True)
     return kept
 
@@ -129,13 +130,11 @@ def main() -> None:
         for world in worlds:
             begun = time.process_time()
             if names_of(world, way):
-                lines = keep(measure(world, way, trials), time.process_time() - begun)
-    begun = time.process_time()
-    more = again(lines, asked.again)
-    keep([], time.process_time() - begun, more)
+                lines = keep(again(world, measure(world, way, trials), asked.again), time.process_time() - begun)
     print(told(lines))
-    for line in more:
-        print(f"{line['metric']} of {line['way']}, {line['world']}: {100 * line['inside']:.1f} % of {line['trials']:,} other samples")
+    for line in lines:
+        if other := line.get("again"):
+            print(f"{line['metric']} of {line['way']}, {line['world']}: {100 * other['inside']:.1f} % of {other['trials']:,} other samples")
 
 
 if __name__ == "__main__":

@@ -414,9 +414,21 @@ def one_turn(server: Server, world: Path, seconds: float, seed: int, found: dict
         return row
 
 
+@cache
+def allowed() -> bool:
+    "Whether server and load may come before everything else on their cores (CAP_SYS_NICE)."
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        print("the open loops run at ordinary priority: another needs CAP_SYS_NICE", file=sys.stderr)
+        return False
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return True
+
+
 @contextmanager
 def first(server: Running) -> Iterator[None]:
-    "Server and load before everything else that wants their cores (SCHED_FIFO); as ever where that is not allowed."
+    "Server and load before everything else that wants their cores (SCHED_FIFO)."
     def order(policy: int, priority: int) -> None:
         for thread in [0, *(thread.id for process in server.tree() for thread in process.threads())]:     # 0: this one, which starts the load
             try:
@@ -424,10 +436,7 @@ def first(server: Running) -> Iterator[None]:
             except ProcessLookupError:     # it has ended meanwhile
                 continue
 
-    try:
-        order(os.SCHED_FIFO, 1)
-    except PermissionError:
-        print("the open loops run at ordinary priority: another needs CAP_SYS_NICE", file=sys.stderr)
+    order(os.SCHED_FIFO, 1)
     try:
         yield
     finally:
@@ -437,7 +446,7 @@ def first(server: Running) -> Iterator[None]:
 def window(server: Running, some: Sequence[bytes], rate: float, seconds: float, seed: int, alone: bool = True) -> dict[str, float]:
     "One short open loop, `first` where it shall be alone, and the share of the cores' time that the hypervisor took meanwhile."
     before = psutil.cpu_times().steal
-    with first(server) if alone else nullcontext():
+    with first(server) if alone and allowed() else nullcontext():
         seen = told(open_loop(server, some, rate, seconds, seed=seed))
     return seen | {"stolen": (psutil.cpu_times().steal - before) / (seconds * (os.cpu_count() or 1))}
 
@@ -446,7 +455,7 @@ def windows(server: Running, some: Sequence[bytes], rate: float, seed: int, numb
     "Several short open loops, the medians of what they saw: a virtual machine stands still for milliseconds now and then, and one such moment is the p99 of a long loop."
     found = [window(server, some, rate, seconds, 100 * seed + k) for k in range(number)]
     return {key: statistics.median(one[key] for one in found) for key in found[0] if key != "stolen"} | {
-        "windows": number, "windows_p99_ms": [round(one["p99_ms"], 3) for one in found], "windows_stolen": [round(one["stolen"], 4) for one in found]}
+        "windows": number, "alone": allowed(), "windows_p99_ms": [round(one["p99_ms"], 3) for one in found], "windows_stolen": [round(one["stolen"], 4) for one in found]}
 
 
 def told(sample: pl.DataFrame) -> dict[str, float]:
@@ -508,13 +517,13 @@ def tails(world: Path, number: int = 50, seconds: float = 0.5) -> dict[str, Any]
         rates = {name: statistics.median(rps) / 2 for name, rps in taken.items()}
         arms = {peer.name: (best, rates[peer.name]), "pilothouse": (mine, rates["pilothouse"]), "pilothouse at that peer's rate": (mine, rates[peer.name]),
                 "socket at pilothouse's rate": (floor, rates["pilothouse"]), "socket at that peer's rate": (floor, rates[peer.name])}
-        found: dict[tuple[str, bool], list[dict[str, float]]] = {(name, alone): [] for alone in (True, False) for name in arms}
+        found: dict[tuple[str, bool], list[dict[str, float]]] = {(name, alone): [] for alone in sorted({allowed(), False}, reverse=True) for name in arms}
         for turn in range(number):
             for name, alone in list(found)[:: 1 if turn % 2 else -1]:
                 server, rate = arms[name]
                 found[name, alone].append(window(server, sent[server.server.name], rate, seconds, turn, alone))
     table, ratios = [], []
-    for alone, kept, most in ((alone, *kept) for alone in (True, False) for kept in (("all", 1.0), ("nothing stolen", 0.0))):
+    for alone, kept, most in ((alone, *kept) for alone in sorted({allowed(), False}, reverse=True) for kept in (("all", 1.0), ("nothing stolen", 0.0))):
         seen = {name: [row for row in found[name, alone] if row["stolen"] <= most] for name in arms}
         if min(map(len, seen.values())) < 5:
             continue
