@@ -470,6 +470,32 @@ def say(project: Path, *words: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
 
 
+def test_a_question_that_the_database_does_not_answer_ends_no_controller(packages: Path, tmp_path: Path) -> None:
+    from sqlalchemy import text
+
+    steering, world, stop, said = Steering(opened(packages, tmp_path)), World(), threading.Event(), []
+    begin(steering)
+    world.serve(steering.plans.current("late"), 100)
+
+    def renamed(before: str, after: str) -> None:
+        with steering.registry.transaction("") as connection:
+            connection.execute(text(f"alter table {before} rename to {after}"))
+
+    def failed(why: str) -> None:
+        said.append(why)
+        renamed("away", "plans")
+
+    renamed("plans", "away")
+    controller(steering, world).run(stop, every_s=.01, told=lambda decision: stop.set(), failed=failed)
+    assert len(said) == 1 and "the registry's database" in said[0] and "no such table: plans" in said[0]
+    assert len(steering.rollouts.active("late").state.shares) == 1, "it reviews as soon as it is answered"
+
+
+def test_the_way_back_waits_for_no_numerical_library() -> None:
+    look = "import sys, pipeline.cli.verbs, pipeline.rollout.controller; print(sorted({'numpy', 'polars', 'pyarrow', 'lightgbm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == "[]"
+
+
 def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path: Path) -> None:
     from pipeline.deploy.inference_log import Layout, Recorder, note_outcomes
 
@@ -489,7 +515,8 @@ def test_killed_at_25_percent_the_command_resumes_there(packages: Path, tmp_path
     code, told = say(tmp_path, "start", "late", "--version", "2", "--reason", "better on validation")
     assert code == 0 and told["share"] == 25 and told["status"] == "running"
     plan = Steering(registry).plans.current("late")
-    assert say(tmp_path, "status", "late")[1]["refused"] == ""
+    status = say(tmp_path, "status", "late")[1]
+    assert status["refused"] == "" and status["live"] == 1
     audit.append(store, REFUSED, {"name": "late", "revision": plan.revision, "why": "model.txt differs"})
     assert say(tmp_path, "status", "late")[1]["refused"] == "model.txt differs"
     recorder = Recorder(store, "late", {v: Layout(("hour",), (), "who", ("no", "yes")) for v in (1, 2)}, interval=60, collects=False)

@@ -6,6 +6,7 @@ import gzip
 import ipaddress
 import json
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -28,6 +29,7 @@ import deploy_world as world
 from pipeline.core import audit
 from pipeline.core.errors import EnvironmentFault
 from pipeline.data.contract import target_values
+from pipeline.deploy.http import CONNECTIONS
 from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, Contents, load_package, release
 from pipeline.deploy.requests import Limits
@@ -154,6 +156,17 @@ def test_what_is_no_request_is_no_fault(server: Staged, raw: bytes) -> None:
         answer = connection.recv(200)
     assert not answer.startswith((b"HTTP/1.1 5", b"HTTP/1.1 2"))
     assert status(server, "GET", "/health")[0] == 200
+
+
+def test_there_are_descriptors_for_as_many_as_there_is_room_for(package: tuple[Path, Path]) -> None:
+    "Whatever the shell gives that starts it."
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, most))
+    try:
+        with running(package[0], package[1]) as server:
+            assert server.workers()[0].rlimit(psutil.RLIMIT_NOFILE)[0] == min(CONNECTIONS + 1024, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
 
 def test_a_foreign_host_name_gets_nothing(server: Staged) -> None:

@@ -28,8 +28,10 @@ from pipeline.deploy.requests import Limits
 from pipeline.deploy.service import check_binding, read_secret
 from pipeline.deploy.staging import answers_frame, as_rows, compare
 from pipeline.deploy.versions import Plan, Served, Traffic
+from pipeline.evaluate.group_thresholds import Cut, GroupRule
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
+from pipeline.train.reweighing import Grouping
 
 GOOD = {"hour": 9.5, "seats": 180, "carrier": "UA", "built": "2004-05-06", "rain": False}
 
@@ -273,6 +275,31 @@ def test_batch_equals_online_bit_for_bit(task: str, family: str, tmp_path: Path)
     for suffix in ("csv", "parquet"):
         write_rows(frame.drop("late"), tmp_path / f"in.{suffix}")
         assert predict_all(made, read_rows(tmp_path / f"in.{suffix}")).equals(batch)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "xlsx"])
+def test_batch_equals_online_with_texts_and_cuts_by_group(suffix: str, tmp_path: Path) -> None:
+    "A lottery between two cuts decides alike, whoever asks, and in whatever company."
+    chance = random.Random(4)
+
+    def told(frame: pl.DataFrame) -> pl.DataFrame:
+        words = ["late", "fog", "日航", "née", 'a "quoted", one', "line\nbreak"]
+        return frame.with_columns(note=pl.Series([" ".join(chance.choices(words, k=chance.randrange(5))) or None for _ in range(frame.height)]))
+
+    frame, contract = told(world.rows("binary", 900)), world.contract("binary")
+    contract["columns"] = [*contract["columns"], {**contract["columns"][0], "name": "note", "type": "text", "dtype": "String", "min": None, "max": None}]
+    contract |= {"features": [*contract["features"], "note"]} if "features" in contract else {}
+    model = train_model("trees", frame, target_values(frame, contract), contract, Fitting({"rounds": 10}))
+    rule = GroupRule(Grouping("carrier"), {"UA": Cut(.6, .3, .5), "B6": Cut(.4, .4)}, Cut(.5, .2, .3))
+    made = Predictor(model, make_schema(contract, frame), 0.4, "tiny", 3, "d", rule=rule)
+    asked = told(world.rows("binary", 300, seed=9))
+    rows, batch = as_rows(asked, made.schema.names), made.predict(asked)
+    assert "note" in made.schema.names and (batch["prediction"] == "true").to_list() != (batch["p_true"] >= .4).to_list()
+    for chunk in (1, 300):
+        parts = [ask(Service(made), json.dumps({"rows": rows[i:i + chunk]}))[1]["predictions"] for i in range(0, 300, chunk)]
+        assert compare(batch, answers_frame([one for part in parts for one in part]), 0).equal
+    write_rows(asked.select(made.schema.names), tmp_path / f"in.{suffix}")
+    assert predict_all(made, read_rows(tmp_path / f"in.{suffix}")).equals(batch)
 
 
 def test_a_batch_names_the_column_and_the_row_at_fault() -> None:

@@ -43,6 +43,16 @@ def test_the_file_answers_as_the_model(task: str, family: str, config: dict[str,
     assert trial.program_mb < 1 and trial.row_ms < 5
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e10])
+def test_numbers_of_any_size_are_held_to_what_their_size_allows(scale: float, tmp_path: Path) -> None:
+    "Numbers of billions differ in their last bits alone; among tiny ones a file that always answers nought would not pass."
+    frame = said(600, 4)
+    target, contract = outcome(frame, "regression")
+    model = train_model("text", frame, scale * target, contract, Fitting({}, 3))
+    trial = try_c(model, frame, tmp_path)
+    assert trial.largest_difference <= trial.tolerated <= 1.001e-5 * float(np.abs(model.predict(frame)).max())
+
+
 @pytest.mark.parametrize("kind", ["temperature", "line", "isotonic", "venn_abers"])
 def test_a_repair_of_the_calibration_goes_with_it(kind: str, tmp_path: Path) -> None:
     model, frame = make("binary", "trees", {"rounds": 20})
@@ -194,7 +204,7 @@ def test_a_trained_net_words_and_trees_weighed_together_go_into_one_file(tmp_pat
                {"family": "trees", "config": {"rounds": 9}, "weight": 0.2}]
     model = train_model("ensemble", frame, target, contract, Fitting({"members": members}, 3))
     trial = try_c(model, said(800, 8), tmp_path)
-    assert trial.largest_difference <= 1e-9 and trial.memory_mb < 70
+    assert trial.largest_difference <= 1e-9 and 2 <= trial.memory_mb <= 32, "the least of 256, 128, … in which it answered"
     program = compile_c(tmp_path / "model.c")
     import subprocess
 

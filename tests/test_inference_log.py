@@ -79,7 +79,7 @@ def test_a_thousand_requests_are_a_thousand_lines_joined_to_what_came_true(predi
         assert status == 200
         said.append(json.loads(out)["predictions"][0])
     tensors = [{"name": n, "shape": [2], "datatype": "FP64", "data": [r[n] for r in rows[:2]]} for n in fields]
-    assert service.handle("POST", "/v2/models/tiny/infer", {"x-request-id": "v2"}, json.dumps({"inputs": tensors}).encode())[0] == 200
+    assert service.handle("POST", "/v2/models/tiny/infer", {"x-request-id": "v2"}, json.dumps({"inputs": tensors, "outputs": [{"name": predictor.outputs[-1]}]}).encode())[0] == 200
     sink = io.BytesIO()
     asked.head(2).select(*fields, "tailnum").write_ipc_stream(sink, compat_level=pl.CompatLevel.oldest())
     assert service.handle("POST", "/predict", {"x-request-id": "arrow", "content-type": "application/vnd.apache.arrow.stream"}, sink.getvalue())[0] == 200
@@ -213,6 +213,21 @@ def test_a_clock_that_jumps_takes_no_file_from_its_writer(recorder: Recorder, tm
     spool.drop()
     recorder.flush()
     assert read_inferences(tmp_path, "tiny").height == 10 and not list((tmp_path / "inferences/tiny").iterdir())
+
+
+def test_files_that_wait_are_looked_at_once(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "FILES", 150)
+    for i in range(400):
+        note_outcomes(tmp_path, "tiny", [{"request_id": f"r{i}", "value": "yes"}], ["no", "yes"])
+    looked, stat = [], Path.stat
+
+    def counted(path: Path, **how: Any) -> os.stat_result:
+        looked.append(path)
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", counted)
+    assert collect(tmp_path, "tiny") == 400 and len([path for path in looked if path.suffix == ".outcomes"]) <= 4 * 400
+    assert len(inference_tables(tmp_path, "tiny")[1].parts()) == 3 and not list((tmp_path / "inferences/tiny").iterdir())
 
 
 def test_a_file_that_did_not_get_its_name_gets_it_before_others_are_written(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

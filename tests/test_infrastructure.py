@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import deploy_world as world
@@ -106,8 +108,11 @@ def test_a_package_goes_live_twice_once_and_back(site: Site) -> None:
     assert first.changed and first.version == 1 and version_at(first.door) == 1
     again = site.deploy(0)
     assert not again.changed and (again.release, again.pid, again.door) == (first.release, first.pid, first.door), "twice is once: the same bytes, the same process"
+    before = os.umask(0o077)
     elsewhere = site.assemble(0, site.place.parent / "clean")
+    os.umask(before)
     assert elsewhere.name == first.release, "from a clean place: the same digest"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (elsewhere, *elsewhere.rglob("*"))), "whoever it runs as can read it"
     with Crowd(first.door) as crowd:
         second = site.deploy(1)
     assert second.changed and second.door == first.door and version_at(second.door) == 2
@@ -133,6 +138,31 @@ def test_a_package_goes_live_twice_once_and_back(site: Site) -> None:
     assert [(e["event"], e["version"], e["by"]) for e in history(site.place)] == [("live", 1, "ann"), ("live", 2, "ann"), ("refused", 3, "ann"), ("back", 1, "bob")]
     with pytest.raises(InputError, match="there is nothing older than release"):      # not to the second, which was left by going back
         go_back(site.place)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.deploy import deployment
+setattr(deployment, sys.argv[1], lambda *words, **more: os.kill(os.getpid(), signal.SIGKILL))
+deployment._bring(Path(sys.argv[2]), Path(sys.argv[3]), 0, None, 120, "ann")
+"""
+
+
+@pytest.mark.parametrize("at", ["smoke", "_note"])
+def test_what_a_killed_deployment_started_does_not_go_on(site: Site, at: str) -> None:
+    "Killed before the switch and right after it: the next one ends whoever nobody is sent to."
+    live = site.deploy(0)
+    release = site.assemble(1)
+    done = subprocess.run([sys.executable, "-c", KILLED, at, str(site.place), str(release)], capture_output=True, env={**os.environ, "PYTHONPATH": str(world.ROOT)})
+    assert done.returncode == -9, done.stderr
+    aside = json.loads((site.place / deployment.ASIDE).read_text())
+    assert len(aside) == 2 and all(map(deployment._alive, aside)) and version_at(live.door) == {"smoke": 1, "_note": 2}[at]
+    (site.place / "releases/.partial.1").mkdir()      # of one that was killed while it assembled
+    after = site.deploy(0)
+    assert not list((site.place / "releases").glob(".partial.*"))
+    assert {told["pid"] for told in aside if deployment._alive(told)} == (set() if after.changed else {after.pid})
+    assert version_at(after.door) == 1 and not (site.place / deployment.ASIDE).exists()
 
 
 def test_a_service_that_answers_wrongly_is_not_put_live(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +282,7 @@ BROKEN = [
     ("argo/rollout.yml", "templateName: late-flights", "templateName: latte", "analysis-exists"), ("argo/rollout.yml", "kind: Deployment\n    name: late-flights", "kind: Deployment\n    name: x", "target-exists"),
     ("argo/rollout.yml", "analysis:", "analysys:", "schema"), ("argo/analysis.yml", "- name: version\n", "- name: vision\n", "arguments"),
     ("argo/analysis.yml", "failureCondition:", "# failureCondition:", "can-be-undecided"), ("argo/analysis.yml", "address: http:", "address: ftp:", "schema"),
+    ("argo/analysis.yml", "pilothouse_answers_total{", "pilothouse_answer_total{", "counted"), ("argo/analysis.yml", 'job="late-flights",', "", "own-numbers"),
     ("prometheus/alerts.yml", "record: pilothouse:up", "record: pilothouse-up", "schema"), ("prometheus/alerts.yml", "pilothouse_answers_total{", "pilothouse_answer_total{", "counted"),
     ("prometheus/alerts.yml", "severity: ticket", "severity: soon", "severity"), ("prometheus/alerts.yml", "runbook: service down", "page: none", "runbook"),
     ("prometheus/scrape.yml", "scheme: https", "scheme: http", "encrypted"), ("prometheus/scrape.yml", "credentials_file: /run", "credentials: abc #", "no-secrets"),
@@ -302,9 +333,60 @@ def test_rules_that_need_more_than_a_word(files: dict[str, str]) -> None:
         assert {flaw.rule for flaw in inspect({"x.service": bare})} == {"exposure"}
 
 
+def wealth(query: str) -> Callable[..., Any]:
+    "A query of the canary's analysis as a function of what each window saw: new requests `n`, bad ones `c`; old requests `m`, bad ones `d`."
+    def seen(selector: re.Match[str]) -> str:
+        new, bad = 'version="3"' in selector[1], "status=" in selector[1]
+        return {(True, True): "c", (False, True): "d", (True, False): "n", (False, False): "m"}[new, bad]
+
+    text = re.sub(r"sum\(increase\(\w+\{([^}]*)\}\[\w+\]\)\)", seen, query.replace("{{args.version}}", "3"))
+    text = re.sub(r"\((\w) or 0 \* \w\)", r"\1", text.split(" and (")[0])
+    text = re.sub(r"\[\w+:5m\]", "", text.replace("((n + m) > 0)", "(n + m)"))
+    assert set(re.findall(r"[a-z_]+", text)) <= {"c", "d", "n", "m", "exp", "ln", "sum_over_time"}, text
+    return lambda **windows: eval(text, {"exp": lambda v: np.exp(np.minimum(v, 700)), "ln": np.log, "sum_over_time": lambda values: np.cumsum(values, axis=-1), **windows})  # noqa: S307
+
+
+def test_argo_judges_the_canary_with_the_tests_of_the_rollout(files: dict[str, str]) -> None:
+    "The same wealth as `count_errors` on the same windows; looked at a thousand times, a good canary stays and one that errs more goes."
+    import yaml
+
+    from pipeline.deploy import infrastructure
+    from pipeline.rollout import sequential
+
+    assert (infrastructure.ODDS, infrastructure.STAKED) == (sequential.ODDS, sequential.STAKED)
+    metrics = {m["name"]: m for m in yaml.safe_load(files["argo/analysis.yml"])["spec"]["metrics"]}
+    assert set(metrics) == set(infrastructure.TESTS) and {m["failureCondition"] for m in metrics.values()} == {"len(result) > 0 && result[0] >= 100"}
+    errors, limit = (wealth(metrics[name]["provider"]["prometheus"]["query"]) for name in ("errors", "errors_max"))
+    random, state = np.random.default_rng(1), sequential.Errors(.01)
+    n, m = random.integers(1, 90, 40), random.integers(500, 900, 40)
+    c, d = random.binomial(n, .02), random.binomial(m, .01)
+    for window in zip(c.tolist(), n.tolist(), d.tolist(), m.tolist()):
+        state = sequential.count_errors(state, *window)
+    assert errors(n=n, m=m, c=c, d=d)[-1] == pytest.approx(sum(part * math.exp(log) for part, log in zip(sequential.STAKED, state.logs)), rel=1e-6)
+    looks = (400, 1000)
+    n, m, base = random.poisson(20, looks) + 1, random.poisson(400, looks) + 1, random.choice([.001, .005, .02, .2], looks)     # a load and errors that move
+    d = random.binomial(m, base)
+    assert (errors(n=n, m=m, c=random.binomial(n, base), d=d).max(axis=1) >= 100).mean() <= .02
+    assert (errors(n=n, m=m, c=random.binomial(n, np.minimum(3 * base, 1)), d=d).max(axis=1) >= 100).mean() >= .95
+    assert (limit(n=n, c=random.binomial(n, .01)).max(axis=1) >= 100).mean() <= .02 and (limit(n=n, c=random.binomial(n, .02)).max(axis=1) >= 100).mean() >= .95
+
+
+def test_close_stages_and_odd_names_make_files_that_can_be_used() -> None:
+    import yaml
+
+    odd = write_infrastructure(Blueprint("2024_churn", 3, "ab" * 32, BASE, problem_file="params/my churn.yml", stages=(.2, .4, 99.8, 100)))
+    assert inspect(odd) == []
+    steps = yaml.safe_load(odd["argo/rollout.yml"])["spec"]["strategy"]["canary"]["steps"]
+    assert [step["setWeight"] for step in steps if "setWeight" in step] == [1, 99, 100]
+    assert yaml.safe_load(odd["kubernetes/service.yml"])["metadata"]["name"] == "model-2024-churn", "a service's name starts with a letter"
+    assert "run 'params/my churn.yml' --run ci" in odd["ci.yml"].replace("''", "'")
+    assert "ci.yml" not in write_infrastructure(Blueprint("churn", 3, "ab" * 32, BASE, problem_file=""))
+
+
 DOCKER = """#!/bin/bash
 echo "$*" >> "$LOG"
 case "$*" in
+  "info") exit "${ENGINE:-0}" ;;
   "ps "*) echo "$LIVE" ;;
   "image inspect"*) exit 1 ;;
   *"--project-name late-flights-next up"*) exit "${NEXT:-0}" ;;
@@ -315,7 +397,7 @@ esac
 
 
 @pytest.mark.parametrize(("seen", "code", "last"), [
-    ({"LIVE": "late-flights:v3-abababababab"}, 0, "ps "),
+    ({"LIVE": "late-flights:v3-abababababab"}, 0, "ps "), ({"ENGINE": "1"}, 4, "info"), ({"SMOKE_TOKEN": ""}, 2, "ps "), ({"SECRETS": "/nowhere"}, 2, "ps "),
     ({"LIVE": "late-flights:v2-cdcdcdcdcdcd"}, 0, "--project-name late-flights-next down"),
     ({"LIVE": "late-flights:v2-cdcdcdcdcdcd", "NEXT": "1"}, 3, "--project-name late-flights-next down"),
     ({"LIVE": "late-flights:v2-cdcdcdcdcdcd", "SMOKE": "3"}, 3, "--project-name late-flights-next down"),
@@ -327,14 +409,16 @@ def test_the_script_on_a_recorded_docker(files: dict[str, str], tmp_path: Path, 
     (tmp_path / "bin/docker").write_text(DOCKER)
     (tmp_path / "bin/docker").chmod(0o755)
     (tmp_path / "deploy.sh").write_text(files["deploy.sh"])
+    for name in ("tokens", "tls.crt", "tls.key"):
+        (tmp_path / name).touch()
     log = tmp_path / "log"
     log.touch()
-    done = subprocess.run(["bash", str(tmp_path / "deploy.sh")], capture_output=True, text=True, env={**os.environ, **seen, "LOG": str(log), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    done = subprocess.run(["bash", str(tmp_path / "deploy.sh")], capture_output=True, text=True, env={**os.environ, "SMOKE_TOKEN": "x", "SECRETS": str(tmp_path), **seen, "LOG": str(log), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
     lines = log.read_text().splitlines()
     assert done.returncode == code, done.stderr
     assert last in lines[-1], lines
     own = [line for line in lines if "--project-name late-flights up" in line]
-    assert len(own) == (0 if seen.keys() & {"NEXT", "SMOKE"} or last == "ps " else 2 if "BAD" in seen else 1), "what failed beside the old one never touches it; what failed in its place is taken back"
+    assert len(own) == (0 if seen.keys() & {"NEXT", "SMOKE"} or last in ("ps ", "info") else 2 if "BAD" in seen else 1), "what failed beside the old one never touches it; what failed in its place is taken back"
     if "BAD" in seen:
         assert "going back to late-flights:v2-cdcdcdcdcdcd" in done.stderr
 
@@ -355,10 +439,20 @@ def test_continuous_integration_cannot_promote(files: dict[str, str], site: Site
     for state in ("staging", "canary", "production"):
         registry.move("tiny", 1, state, "measured", by="ann")
     registry.register(site.packages[1], "no-go", "tiny/ci", by="ci")
+    registry.register(site.packages[2], "go", "tiny/ci", by="ci")
     before = registry.entries()
-    done = subprocess.run(["bash", "-e", "-c", step], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(world.ROOT), "GITHUB_SHA": "abc123"})
+
+    def offer(package: Path) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(tmp_path / "outputs/tiny", ignore_errors=True)
+        shutil.copytree(package, tmp_path / "outputs/tiny/ci/06_deploy/package")
+        return subprocess.run(["bash", "-e", "-c", step], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(world.ROOT), "GITHUB_SHA": "abc123"})
+
+    done = offer(site.packages[1])       # the run's own, though a newer one of another branch would do
     assert done.returncode == 1 and "comes from a run with the verdict no-go" in done.stderr, done.stderr
     assert registry.entries() == before and registry.holder("tiny").version == 1
+    assert offer(site.packages[2]).returncode == 0 and registry.entry("tiny", 3).state == "staging"
+    again = offer(site.packages[2])
+    assert again.returncode == 0 and "offered before" in again.stdout and registry.entry("tiny", 3).state == "staging"
     registry.close()
 
 

@@ -264,6 +264,51 @@ def test_a_crash_before_the_trail_is_made_good(world, monkeypatch):
     assert last["event"] == EVENT and last["details"]["to"] == "staging" and len(audit.entries(registry.store)) == told + 1
 
 
+def test_another_database_has_numbers_of_its_own(world, tmp_path):
+    "A registry that moved to another database, or came back from a backup, counts its moves anew: each is in the trail all the same."
+    registry, _, packages = world
+    told = len(audit.entries(registry.store))
+    other = Registry(registry.store, f"sqlite:///{tmp_path / 'other.db'}")
+    for package in packages:
+        other.register(package, "go", "late/main", by="ci")
+    other.move("late", 1, "staging", "a reason", by="ann")
+    moves = [e["details"] for e in audit.entries(registry.store)][told:]
+    assert [(m["move"], m["version"], m["to"]) for m in moves] == [(1, 1, "candidate"), (2, 2, "candidate"), (3, 3, "candidate"), (4, 1, "staging")]
+    other.close()
+
+
+def test_long_words_are_kept_by_every_database(world):
+    registry, _, packages = world
+    licences = ", ".join(f"Apache Software License {n}" for n in range(40))
+    many = [Check(f"a criterion with the number {n} and a long name", "no-go", "0.1", licences) for n in range(30)]
+    assert registry.judge(packages[0], "no-go", "late/main", checks=[*many, Check("y" * 400, "no-go", "0.1", "≤ 0")]).verdict == "no-go"
+    lifted = registry.move("late", 1, "staging", "x" * 1500, by="ann " * 100, waive=True)
+    assert lifted.verdict == "waived" and lifted.reason.endswith("x" * 1500) and len(lifted.by) == 200
+    assert registry.judge(packages[1], "no-go", "late/main", checks=many).verdict == "no-go"
+    assert registry.judge(packages[1], "go", "late/main", checks=[Check(c.title, "go", "0.9", c.limit) for c in many]).verdict == "go", "the same limits, met"
+    for reason, why in (("x" * 1501, "at most 1,500 are kept"), ("x\0", "bytes that are no text"), ("caf\udce9", "bytes that are no text")):
+        with pytest.raises(InputError, match=why):
+            registry.move("late", 3, "staging", reason)
+        with pytest.raises(InputError, match=why):
+            Plans(registry).change("late", 0, reason, live=registry.entry("late", 3).digest)
+
+
+def test_a_server_that_only_reads_and_a_user_without_rights_are_no_damage(server):
+    import sqlalchemy
+
+    from pipeline.data.network import fill_secrets
+
+    admin = sqlalchemy.create_engine(fill_secrets(server.url)[0], isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS packages, moves, failures, plans"))
+        connection.execute(sqlalchemy.text("CREATE ROLE reader LOGIN PASSWORD 'reader'"))
+    reader, standby = server.url.replace("keeper:{env:PGPASS}", "reader:reader"), f"{server.url}?options=-cdefault_transaction_read_only%3Don"
+    for url, why in ((reader, "permission denied"), (standby, "read-only")):
+        with pytest.raises(EnvironmentFault, match=f"refuses .*{why}.*see to its disk and to the rights of its user"):
+            Registry(Path("unused"), url)
+    admin.dispose()
+
+
 def test_what_answers_and_what_is_called_production_move_together(world, monkeypatch):
     registry, _, _ = world
     plans, digests = Plans(registry), {e.version: e.digest for e in registry.entries("late")}
@@ -292,6 +337,9 @@ def test_what_answers_and_what_is_called_production_move_together(world, monkeyp
     assert both()[1:] == (3, 1), "a trial is the rollout's business"
     plans.move("late", 3, "production", "the owner has decided", "ann")
     assert both() == ({1: "retired", 2: "retired", 3: "production"}, 4, 3)
+    with pytest.raises(InputError, match="v3 of late answers requests now; bring another version into production before it is retired"):
+        plans.move("late", 3, "retired", "old", "ann")
+    assert both() == ({1: "retired", 2: "retired", 3: "production"}, 4, 3)
     assert audit.verify(registry.store) == len(registry.moves()) + len(plans.history("late"))
 
 
@@ -300,6 +348,24 @@ def test_a_database_that_is_not_there(tmp_path):
     with pytest.raises(EnvironmentFault, match="does not answer") as told:
         Registry(tmp_path, "postgresql+psycopg://ann:{env:PGNOWHERE}@127.0.0.1:1/db")
     assert "ann" not in str(told.value).split("(")[0]
+
+
+def test_a_full_database_takes_nothing_and_goes_on_afterwards(world):
+    registry, url, _ = world
+    if url:
+        pytest.skip("the disk of a server is not ours to fill")
+    with registry.engine.connect() as connection:      # the same answer as a full disk's
+        raw = connection.connection.driver_connection
+        raw.execute("CREATE TABLE filler (x)")
+        raw.execute(f"PRAGMA max_page_count = {raw.execute('PRAGMA page_count').fetchone()[0]}")
+        raw.execute("INSERT INTO filler VALUES (zeroblob(1000))")
+    with pytest.raises(EnvironmentFault, match=r"refuses \(database or disk is full\)"):
+        for _ in range(200):
+            registry.move("late", 1, "staging", "x" * 1500, by="ann")
+            registry.move("late", 1, "candidate", "x" * 1500, by="ann")
+    registry.close()      # whoever comes next has no such limit
+    assert [m for m in registry.moves("late") if m.version == 1][-1].went_to == registry.entry("late", 1).state
+    registry.move("late", 2, "staging", "there is room again")
 
 
 def test_a_database_file_that_is_none(tmp_path):

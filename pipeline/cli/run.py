@@ -21,15 +21,30 @@ __all__ = ['CODES', 'problem_file', 'run_named', 'run_problem', 'with_engine', '
 
 # %% ../../nbs/lib/cli/03_run.ipynb #384b2650
 def problem_file(
-    name: str,            # a path, or the name of a file in params/
+    name: str,            # a path, the name of a file in params/, or that of the problem in one
     settings: Settings,
 ) -> Path:
     "The problem file that a person means; raises `InputError` with the nearest name."
     for path in (Path(name), settings.root / name, settings.root / "params" / f"{name}.yml"):
         if path.is_file():
             return path
-    known = [f"params/{p.name}" for p in sorted((settings.root / "params").glob("*.yml")) if not p.name.endswith(".contract.yml")]
+    files = [p for p in sorted((settings.root / "params").glob("*.yml")) if not p.name.endswith(".contract.yml")]
+    for path in files:
+        if _named(path) == name:
+            return path
+    known = [f"params/{p.name}" for p in files]
     raise InputError(f"no problem file {name}{suggest(name, known)}")
+
+
+def _named(file: Path) -> str:
+    "What a file calls its problem; empty where that cannot be read."
+    from pipeline.core.problem import read_yaml
+
+    try:
+        problem = read_yaml(file.read_text(encoding="utf-8"), file.name)[0].get("problem")
+    except (InputError, OSError, UnicodeDecodeError):      # it is not the one that is looked for
+        return ""
+    return str(problem.get("name", "")) if isinstance(problem, dict) else ""
 
 
 def run_named(

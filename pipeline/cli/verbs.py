@@ -469,7 +469,9 @@ def _steering(problem: str) -> Iterator[tuple[Any, str]]:
     settings = load_settings()
     registry = Registry(settings.store, settings.database)
     try:
-        yield Steering(registry), problem if registry.entries(problem) else _problem_of(problem, settings).problem.name
+        steering, name = Steering(registry), problem if registry.entries(problem) else _problem_of(problem, settings).problem.name
+        with steering.plainly():
+            yield steering, name
     finally:
         registry.close()
 
@@ -481,14 +483,15 @@ def _problem_of(name: str, settings: Any) -> Any:
     return load_problem(problem_file(name, settings))
 
 
-def _show_rollout(rollout: Any, as_json: bool, refused: str = "") -> int:
+def _show_rollout(steering: Any, rollout: Any, as_json: bool, refused: str = "") -> int:
     from pipeline.rollout.controller import describe
 
-    told = describe(rollout) | {"refused": refused}
+    told = describe(rollout) | {"refused": refused, "live": steering.live(rollout.name)}
+    stage = f" at {told['share']:g} %, review {told['reviews_of_stage']} of at least {told['reviews_a_stage']} in this stage" if rollout.active else ""
     difference = "no outcome known yet" if told["difference"] is None else f"loss {told['difference']:+.4f} on {told['outcomes']:,} outcomes"
 
     def show() -> None:
-        print(f"{told['name']} v{told['version']}: {told['status']} at {told['share']:g} %, review {told['reviews_of_stage']} of at least {told['reviews_a_stage']} in this stage")
+        print(f"{told['name']} v{told['version']}: {told['status']}{stage}; live is v{told['live']}")
         print(f"  {told['served']:,} requests answered, {difference}; {min(told['outcomes_known'], told['outcomes_due']):,} of {told['outcomes_due']:,} outcomes that are due have come")
         print(f"  {told['by']}: {told['why']}")
         if refused:
@@ -517,7 +520,7 @@ def rollout_start(
     with _steering(problem) as (steering, _):
         from pipeline.rollout.controller import begin_rollout
 
-        return _show_rollout(begin_rollout(steering.registry, _problem_of(problem, load_settings()), version, reason), as_json)
+        return _show_rollout(steering, begin_rollout(steering.registry, _problem_of(problem, load_settings()), version, reason), as_json)
 
 
 @rollouts.command("status", epilog="Example: pilothouse rollout status flights --history")
@@ -536,7 +539,7 @@ def rollout_status(
             raise InputError(f"nothing of {name} was ever rolled out; start with: pilothouse rollout start {name} --version N --reason '…'")
         if not history:
             plan = steering.plans.current(name)
-            return _show_rollout(last, as_json, refusal(steering.registry.store, name, plan.revision) if plan else "")
+            return _show_rollout(steering, last, as_json, refusal(steering.registry.store, name, plan.revision) if plan else "")
         events = [vars(e) for e in steering.rollouts.events(name)]
         rows = [{"at": f"{e['at']:%Y-%m-%d %H:%M:%S}", **{k: e[k] for k in ("version", "event", "share", "by", "reason")}} for e in events]
         say(events, partial(_show_rows, rows), as_json)
@@ -547,14 +550,14 @@ def rollout_status(
 def rollout_hold(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
     "Stop the way forward until `resume`; a model that fails goes back all the same."
     with _steering(problem) as (steering, name):
-        return _show_rollout(steering.hold(name, reason), as_json)
+        return _show_rollout(steering, steering.hold(name, reason), as_json)
 
 
 @rollouts.command("resume", epilog="Example: pilothouse rollout resume flights --reason 'the fair is over'")
 def rollout_resume(problem: Problem, reason: Reason, as_json: Json = False, debug: Debug = False) -> int:
     "Go on after a hold."
     with _steering(problem) as (steering, name):
-        return _show_rollout(steering.resume(name, reason), as_json)
+        return _show_rollout(steering, steering.resume(name, reason), as_json)
 
 
 @rollouts.command("promote", epilog="Example: pilothouse rollout promote flights --reason 'the owner has decided'")
@@ -567,7 +570,7 @@ def rollout_promote(
 ) -> int:
     "One stage further on a person's word."
     with _steering(problem) as (steering, name):
-        return _show_rollout(steering.promote(name, reason, whole=whole), as_json)
+        return _show_rollout(steering, steering.promote(name, reason, whole=whole), as_json)
 
 
 @rollouts.command("back", epilog="Example: pilothouse rollout back flights --reason 'complaints since noon'")
@@ -578,7 +581,7 @@ def rollout_back(problem: Problem, reason: Reason, as_json: Json = False, debug:
 
         done = steering.back(name, reason)
         if not isinstance(done, Entry):
-            return _show_rollout(done, as_json)
+            return _show_rollout(steering, done, as_json)
         told = {"name": done.name, "version": done.version, "state": done.state, "by": done.by, "why": done.reason}
         say(told, f"{done.name} v{done.version} is in {done.state} again\n  {done.by}: {done.reason}", as_json)
         return 0

@@ -39,8 +39,12 @@ def signing_key(
             key = Ed25519PrivateKey.generate()
             write_whole(folder / f"{name}.pub", key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
             write_whole(file, key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()), 0o600)
-    loaded = s.load_pem_private_key(file.read_bytes(), None)
-    assert isinstance(loaded, Ed25519PrivateKey)
+    try:
+        loaded = s.load_pem_private_key(file.read_bytes(), None)
+    except (ValueError, TypeError) as error:      # TypeError: it asks for a password
+        raise IntegrityError(f"{file} is damaged; restore it from a backup") from error
+    if not isinstance(loaded, Ed25519PrivateKey):
+        raise IntegrityError(f"{file} is no Ed25519 key; restore the one that signed")
     return loaded
 
 
@@ -52,7 +56,10 @@ def public_key(store: Path, name: str = "audit") -> Ed25519PublicKey:
     file = store / "keys" / f"{name}.pub"
     if not file.exists():
         raise IntegrityError(f"no key {file}; without it no signature can be checked")
-    loaded = s.load_pem_public_key(file.read_bytes())
+    try:
+        loaded = s.load_pem_public_key(file.read_bytes())
+    except ValueError as error:
+        raise IntegrityError(f"{file} is damaged; restore it from a backup") from error
     if not isinstance(loaded, Ed25519PublicKey):
         raise IntegrityError(f"{file} is no Ed25519 key; restore the one that signed")
     return loaded

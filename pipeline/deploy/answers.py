@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,7 +271,7 @@ def _field(body: bytes, table: int, number: int) -> int:
     return table + offset if offset else 0
 
 # %% ../../nbs/lib/deploy/08_answers.ipynb #5013831b
-_BINARY = {"FP64": "<f8", "FP32": "<f4", "INT64": "<i8", "INT32": "<i4", "INT16": "<i2", "INT8": "<i1", "UINT64": "<u8", "UINT32": "<u4", "UINT16": "<u2",
+_BINARY = {"FP64": "<f8", "FP32": "<f4", "FP16": "<f2", "INT64": "<i8", "INT32": "<i4", "INT16": "<i2", "INT8": "<i1", "UINT64": "<u8", "UINT32": "<u4", "UINT16": "<u2",
            "UINT8": "<u1", "BOOL": "?"}
 
 
@@ -291,6 +292,7 @@ def read_tensors(
         if tensor["name"] in columns:
             raise Refused(422, "not a request", f"tensor {tensor['name'][:120]!r} was sent twice", [Finding(0, tensor["name"][:120], "was sent twice")])
         columns[tensor["name"]], tail = _values(tensor, tail)
+        _check_shape(tensor, len(columns[tensor["name"]]))
     if tail:
         raise Refused(422, "not a request", f"{len(tail):,} bytes belong to no tensor; say binary_data_size for each", [Finding(0, "inputs", "do not use all bytes")])
     lengths = {len(data) for data in columns.values()}
@@ -322,6 +324,16 @@ def _values(tensor: Mapping[str, Any], tail: bytes) -> tuple[list[Any], bytes]:
         return [None if value != value else value for value in np.frombuffer(mine, _BINARY[str(tensor.get("datatype"))]).tolist()], rest
     except (KeyError, ValueError, struct.error, UnicodeDecodeError):
         raise Refused(422, "not a request", f"tensor {name!r} is not {size:,} bytes of {str(tensor.get('datatype'))[:20]}", [Finding(0, name, "cannot be read")]) from None
+
+
+def _check_shape(tensor: Mapping[str, Any], values: int) -> None:
+    name, shape, kind = tensor["name"][:120], tensor.get("shape"), tensor.get("datatype")
+    if not isinstance(kind, str) or kind != "BYTES" and kind not in _BINARY:
+        raise Refused(422, "not a request", f"tensor {name!r} has datatype {str(kind)[:20]!r}", [Finding(0, name, "has an unknown datatype", str(kind)[:20], ["BYTES", *_BINARY])])
+    if not (isinstance(shape, list) and shape and all(type(n) is int and n >= 0 for n in shape)):
+        raise Refused(422, "not a request", f"tensor {name!r} has no shape; send [rows]", [Finding(0, name, "has no shape", None, "a list of whole numbers")])
+    if math.prod(shape) != values:
+        raise Refused(422, "not a request", f"tensor {name!r} has shape {str(shape)[:40]} and {values:,} values", [Finding(0, name, "has another shape than its data")])
 
 
 def _texts(content: bytes) -> list[str]:

@@ -80,7 +80,7 @@ class Tally:
     latency: Histogram = field(default_factory=lambda: Histogram(BUCKETS))
     scores: Histogram | None = None
     classes: Counter[str] = field(default_factory=Counter)
-    statuses: Counter[int] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=lambda: Counter({422: 0, 500: 0}))      # a series that begins at its first failure hides it from Prometheus' increase()
     rows: int = 0
     lately: Lately = field(default_factory=Lately)
 

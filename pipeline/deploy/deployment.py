@@ -27,7 +27,7 @@ from ..core.store import digest, digest_file, disk_errors, locked, write_whole
 from .package import LOCK, MANIFEST, verify_package
 
 # %% auto #0
-__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'OWN', 'LIVE', 'CAME', 'KEPT', 'PATIENCE_S', 'NOBODY', 'assemble',
+__all__ = ['PACKAGE', 'PUBLIC', 'PROGRAM', 'TOLD', 'OWN', 'LIVE', 'ASIDE', 'CAME', 'KEPT', 'PATIENCE_S', 'NOBODY', 'assemble',
            'check_release', 'public_key_of', 'serve_release', 'write_serving', 'read_serving', 'plain_row', 'smoke',
            'ask', 'read_live', 'cut_log', 'run_door', 'Deployed', 'deploy', 'go_back', 'stop_all', 'Standing',
            'standing', 'history']
@@ -58,7 +58,7 @@ def assemble(
             if (package / LOCK).is_file():
                 shutil.copyfile(package / LOCK, partial / LOCK)
             write_whole(partial / TOLD, json.dumps({"name": manifest["name"], "version": manifest["version"], "package": digest_file(package / MANIFEST)}, sort_keys=True))
-            for path in partial.rglob("*"):
+            for path in (partial, *partial.rglob("*")):
                 path.chmod(0o755 if path.is_dir() or path.suffix == ".sh" else 0o444)
             final = releases / digest(partial)[:16]
             if final.exists() and digest(final)[:16] != final.name:
@@ -252,7 +252,7 @@ def _same(release: Path, told: dict[str, Any], expected: dict[str, Any], version
             raise IntegrityError(f"smoke test of {release.name}: {name} is {seen!r} over HTTP and {value!r} from the package; it was not put live")
 
 # %% ../../nbs/lib/deploy/31_deployment.ipynb #5453f782
-LIVE = "live.json"
+LIVE, ASIDE = "live.json", "aside.json"
 CAME = ("live", "back")     # events after which a release answers
 KEPT = 5            # releases that one can go back to
 PATIENCE_S = 5.0
@@ -400,11 +400,13 @@ def stop_all(
     by: str = "",
 ) -> bool:     # False: nothing was ever deployed there
     "Stop the door and the live release, the callers' side first."
-    if read_live(place) is None:
+    if read_live(place) is None and not (place / ASIDE).is_file():
         return False
     with locked(place / "deploy.lock"):
+        _sweep(place)
         live = read_live(place)
-        assert live
+        if live is None:
+            return False
         running = [told for told in (_read(place / "door.json"), live) if told and _alive(told)]
         for told in running:
             _stop(told["pid"])
@@ -468,6 +470,7 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
     from pipeline.core.settings import secret
     from pipeline.deploy.service import Serving, free_port
 
+    _sweep(place)
     told, now, how = check_release(release), read_live(place), dict(how or {})
     Serving(str(release / PACKAGE), b"", **_known(how, "how it is served")).check()
     door, known = _door_port(place), _read(place / "door.json")
@@ -484,6 +487,8 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
     inner = free_port("127.0.0.1", 0)
     process = _start(place, release, inner, serving, traffic.revision, token if guarded and not how.get("token_ref") else None)
     try:
+        coming = _born(process.pid)
+        write_whole(place / ASIDE, json.dumps([coming, *([now] if now else [])]))
         _await(process, inner, within_s, place)
         smoke(release, inner, token)
         door = _open_door(place, port)
@@ -491,18 +496,29 @@ def _bring(place: Path, release: Path, port: int | None, how: Mapping[str, Any] 
     except BaseException as error:
         _stop(process.pid)
         process.wait()
+        (place / ASIDE).unlink(missing_ok=True)
         if not isinstance(error, PilothouseError | OSError):
             raise
         fault = error if isinstance(error, PilothouseError) else EnvironmentFault(f"release {release.name} stopped answering during its smoke test ({error}); it was not put live")
         _note(place, "refused", told, release, by, str(fault))
         raise fault from error
-    live = {**told, "release": release.name, "port": inner, **_born(process.pid), "since": clock().isoformat(timespec="seconds"), "serving": serving.name}
+    live = {**told, "release": release.name, "port": inner, **coming, "since": clock().isoformat(timespec="seconds"), "serving": serving.name}
     write_whole(place / LIVE, json.dumps(live))
     _note(place, CAME[back], told, release, by)
-    if now and _alive(now):
-        _stop(now["pid"])
+    _sweep(place)
     _forget(place)
     return _deployed(live, door, True)
+
+
+def _sweep(place: Path) -> None:
+    "End what a deployment left aside: the release that was live before, or, where the deployment was killed, the one that it had started."
+    live = read_live(place)
+    for told in _read(place / ASIDE) or []:
+        if _alive(told) and (live is None or (told["pid"], told["born"]) != (live["pid"], live["born"])):
+            _stop(told["pid"])
+    (place / ASIDE).unlink(missing_ok=True)
+    for half in (place / "releases").glob(".partial.*"):
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def _deployed(live: dict[str, Any], door: int, changed: bool) -> Deployed:
@@ -616,7 +632,7 @@ def _door_port(place: Path) -> int:
     return int(told["port"]) if told and _alive(told) else 0
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 

@@ -50,7 +50,10 @@ def _cast(series: pl.Series, spec: Field, infinite: bool = False) -> pl.Series:
         given = convert(given, "number")     # seconds, as training counted them
     if given.dtype == wanted:
         return class_names(given) if wanted == pl.String else given     # texts as training read them
-    cast = given.cast(wanted, strict=False)
+    try:
+        cast = given.cast(wanted, strict=False)
+    except pl.exceptions.PolarsError:
+        raise InputError(f"column {spec.name!r} holds values of type {given.dtype}, which are no {spec.type} ({spec.dtype}); send plain values") from None
     lost = cast.is_null() & given.is_not_null()
     if given.dtype.is_float() and wanted.is_integer():
         lost |= (given != given.round()).fill_null(False)

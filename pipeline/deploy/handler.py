@@ -58,6 +58,7 @@ class Call:
     version: int | None = None         # of the model that answers; None: none was asked
     role: str = "live"                 # or canary
     kept: bytes | None = None          # the body as the record keeps it, where that is another
+    said: bytes | None = None          # the answer as the record keeps it, where that is another
 
 
 class Recorder(Protocol):
@@ -307,7 +308,7 @@ class Service:
         if call.version is not None:
             self.counts.timed(call.version, call.role, status, seconds, now)
             if self.recorder is not None:
-                self.recorder.add(now, call.request, call.version, call.role, status, ms, call.body if call.kept is None else call.kept, out)
+                self.recorder.add(now, call.request, call.version, call.role, status, ms, call.body if call.kept is None else call.kept, out if call.said is None else call.said)
         if self.log is not None:
             self.log(Entry(int(now * 1000) / 1000, call.request, method[:16], call.path[:200], status, int(ms * 1000) / 1000,
                            len(call.body), self.predictor.version if call.version is None else call.version, call.role))
@@ -503,11 +504,13 @@ class Service:
         if unknown is not None:
             raise Refused(422, "not a request", f"output {unknown[:120]!r} is not answered here{suggest(unknown[:120], frame.columns)}; what is optional is asked with the header "
                           f"Prefer: {', '.join(WISHES)}", [Finding(0, unknown[:120], "is no output", None, frame.columns[:20])])
-        outputs = [{"name": n, "datatype": _output_type(dtype), "shape": [frame.height], "data": frame[n].to_list()} for n, dtype in frame.schema.items()]
-        answer = {"model_name": predictor.name, "model_version": str(predictor.version),
-                  "id": asked if asked is not None and _ID.fullmatch(asked) else call.request, "outputs": outputs}
+        outputs = {n: {"name": n, "datatype": _output_type(dtype), "shape": [frame.height], "data": frame[n].to_list()} for n, dtype in frame.schema.items()}
         about = _about(answerer, found, served)
-        status, headers, out = self._json(answer | ({"parameters": about} if about else {}))
+        answer = {"model_name": predictor.name, "model_version": str(predictor.version),
+                  "id": asked if asked is not None and _ID.fullmatch(asked) else call.request, **({"parameters": about} if about else {})}
+        if wanted and self.recorder is not None:      # the record keeps all
+            call.said = self._encode({**answer, "outputs": list(outputs.values())})
+        status, headers, out = self._json({**answer, "outputs": [outputs[n] for n in wanted or outputs]})
         return status, [*headers, *_applied(lenient, served)], out
 
 # %% ../../nbs/lib/deploy/08_handler.ipynb #7849a49f

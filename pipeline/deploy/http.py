@@ -13,9 +13,10 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVarTuple
 from urllib.parse import unquote, urlsplit
 
 import httptools
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from pipeline.deploy.telemetry import Telemetry
 
 SMALL = 65_536          # bytes of a body that are not counted against the room for all bodies
-READ = 262_144          # bytes at once
+READ = 65_536           # bytes at once
+PIECE = 4096            # bytes that are parsed before it is asked whether enough was asked
 HEAD = 32_768           # bytes of a request's line and headers
+HEADS = 1024            # of these that are remembered
 DROPPED = 64_000_000    # bytes that are taken and dropped after a refusal
 HEADERS_S = 20.0        # for a request's headers to arrive, for a connection to idle, for an answer to be read
 LINGER_S = 5.0          # for a refusal to be read
@@ -44,12 +47,14 @@ SLOW = 64               # answers in threads at once
 LOOK_S = 0.25           # seconds between two looks at the clock
 SLICE_S = 0.005         # of answering before newcomers are heard
 SPIN_S = 0.0001         # of asking for the next request before this thread goes to sleep
+LATE_S = 0.1            # that a request may wait longer than it was expected to
 GATHER_S = 0.0005       # in which answers are gathered to leave together
 READY = ("/ready", "/v2/health/ready")
 
 # %% auto #0
-__all__ = ['SMALL', 'READ', 'HEAD', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW', 'LOOK_S', 'SLICE_S',
-           'SPIN_S', 'GATHER_S', 'READY', 'head', 'path_of', 'Connection', 'Request', 'Awake', 'Loop', 'Server']
+__all__ = ['SMALL', 'READ', 'PIECE', 'HEAD', 'HEADS', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW',
+           'LOOK_S', 'SLICE_S', 'SPIN_S', 'LATE_S', 'GATHER_S', 'READY', 'head', 'path_of', 'Connection', 'Head',
+           'Request', 'Awake', 'Loop', 'Server']
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #ceab504c
 _LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
@@ -72,15 +77,20 @@ def path_of(
     "The path that was asked, without the query, as text."
     if b"?" not in target and b"%" not in target and target[:1] == b"/":
         return target.decode("latin-1")
-    found = urlsplit(target.decode("latin-1")).path if not target.startswith(b"/") else target.partition(b"?")[0].decode("latin-1")
+    found = target.decode("latin-1")
+    if target[:1] == b"/":
+        found = found.partition("?")[0]
+    else:
+        with suppress(ValueError):      # of an address that is none; nothing is answered there
+            found = urlsplit(found).path
     return unquote(found, errors="replace") or "/"
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #7d4a46a0
 class Connection(asyncio.Protocol):
     "One client's, from its first byte to its last."
 
-    __slots__ = ("server", "transport", "sock", "number", "parser", "since", "awaited", "unread", "taken", "url", "headers", "size", "parts", "seen", "held", "failed", "begun",
-                 "asked", "blocked", "last", "busy", "later", "closing", "dropped")
+    __slots__ = ("server", "transport", "sock", "number", "parser", "since", "awaited", "unread", "taken", "url", "headers", "size", "body", "seen", "held", "failed", "begun",
+                 "asked", "stands", "later", "rest", "blocked", "last", "closing", "dropped", "newest")
 
     def __init__(self, server: Server) -> None:
         self.server, self.parser = server, httptools.HttpRequestParser(self)
@@ -89,12 +99,15 @@ class Connection(asyncio.Protocol):
         self.since, self.awaited = server.now, "headers"       # what it waits for since when: headers, body, linger
         self.unread = self.taken = self.size = self.seen = self.held = self.dropped = 0
         self.url, self.headers = b"", dict[str, str]()
-        self.parts: list[bytes] = []
+        self.body: bytes | bytearray = b""
         self.failed: Refused | None = None
         self.begun = self.asked = 0               # asked and not answered
+        self.stands = False                       # the first of these is in the row, or answered in a thread
+        self.later = deque[Request]()             # the others: who asks much ahead stands in nobody's way
+        self.rest = b""                           # come, and not parsed before some of these are answered
         self.blocked = 0.0                        # since when the client reads nothing; 0: it does
-        self.busy = self.closing = self.last = False      # an answer is made in a thread; nothing more is heard; nothing more will be asked
-        self.later: deque[Request] | None = None  # asked before that answer came
+        self.closing = self.last = False          # nothing more is heard; nothing more will be asked
+        self.newest: Request | None = None        # of those that the parser makes of what came
 
     # -- from the transport
 
@@ -109,22 +122,56 @@ class Connection(asyncio.Protocol):
         self.server.left(self)
 
     def data_received(self, data: bytes) -> None:
+        if len(data) > PIECE:
+            for at in range(0, len(data), PIECE):
+                self.data_received(data[at:at + PIECE])
+            return
         if self.closing or self.last:
             self.dropped += len(data)
             if self.dropped > DROPPED:
                 self.transport.abort()
             return
+        if self.asked >= AHEAD:
+            self.rest += data
+            return
+        end = 0 if self.unread or self.awaited != "headers" else data.find(b"\r\n\r\n") + 4
+        if end > 4 and self.repeats(data, end):
+            return
         self.taken = 0
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:        # the request is whole and is answered; what follows would be another protocol
-            self.last = True
+            if end > 4 and self.newest is not None:
+                self.server.remember(data[:end], len(data) - end, self.newest)
+        except httptools.HttpParserUpgrade as told:
+            if self.closing or self.last or self.failed or self.parser.get_method() == b"CONNECT":
+                self.last = True
+            else:
+                self.data_received(self.without_upgrade() + data[told.args[0]:])
         except httptools.HttpParserError as error:
             self.refuse(Refused(400, "not a request", f"what was sent is not HTTP/1.1: {str(error)[:120]}"))
-        if self.unread and not self.closing:      # a line that does not end is not given to on_header
-            self.unread += len(data) - self.taken
-            if self.unread > HEAD:
+        self.newest = None
+        if self.unread or self.awaited == "body":         # a line that does not end is not given to on_header
+            self.unread = len(data) if self.taken else self.unread + len(data)
+            if self.unread > HEAD + PIECE:
                 self.refuse(Refused(431, "headers too large", f"a request's line and headers may hold {HEAD:,} bytes"))
+
+    def repeats(self, data: bytes, end: int) -> bool:
+        "A whole request whose line and headers are, byte by byte, some that were read before."
+        known = self.server.heads.get(data[:end])
+        if known is None or known.length != len(data) - end:
+            return False
+        self.since = self.server.now
+        self.ask(Request(self, known.method, known.path, known.headers, data[end:], True, None, time.time_ns() if self.server.traces else 0))
+        return True
+
+    def without_upgrade(self) -> bytes:
+        "The head of a request that offers another protocol, for a new parser, as if it did not (RFC 9110, 7.8): this one would take its body for that protocol."
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = {name: value for name, value in self.headers.items() if name not in ("upgrade", "expect", "connection")}
+        if not self.parser.should_keep_alive():
+            kept["connection"] = "close"
+        self.parser = httptools.HttpRequestParser(self)
+        return b"\r\n".join([line, *(f"{name}: {value}".encode("latin-1") for name, value in kept.items()), b"", b""])
 
     def hear(self, sock: socket.socket) -> None:
         "Be read without the loop, while there is a connection."
@@ -160,13 +207,23 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.blocked = 0.0
-        if self.asked < AHEAD:
+        self.go_on()
+
+    def go_on(self) -> None:
+        "What was asked next goes to the row, and more is heard where little enough waits."
+        if self.later and not self.stands and not self.blocked:
+            self.stands = True
+            self.server.put(self.later.popleft())
+        if self.rest and self.asked < AHEAD:
+            rest, self.rest = self.rest, b""
+            self.data_received(rest)
+        if self.asked < AHEAD and not (self.rest or self.blocked) and self.transport is not None:
             self.transport.resume_reading()
 
     # -- from the parser
 
     def on_message_begin(self) -> None:
-        self.url, self.headers, self.parts, self.size, self.seen, self.unread, self.failed = b"", {}, [], 0, 0, 1, None
+        self.url, self.headers, self.body, self.size, self.seen, self.unread, self.failed = b"", {}, b"", 0, 0, 1, None
         self.begun = time.time_ns() if self.server.traces else 0
 
     def on_url(self, part: bytes) -> None:
@@ -179,6 +236,8 @@ class Connection(asyncio.Protocol):
         self.seen += len(name) + len(given) + 4
         if self.seen > HEAD:
             self.refuse(Refused(431, "headers too large", f"a request's line and headers may hold {HEAD:,} bytes"))
+        if self.awaited == "body":
+            return                  # a trailer: nothing is read from it, and nothing of the head may be changed by it (RFC 9110, 6.5.1)
         if known not in self.headers:
             self.headers[known] = given
         elif known in ("host", "authorization", "content-type", "x-request-id"):      # two of them: nobody knows which is meant (RFC 9112, 3.2)
@@ -189,17 +248,23 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self.awaited, self.since, self.unread = "body", self.server.now, 0
         self.taken += len(self.url) + self.seen
-        if self.closing:
+        if self.closing or self.last:
             return
         headers, limits = self.headers, self.server.service.limits
         told = headers.get("content-length")
         if told is not None and int(told) > limits.body_bytes:
             self.refuse(too_large(limits))
-        elif "expect" in headers and headers["expect"].lower() == "100-continue":
+        elif "host" not in headers and self.parser.get_http_version() == "1.1":
+            self.failed = Refused(400, "not a request", "a request of HTTP/1.1 names its host")       # RFC 9112, 3.2
+        elif "transfer-encoding" in headers and headers["transfer-encoding"].lower() != "chunked":
+            self.failed = Refused(501, "not implemented", "of transfer codings chunked is read, and no other")
+        elif "content-encoding" in headers and headers["content-encoding"].lower() != "identity":
+            self.failed = Refused(415, "body encoded", "a body is read as it is; send it without content-encoding", headers=[("accept-encoding", "identity")])
+        elif "expect" in headers and self.failed is None and headers["expect"].lower() == "100-continue" and self.parser.get_http_version() == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, part: bytes) -> None:
-        if self.closing:
+        if self.closing or self.last:
             return
         self.size += len(part)
         self.taken += len(part)
@@ -211,25 +276,34 @@ class Connection(asyncio.Protocol):
         if self.size > self.server.service.limits.body_bytes:
             self.refuse(too_large(self.server.service.limits))
         elif self.failed is None:
-            self.parts.append(part)
+            if not self.body:
+                self.body = part
+            else:
+                if isinstance(self.body, bytes):      # many small chunks take no more room than their bytes
+                    self.body = bytearray(self.body)
+                self.body += part
 
     def on_message_complete(self) -> None:
-        if self.closing:
+        if self.closing or self.last:
             return
         self.awaited, self.since, self.unread = "headers", self.server.now, 0
-        parts = self.parts
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        self.parts = []
+        if "upgrade" in self.headers and self.failed is None and self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            return      # it is read again, see `data_received`
+        body, self.body = self.body, b""
         if self.held:
             self.release()
+        self.newest = Request(self, self.parser.get_method().decode("latin-1"), path_of(self.url), self.headers, bytes(body),
+                              self.parser.should_keep_alive(), self.failed, self.begun)
+        self.ask(self.newest)
+
+    def ask(self, request: Request) -> None:
         self.asked += 1
         if self.asked == AHEAD:
             self.transport.pause_reading()
-        request = Request(self, self.parser.get_method().decode("latin-1"), path_of(self.url), self.headers, body,
-                          self.parser.should_keep_alive(), self.failed, self.begun)
-        if self.later is not None:
+        if self.stands or self.blocked:
             self.later.append(request)
         else:
+            self.stands = True
             self.server.put(request)
 
     # -- room for bodies
@@ -240,7 +314,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         self.server.queue.release(self.held)
-        self.held, self.parts = 0, []
+        self.held, self.body = 0, b""
 
     # -- to the client
 
@@ -248,15 +322,16 @@ class Connection(asyncio.Protocol):
         "One answer; without `keep` it is the last."
         if self.transport is None:
             return
+        self.stands = False
         if self.asked:
             self.asked -= 1
-            if self.asked == AHEAD - 1 and not self.blocked:
-                self.transport.resume_reading()
         keep = keep and not (self.last and not self.asked)
         sent = head(status, headers, len(out), self.server.date) if keep else head(status, [*headers, ("connection", "close")], len(out), self.server.date)
         self.server.post(self.transport, sent if method == "HEAD" else sent + out)
         if not keep:
             self.finish(heard)
+        elif self.asked or self.rest:
+            self.go_on()
 
     def refuse(self, refused: Refused) -> None:
         "What could not be read as a request."
@@ -265,16 +340,18 @@ class Connection(asyncio.Protocol):
         method = self.parser.get_method().decode("latin-1") if self.awaited == "body" else ""
         self.release()
         if self.asked:        # those before it are answered first
-            self.asked, self.last = self.asked + 1, True
-            self.server.put(Request(self, method, path_of(self.url), {}, b"", False, refused, 0))
+            self.ask(Request(self, method, path_of(self.url), {}, b"", False, refused, 0))
+            self.last = True
             return
         status, headers, out = self.server.refusal(refused, method, path_of(self.url))
         self.write(status, headers, out, method, keep=False, heard=False)
 
     def finish(self, heard: bool) -> None:     # False: the client is still sending
         "Say that nothing more is said, and wait until that is read."
-        self.closing, self.later = True, None
+        self.closing, self.asked, self.rest = True, 0, b""
+        self.later.clear()
         self.awaited, self.since = "linger", self.server.now
+        self.transport.resume_reading()       # what is still sent is dropped
         self.server.deliver()
         if self.transport is not None and self.transport.can_write_eof():
             try:
@@ -295,14 +372,23 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
 
+class Head(NamedTuple):
+    "What a request's line and headers say."
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    length: int                  # bytes of the body
+
+
 class Request:
     "A request that is whole."
 
-    __slots__ = ("connection", "method", "path", "headers", "body", "keep", "failed", "begun")
+    __slots__ = ("connection", "method", "path", "headers", "body", "keep", "failed", "begun", "came")
 
     def __init__(self, connection: Connection, method: str, path: str, headers: Mapping[str, str], body: bytes, keep: bool, failed: Refused | None, begun: int) -> None:
         self.connection, self.method, self.path, self.headers, self.body = connection, method, path, headers, body
-        self.keep, self.failed, self.begun = keep, failed, begun
+        self.keep, self.failed, self.begun, self.came = keep, failed, begun, 0.0       # when it came into the row
 
 # %% ../../nbs/lib/deploy/08_http.ipynb #1f9c9ed3
 class Awake(selectors.DefaultSelector):
@@ -372,9 +458,11 @@ class Server:
         self.known = {path for _, path in service.routes} | self.slow
         self.connections: set[Connection] = set()
         self.pending = deque[Request]()
+        self.threads = 0                                              # answers that are made in one
         self.working = self.hearing = self.gathers = self.draining = self.ending = self.listens = False
         self.heard: dict[int, Callable[[], bool]] = {}                # connections that `Awake` reads, where it is the loop's selector
         self.outbox: list[tuple[Any, bytes]] = []
+        self.heads: dict[bytes, Head] = {}                            # by lines and headers as they were sent
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
         self.listening: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -395,7 +483,7 @@ class Server:
         await self.ended.wait()
         self.deaf()
         deadline = self.loop.time() + stop_s
-        while self.loop.time() < deadline and (self.tasks or any(c.asked or c.unread or c.awaited == "body" for c in self.connections)):
+        while self.loop.time() < deadline and (self.tasks or any(c.asked or not c.closing and (c.unread or c.awaited == "body") for c in self.connections)):
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             if connection.transport is not None:
@@ -468,23 +556,35 @@ class Server:
         if request.failed is None and request.path not in OPEN:
             request.failed = self.queue.crowd()
         self.queue.enter()
+        request.came = time.perf_counter()
         self.pending.append(request)
         if not (self.working or self.hearing):      # what TLS opened, and what waited for an answer from a thread
-            self.working = True
-            self.loop.call_soon(self.work)
+            self.ask_turn()
+
+    def ask_turn(self) -> None:
+        self.working = True
+        self.loop.call_soon(self.turn)
+
+    def turn(self) -> None:
+        self.working = False
+        self.work()
 
     def work(self) -> None:
-        self.hearing = False
+        "Answer who stands in the row, for a moment."
         if not self.pending:
-            self.working = False
+            self.hearing = False
             return
+        self.hearing = True             # who comes into the row meanwhile is seen below
         pending, queue, clock = self.pending, self.queue, time.perf_counter
         start = clock()
         until = start + SLICE_S
         gathered, self.gathers = start + GATHER_S, True
+        patience = queue.wait_s + LATE_S
         try:
             while pending and start < until:
                 request = pending.popleft()
+                if start - request.came > patience and request.failed is None and request.path not in OPEN:
+                    request.failed = queue.late(start - request.came)
                 try:
                     computed = self.answer(request)
                 except Exception as error:      # a fault of ours: this connection ends, and no other
@@ -497,16 +597,23 @@ class Server:
                     self.deliver()
                     gathered = now + GATHER_S
         finally:
-            self.gathers = False
+            self.gathers = self.hearing = False
             self.deliver()
-            self.working = bool(pending)
-            if pending:
-                self.loop.call_soon(self.work)
+            if pending and not self.working:
+                self.ask_turn()
 
     def fail(self, connection: Connection, error: Exception) -> None:
         self.service.fault(error, what="a connection ended without an answer")
         if connection.transport is not None:
             connection.transport.abort()
+
+    def remember(self, head: bytes, length: int, request: Request) -> None:
+        "What came before a body, to be known when it comes again; where it was all and asks for nothing but an answer."
+        headers = request.headers
+        if request.keep and request.failed is None and headers.get("content-length", "0") == str(length) and "expect" not in headers:
+            if len(self.heads) == HEADS:
+                self.heads.clear()
+            self.heads[head] = Head(request.method, request.path, headers, length)
 
     def post(self, transport: Any, data: bytes) -> None:
         "To a client; what a slice of the row answers within a moment leaves together, which wakes the other side once."
@@ -524,39 +631,35 @@ class Server:
         connection, headers, path = request.connection, request.headers, request.path
         if connection.closing:
             return False
-        if connection.later is not None:        # the one before it is in a thread
-            connection.later.append(request)
-            return False
         if request.failed is not None:
             request.keep = request.keep and request.failed.status == 429
             self.send(request, *self.refusal(request.failed, request.method, path))
             return False
-        prefer = headers.get("prefer")
+        method, prefer = "GET" if request.method == "HEAD" else request.method, headers.get("prefer")
         if path in self.slow or prefer and prefer.lower() != "handling=lenient":     # what is told beside an answer takes milliseconds
-            self.aside(request)
+            self.aside(request, method)
             return False
         if self.draining and path in READY:
             self.send(request, *self.refusal(Refused(503, "draining", "this worker answers what it has and ends; ask another"), request.method, path))
             return False
-        self.send(request, *self.service.handle("GET" if request.method == "HEAD" else request.method, path, headers, request.body))
+        self.send(request, *self.service.handle(method, path, headers, request.body))
         return True
 
-    def aside(self, request: Request) -> None:
+    def aside(self, request: Request, method: str) -> None:
         "Answer in a thread; nobody else waits for it."
-        if sum(c.busy for c in self.connections) >= SLOW:
+        if self.threads >= SLOW:
             self.queue.refused += 1
             self.send(request, *self.refusal(too_many(f"{SLOW} long requests are being answered; ask again later", 1), request.method, request.path))
             return
-        connection = request.connection
-        connection.busy, connection.later = True, deque()
+        self.threads += 1
 
         async def answer() -> None:
-            status, sent, out = await asyncio.to_thread(self.service.handle, request.method, request.path, request.headers, request.body)
-            later, connection.busy, connection.later = connection.later or (), False, None
-            connection.since = self.now
+            try:
+                status, sent, out = await asyncio.to_thread(self.service.handle, method, request.path, request.headers, request.body)
+            finally:
+                self.threads -= 1
+            request.connection.since = self.now
             self.send(request, status, sent, out)
-            for asked in later:
-                self.put(asked)
 
         task = self.loop.create_task(answer())
         self.tasks.add(task)
@@ -566,7 +669,9 @@ class Server:
         asked = request.headers.get("connection")
         if asked is not None and request.keep and asked.lower() == "keep-alive" and not self.draining:     # as HTTP/1.0 wants to hear it
             headers = [*headers, ("connection", "keep-alive")]
-        request.connection.write(status, headers, out, request.method, request.keep and not self.draining)
+        if self.draining:                      # what was asked is answered; the last answer says that it is
+            request.connection.last = True
+        request.connection.write(status, headers, out, request.method, request.keep)
         if self.traces and request.path not in OPEN:
             self.traces.note(request.method, request.path if request.path in self.known else "", status, request.begun, time.time_ns(), request.headers, headers)
 

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['INTERVAL', 'MOST_WAITING', 'MOST_SPOOLED', 'TAKEN_EVERY', 'FRAME_BYTES', 'Record', 'COLLECTOR', 'ID', 'MOST_OUTCOMES',
-           'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'SETTLED', 'Layout', 'layout_of', 'Recorder', 'spool_key', 'Spool',
-           'note_outcomes', 'inference_tables', 'collect', 'read_inferences', 'read_outcomes', 'newest_numbers',
-           'forget_inferences', 'forget_lines', 'count_inferences', 'drop_inferences', 'count_older']
+           'TIME', 'ROWS', 'OUTCOMES', 'AT_ONCE', 'FILES', 'SETTLED', 'Layout', 'layout_of', 'Recorder', 'spool_key',
+           'Spool', 'note_outcomes', 'inference_tables', 'collect', 'read_inferences', 'read_outcomes',
+           'newest_numbers', 'forget_inferences', 'forget_lines', 'count_inferences', 'drop_inferences', 'count_older']
 
 # %% ../../nbs/lib/deploy/23_inference_log.ipynb #608e52c3
 @dataclass(frozen=True)
@@ -370,7 +370,8 @@ ROWS: dict[str, Any] = {
     "label": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "scores": pl.List(pl.Float64), "subject": pl.String, "inputs": pl.String, "sealed": pl.String,
 }
 OUTCOMES: dict[str, Any] = {"number": pl.Int64, "at": TIME, "request_id": pl.String, "row": pl.Int64, "label": pl.String, "value": pl.Float64}
-AT_ONCE = 64_000_000      # bytes of sealed files that become one commit
+AT_ONCE = 64_000_000      # bytes of sealed files that become one commit,
+FILES = 5_000             # and how many: their names go with it
 
 
 def inference_tables(
@@ -396,8 +397,9 @@ def collect(
             continue
         with table.turn():
             about = table.told().get("about", {})
+            done = set(about.get("taken", ()))
             for file in waiting:
-                if file.name in set(about.get("taken", ())):
+                if file.name in done:
                     file.unlink(missing_ok=True)         # taken already, by somebody who was killed before this line
             for files in _groups([file for file in waiting if file.exists()]):
                 rows, about = read(store, name, files, about)
@@ -425,12 +427,13 @@ def _remove_unheld(left: Path) -> None:
 
 
 def _groups(files: Iterable[Path]) -> Iterable[list[Path]]:
-    group: list[Path] = []
+    group, size = list[Path](), 0
     for file in files:
         group.append(file)
-        if sum(f.stat().st_size for f in group) >= AT_ONCE:
+        size += file.stat().st_size
+        if size >= AT_ONCE or len(group) == FILES:
             yield group
-            group = []
+            group, size = [], 0
     if group:
         yield group
 
@@ -438,9 +441,9 @@ def _groups(files: Iterable[Path]) -> Iterable[list[Path]]:
 def _read_outcomes(store: Path, name: str, files: Sequence[Path], about: dict[str, Any]) -> tuple[pl.DataFrame, dict[str, Any]]:
     import msgspec
 
-    rows: list[tuple[Any, ...]] = []
+    rows, key = list[tuple[Any, ...]](), spool_key(store)
     for file in files:
-        told = msgspec.msgpack.decode(_opened(file, spool_key(store))[-1])
+        told = msgspec.msgpack.decode(_opened(file, key)[-1])
         rows += [(int(told["at"] * 1e6), *outcome) for outcome in told["outcomes"]]
     plain = {n: pl.Int64 if n == "at" else t for n, t in OUTCOMES.items() if n != "number"}
     return pl.DataFrame(rows, schema=plain, orient="row").with_columns(pl.col("at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC")), about
@@ -451,8 +454,9 @@ def _read_records(store: Path, name: str, files: Sequence[Path], about: dict[str
     import msgspec
 
     lines = _Lines(list(about.get("classes", ())))
+    key = spool_key(store)
     for file in files:
-        *frames, told = _opened(file, spool_key(store))
+        *frames, told = _opened(file, key)
         layouts = {int(version): msgspec.convert(each, Layout) for version, each in msgspec.msgpack.decode(told).items()}
         for frame in frames:
             for record in msgspec.msgpack.decode(frame):

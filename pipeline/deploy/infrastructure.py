@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import InputError
-from .objectives import Objectives, rules_file, scrape_file
+from .counts import BUCKETS
+from .objectives import SLOW_SHARE, Objectives, edge_of, rules_file, scrape_file
 
 # %% auto #0
 __all__ = ['PORT', 'USER', 'IMAGE', 'CHECKOUT', 'PYTHON', 'Blueprint', 'write_infrastructure']
@@ -33,7 +35,8 @@ class Blueprint:
     version: int                         # of the package
     digest: str                          # of its manifest
     base_image: str                      # name@sha256:…
-    problem_file: str = "params/problem.yml"
+    problem_file: str = "params/problem.yml"   # empty: it lies outside the project, where a checkout would not find it
+    outputs: str = "outputs"             # of settings.ini
     python: str = "3.11"
     rss_mb: float = 1000.0               # deploy.rss_mb
     latency_p99_ms: float = 50.0
@@ -45,11 +48,13 @@ class Blueprint:
     uptime: float = 0.99                 # deploy.uptime
     region: str = ""                     # deploy.region; empty: anywhere
     false_alarms_per_month: float = 0.05   # monitor.false_alarms_per_month
+    alpha: float = 0.05                  # rollout.alpha: error budget of the canary's tests together
 
     @property
     def service(self) -> str:
-        "The name as DNS allows it."
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:50]
+        "The name as DNS allows it to a service: a letter first."
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return (name if name[:1].isalpha() else f"model-{name}")[:50].rstrip("-")
 
     @property
     def tag(self) -> str:
@@ -71,10 +76,11 @@ def write_infrastructure(
         raise InputError(f"settings.ini: [deploy] base_image = {blueprint.base_image!r} has no digest; write name:tag@sha256:… (docker buildx imagetools inspect name:tag)")
     b = blueprint
     return {
-        "Dockerfile": _dockerfile(b), ".dockerignore": "*\n!app\n!package\n!package.pub\n!release.json\n!requirements.lock\n", "compose.yml": _yaml(_compose(b)),
-        "deploy.sh": _script(b), f"{b.service}.service": _unit(b), f"{b.service}-rollout.service": _controller(b), "ci.yml": _yaml(_workflow(b)),
+        "Dockerfile": _dockerfile(b), ".dockerignore": "*\n!app\n!package\n!package.pub\n!release.json\n!requirements.lock\n", "compose.yml": SECRETS_TOLD + _yaml(_compose(b)),
+        "deploy.sh": _script(b), f"{b.service}.service": _unit(b), f"{b.service}-rollout.service": _controller(b),
+        **({"ci.yml": _yaml(_workflow(b))} if b.problem_file else {}),
         **{f"kubernetes/{name}.yml": _yaml(told) for name, told in _kubernetes(b).items()},
-        **{f"argo/{name}.yml": _yaml(told) for name, told in _argo(b).items()},
+        **{f"argo/{name}.yml": (_routed(b) if name == "rollout" else "") + _yaml(told) for name, told in _argo(b).items()},
         "prometheus/alerts.yml": _yaml(rules_file(Objectives(b.uptime, b.latency_p99_ms, per_month=b.false_alarms_per_month), b.service)),
         "prometheus/scrape.yml": _yaml(scrape_file(b.service, PORT, _labels(b))),
     }
@@ -131,11 +137,15 @@ def _compose(b: Blueprint) -> dict[str, Any]:
                 "logging": {"driver": "json-file", "options": {"max-size": "50m", "max-file": "5"}},
             },
         },
-        "secrets": {name: {"file": f"./secrets/{target}"} for name, target in SECRETS},
+        "secrets": {name: {"file": f"${{SECRETS:-../../secrets}}/{target}"} for name, target in SECRETS},
     }
 
 
 SECRETS = (("tokens", "tokens"), ("tls_cert", "tls.crt"), ("tls_key", "tls.key"))
+SECRETS_TOLD = f"""\
+# Secrets lie outside the release, so that the next one finds them: tokens (see “pilothouse tokens”), tls.crt and tls.key in the folder secrets
+# of the place, or in $SECRETS. Docker hands files over as they are: user {USER} must be able to read them and nobody else (chown {USER}, chmod 400).
+"""
 
 
 def _memory(b: Blueprint) -> int:
@@ -145,19 +155,24 @@ def _memory(b: Blueprint) -> int:
 def _script(b: Blueprint) -> str:
     return f"""\
 #!/usr/bin/env bash
-# Put {b.service} {b.tag} live on this machine with Docker; run again, it changes nothing. Exit codes: 0 live, 3 refused (what was live stays live), 4 Docker is missing.
+# Put {b.service} {b.tag} live on this machine with Docker; run again, it changes nothing. SMOKE_TOKEN is one of the service's tokens, for the smoke test;
+# the folder of secrets is told in compose.yml. Exit codes: 0 live, 2 SMOKE_TOKEN or a secret is missing, 3 refused (what was live stays live), 4 Docker is missing.
 set -euo pipefail
 cd "$(dirname "$0")"
 NAME={b.service}
 export TAG={b.tag}
 SIDE_PORT="${{SIDE_PORT:-{PORT + 1}}}"
 
-command -v docker >/dev/null || {{ echo "docker is not installed; without it: pilothouse deploy up RUN --to PLACE" >&2; exit 4; }}
+docker info >/dev/null 2>&1 || {{ echo "no Docker engine answers here; without one: pilothouse deploy up RUN --to PLACE" >&2; exit 4; }}
 smoke() {{ docker compose --project-name "$1" exec -T -e SMOKE_TOKEN model python -m pipeline deploy smoke /srv/release --port {PORT} --tls --token env:SMOKE_TOKEN; }}
 live() {{ docker ps --filter "label=com.docker.compose.project=$NAME" --format '{{{{.Image}}}}' | head -n 1; }}
 
 OLD="$(live)"
 if [ "$OLD" = "$NAME:$TAG" ]; then echo "$NAME:$TAG is live already"; exit 0; fi
+[ -n "${{SMOKE_TOKEN:-}}" ] || {{ echo "SMOKE_TOKEN is not set; export one of the service's tokens" >&2; exit 2; }}
+for secret in {" ".join(target for _, target in SECRETS)}; do
+  [ -f "${{SECRETS:-../../secrets}}/$secret" ] || {{ echo "${{SECRETS:-../../secrets}}/$secret is missing; compose.yml says what it holds" >&2; exit 2; }}
+done
 docker image inspect "$NAME:$TAG" >/dev/null 2>&1 || docker build --tag "$NAME:$TAG" .
 
 # beside what is live, on a port that nobody asks
@@ -284,7 +299,7 @@ def _probe(path: str, **more: int) -> dict[str, Any]:
 
 
 def _pod(b: Blueprint) -> dict[str, Any]:
-    mounts = [{"name": "tls", "mountPath": f"/run/secrets/{key}", "subPath": key, "readOnly": True} for key in ("tls.crt", "tls.key")]
+    kept = [{"secret": {"name": f"{b.service}-{name}", "items": [{"key": key, "path": key} for key in keys]}} for name, keys in (("tokens", ("tokens",)), ("tls", ("tls.crt", "tls.key")))]
     return {
         **({"nodeSelector": {"topology.kubernetes.io/region": b.region}} if b.region else {}),
         "serviceAccountName": b.service, "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 30,
@@ -298,10 +313,9 @@ def _pod(b: Blueprint) -> dict[str, Any]:
             "startupProbe": _probe("/ready", periodSeconds=2, failureThreshold=90), "readinessProbe": _probe("/ready", periodSeconds=5, failureThreshold=2),
             "livenessProbe": _probe("/health", periodSeconds=10, failureThreshold=3),
             "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
-            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "tokens", "mountPath": "/run/secrets/tokens", "subPath": "tokens", "readOnly": True}, *mounts],
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "secrets", "mountPath": "/run/secrets", "readOnly": True}],
         }],
-        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}}, {"name": "tokens", "secret": {"secretName": f"{b.service}-tokens"}},
-                    {"name": "tls", "secret": {"secretName": f"{b.service}-tls"}}],
+        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "256Mi"}}, {"name": "secrets", "projected": {"defaultMode": 0o440, "sources": kept}}],
     }
 
 
@@ -330,48 +344,83 @@ def _kubernetes(b: Blueprint) -> dict[str, dict[str, Any]]:
     }
 
 # %% ../../nbs/lib/deploy/24_infrastructure.ipynb #dd573c7f
+ODDS, STAKED = (1.9, 3.0, 6.0), (0.54, 0.25, 0.21)    # of `rollout.sequential`: so many times as often, and the wealth on each
+TESTS = ("errors", "errors_max", "refusals", "latency", "slower")
+SERVED = 200         # requests of both, before anything is said
+LOOK_MINUTES = 5
+
+
 def _argo(b: Blueprint) -> dict[str, dict[str, Any]]:
-    steps: list[dict[str, Any]] = []
-    for stage in b.stages:
-        steps.append({"setWeight": max(1, round(stage))})
-        if stage < 100:
-            steps.append({"pause": {"duration": f"{max(1, round(b.days_per_stage * 24))}h"}})
+    weights = sorted({min(99, max(1, round(stage))) for stage in b.stages if stage < 100})
+    pause = {"pause": {"duration": f"{_stage_hours(b)}h"}}
+    steps: list[dict[str, Any]] = [step for weight in weights for step in ({"setWeight": weight}, pause)]
     return {
         "rollout": _object(b, "argoproj.io/v1alpha1", "Rollout", {
             "workloadRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": b.service, "scaleDown": "onsuccess"},
             "replicas": b.replicas[0], "selector": {"matchLabels": _labels(b)}, "progressDeadlineSeconds": 600, "progressDeadlineAbort": True,
-            "strategy": {"canary": {"maxUnavailable": 0, "maxSurge": 1, "steps": steps,
+            "strategy": {"canary": {"maxUnavailable": 0, "maxSurge": 1, "steps": [*steps, {"setWeight": 100}],
                                     "analysis": {"templates": [{"templateName": b.service}], "startingStep": 1, "args": [{"name": "version", "value": str(b.version)}]}}}}),
-        "analysis": _object(b, "argoproj.io/v1alpha1", "AnalysisTemplate", {"args": [{"name": "version"}], "metrics": [
-            _metric("errors", _share('status=~"5.."', "=") + " - " + _share('status=~"5.."', "!="), f"{b.errors_max:g}"),
-            _metric("refusals", _share('status="422"', "=") + " - " + _share('status="422"', "!="), "0.05"),
-            _metric("latency_p99_s", _p99("="), f"{b.latency_p99_ms / 1000:g}"),
-            _metric("latency_ratio", _p99("=") + " / " + _p99("!="), "1.25"),
-        ]}),
+        "analysis": _object(b, "argoproj.io/v1alpha1", "AnalysisTemplate", {"args": [{"name": "version"}], "metrics": _metrics(b)}),
         "scaling": _scaler(b, "argoproj.io/v1alpha1", "Rollout"),
     }
 
 
-def _share(status: str, version: str) -> str:
-    ours = f'version{version}"{{{{args.version}}}}"'
-    return f"sum(increase(pilothouse_answers_total{{{ours}, {status}}}[15m]) or vector(0)) / (sum(increase(pilothouse_answers_total{{{ours}}}[15m])) > 200)"
+def _stage_hours(b: Blueprint) -> int:
+    return max(1, round(b.days_per_stage * 24))
 
 
-def _p99(version: str) -> str:
-    return f'histogram_quantile(0.99, sum(rate(pilothouse_predict_seconds_bucket{{version{version}"{{{{args.version}}}}"}}[15m])) by (le))'
+def _routed(b: Blueprint) -> str:
+    pods = b.replicas[0]
+    return (f"# Argo alone moves whole pods: beside {pods} the first stage is one pod more, {100 / (pods + 1):.0f} % of requests. For the shares below give it a router of your "
+            "cluster (strategy.canary.trafficRouting); the analysis counts what each version was really asked.\n")
 
 
-def _metric(name: str, query: str, most: str) -> dict[str, Any]:
-    return {"name": name, "interval": "5m", "initialDelay": "15m", "failureLimit": 1, "inconclusiveLimit": 12,
-            "successCondition": f"len(result) > 0 && result[0] <= {most}", "failureCondition": f"len(result) > 0 && result[0] > {most}",
-            "provider": {"prometheus": {"address": "http://prometheus.monitoring.svc:9090", "query": query}}}
+def _metrics(b: Blueprint) -> list[dict[str, Any]]:
+    window, span = f"{LOOK_MINUTES}m", f"{_stage_hours(b) * len(b.stages)}h"
+    edge = edge_of(min((e for e in BUCKETS if e >= b.latency_p99_ms / 1000), default=BUCKETS[-1]))
+
+    def counted(new: bool, series: str = "pilothouse_answers_total", more: str = "", over: str = window) -> str:
+        return f'sum(increase({series}{{job="{b.service}",role!="shadow",version{"=" if new else "!="}"{{{{args.version}}}}"{more}}}[{over}]))'
+
+    def bad(new: bool, status: str) -> str:
+        return f"({counted(new, more=status)} or 0 * {counted(new)})"
+
+    def slow(new: bool) -> str:
+        every, quick = (counted(new, f"pilothouse_predict_seconds_{series}", more) for series, more in (("count", ""), ("bucket", f',le=~"{edge}"')))
+        return f"clamp_min({every} - {quick}, 0)"
+
+    def compared(new: str, old: str) -> str:
+        return _wealth(new, f"({new} + {old})", f"({counted(True)} / (({counted(True)} + {counted(False)}) > 0))", window, span)
+
+    errors, refusals = ',status=~"5.."', ',status="422"'
+    asked = {
+        "errors": compared(bad(True, errors), bad(False, errors)), "errors_max": _wealth(bad(True, errors), counted(True), b.errors_max, window, span),
+        "refusals": compared(bad(True, refusals), bad(False, refusals)), "latency": _wealth(slow(True), counted(True), SLOW_SHARE, window, span),
+        "slower": compared(slow(True), slow(False)),
+    }
+    served = "".join(f" and ({counted(new, over=span)} > {SERVED})" for new in (True, False))
+    bound = f"{len(TESTS) / b.alpha:g}"
+    return [{"name": name, "interval": window, "initialDelay": window, "failureLimit": 0, "inconclusiveLimit": _stage_hours(b) * 60 // LOOK_MINUTES,
+             "successCondition": f"len(result) > 0 && result[0] < {bound}", "failureCondition": f"len(result) > 0 && result[0] >= {bound}",
+             "provider": {"prometheus": {"address": "http://prometheus.monitoring.svc:9090", "query": f"({asked[name]}){served}"}}} for name in TESTS]
+
+
+def _wealth(bad: str, of: str, share: str | float, window: str, span: str) -> str:
+    "What betting that `share` is exceeded has won over all windows."
+    def lost(odds: float) -> str:
+        return f"ln(1 + {odds - 1:g} * {share})" if isinstance(share, str) else f"{math.log1p((odds - 1) * share):.9g}"
+
+    return " + ".join(f"{part:g} * exp(sum_over_time(({bad} * {math.log(odds):.9g} - {of} * {lost(odds)})[{span}:{window}]))" for odds, part in zip(ODDS, STAKED))
 
 # %% ../../nbs/lib/deploy/24_infrastructure.ipynb #da26732a
 def _workflow(b: Blueprint) -> dict[str, Any]:
     setup = [{"uses": CHECKOUT, "with": {"persist-credentials": False}}, {"uses": PYTHON, "with": {"python-version": b.python}}, {"run": "make setup"}]
-    phases = f".venv/bin/pilothouse run {b.problem_file} --run ci --set train.budget_s=20"
+    phases = f".venv/bin/pilothouse run {shlex.quote(b.problem_file)} --run ci --set train.budget_s=20"
     stage = "\n".join([
-        "VERSION=$(.venv/bin/pilothouse models NAME --json | .venv/bin/python -c 'import json, sys; print(max(r[\"version\"] for r in json.load(sys.stdin)))')",
+        f'DIGEST=$(sha256sum {shlex.quote(b.outputs)}/NAME/ci/*_deploy/package/MANIFEST.json | cut -c1-12)',
+        "VERSION=$(.venv/bin/pilothouse models NAME --json | .venv/bin/python -c 'import json, sys; print(*(r[\"version\"] for r in json.load(sys.stdin) "
+        "if (r[\"digest\"], r[\"state\"]) == (sys.argv[1], \"candidate\")))' \"$DIGEST\")",
+        'if [ -z "$VERSION" ]; then echo "this package was offered before"; exit 0; fi',
         '.venv/bin/pilothouse models NAME --move "$VERSION" --to staging --reason "continuous integration, commit $GITHUB_SHA"',
     ]).replace("NAME", b.name)
     return {

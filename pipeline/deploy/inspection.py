@@ -317,6 +317,17 @@ def _canary(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "judged", "nobody looks at the canary"
 
 
+def _counted() -> set[str]:
+    "What a service counts, as Prometheus names it."
+    heads = re.findall(r"^# TYPE (\w+) (\w+)$", Counts().text(), re.MULTILINE)
+    return {"up"} | {name + end for name, kind in heads for end in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
+
+
+def _asks_for(expression: str) -> set[str]:
+    "The series that it names."
+    return set(re.findall(r"\b(?:pilothouse[\w:]*|up)\b(?=\{)", re.sub(r'"[^"]*"', '""', expression)))
+
+
 def _analysis(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = {arg["name"] for arg in spec.get("args", [])}
     for metric in spec["metrics"]:
@@ -325,6 +336,11 @@ def _analysis(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "arguments", f"{metric['name']} uses {', '.join(sorted(used - known))}, which is no argument"
         if not (metric.get("successCondition") and metric.get("failureCondition")):
             yield "can-be-undecided", f"{metric['name']}: with one condition alone too little traffic counts as an answer"
+        query = _at(metric, "provider", "prometheus", "query") or ""
+        if _asks_for(query) - _counted():
+            yield "counted", f"{metric['name']} asks for {', '.join(sorted(_asks_for(query) - _counted()))}, which nobody counts"
+        if not all('job="' in chosen for chosen in re.findall(r"\{([^{}]*(?:\{\{[^{}]*\}\}[^{}]*)?)\}", query)):
+            yield "own-numbers", f"{metric['name']} counts the requests of other services too; name the job"
 
 # %% ../../nbs/lib/deploy/25_inspection.ipynb #0546b40e
 _RULE: dict[str, Any] = {"type": "object", "required": ["expr"], "additionalProperties": False, "oneOf": [{"required": ["record"]}, {"required": ["alert"]}], "properties": {
@@ -351,12 +367,9 @@ def _alerts(text: str) -> Iterator[tuple[str, str]]:
     yield from faults
     if faults:
         return
-    heads = re.findall(r"^# TYPE (\w+) (\w+)$", Counts().text(), re.MULTILINE)
-    counted = {"up"} | {name + end for name, kind in heads for end in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
     recorded = {rule["record"] for group in told["groups"] for rule in group["rules"] if "record" in rule}
     for rule in (rule for group in told["groups"] for rule in group["rules"]):
-        name, expression = rule.get("record") or rule.get("alert"), re.sub(r'"[^"]*"', '""', rule["expr"])
-        unknown = set(re.findall(r"\b(?:pilothouse[\w:]*|up)\b(?=\{)", expression)) - counted - recorded
+        name, unknown = rule.get("record") or rule.get("alert"), _asks_for(rule["expr"]) - _counted() - recorded
         if unknown:
             yield "counted", f"{name} asks for {', '.join(sorted(unknown))}, which nobody counts"
         if "alert" in rule and rule.get("labels", {}).get("severity") not in ("page", "ticket"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MONTH_S', 'SLOW_SHARE', 'FOUND', 'LOOKS', 'BURNS', 'MOST_FAILING', 'SCRAPE_S', 'BASE_S', 'Burn', 'Objectives',
-           'objectives_of', 'rules_file', 'scrape_file', 'short']
+           'objectives_of', 'rules_file', 'scrape_file', 'edge_of', 'short']
 
 # %% ../../nbs/lib/deploy/15_objectives.ipynb #346c504d
 MONTH_S = 30 * 86_400.0      # in which the budget may be spent
@@ -136,6 +136,13 @@ def scrape_file(
             ]}]}
 
 
+def edge_of(
+    edge: float,      # of a histogram's bucket
+) -> str:
+    "How its label is matched: Prometheus 3 writes 1 as 1.0."
+    return f"{edge:g}|{edge:g}[.]0" if edge == int(edge) else f"{edge:g}"
+
+
 def short(seconds: float) -> str:
     "A time as Prometheus writes it."
     return next((f"{seconds / size:.0f}{unit}" for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)) if seconds >= size and seconds % size == 0), f"{seconds:.0f}s")
@@ -165,18 +172,13 @@ def _slow_share(job: str, limit: float, window: str) -> str:
     buckets = f"sum(rate(pilothouse_predict_seconds_bucket{{{here},le=~\"%s\"}}[{window}]))"
     every = f"sum(rate(pilothouse_predict_seconds_count{{{here}}}[{window}])) > 0"
     if edge is not None:
-        return f"1 - {buckets % _edge(edge)} / ({every})"
+        return f"1 - {buckets % edge_of(edge)} / ({every})"
     under, over = max((b for b in BUCKETS if b < limit), default=None), min((b for b in BUCKETS if b > limit), default=None)
     if over is None:
-        return f"1 - {buckets % _edge(BUCKETS[-1])} / ({every})"      # the last bucket is the strictest that is known
+        return f"1 - {buckets % edge_of(BUCKETS[-1])} / ({every})"      # the last bucket is the strictest that is known
     part = (limit - (under or 0.0)) / (over - (under or 0.0))           # a limit between two buckets: as histogram_quantile draws the line
-    low = "0" if under is None else buckets % _edge(under)
-    return f"1 - ({1 - part:.6g} * {low} + {part:.6g} * {buckets % _edge(over)}) / ({every})"
-
-
-def _edge(edge: float) -> str:
-    "A bucket's edge; Prometheus 3 writes 1 as 1.0."
-    return f"{edge:g}|{edge:g}[.]0" if edge == int(edge) else f"{edge:g}"
+    low = "0" if under is None else buckets % edge_of(under)
+    return f"1 - ({1 - part:.6g} * {low} + {part:.6g} * {buckets % edge_of(over)}) / ({every})"
 
 
 def _alert(job: str, name: str, expr: str, severity: str, summary: str, runbook: str, wait: str = "0s", **labels: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def tensor_type(spec: Field) -> str:
 
 
 REFUSED = {"400": "the body cannot be read", "401": "no token, or one that nobody knows", "403": "the token's role may not ask this", "413": "too many bytes or rows",
+           "415": "a body with a content encoding; send it as it is",
            "422": "values, fields or columns that cannot be answered, each named with its row", "429": "too often; Retry-After says when to come back",
            "503": "not now: it ends, or has no disk; Retry-After says when to come back"}
 PREFERRED = {"explain": "explain: what each column added to the score (JSON: explanations; tensors and tables: explain_of, explain_score, explain_base, added_COLUMN)",
@@ -96,7 +97,8 @@ def _schemas(predictor: Predictor) -> dict[str, Any]:
             "sets": {"type": "object", "required": ["promised", "held"], "properties": {"promised": {"type": "number"}, "held": {"type": ["number", "null"]},
                 "classes": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}},
                 "intervals": {"type": "array", "items": {"type": "array", "minItems": 2, "maxItems": 2, "items": number}}}}}},
-        "Tensors": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "items": tensor}}},
+        "Tensors": {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "items": tensor}, "outputs": {
+            "type": "array", "items": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}, "description": "those that are wanted; all by default"}}},
         "Outcomes": {"type": "object", "required": ["outcomes"], "additionalProperties": False, "properties": {"outcomes": {"type": "array", "maxItems": 10_000, "items": {
             "type": "object", "required": ["request_id", "value"], "additionalProperties": False,
             "properties": {"request_id": {"type": "string"}, "row": {"type": "integer", "minimum": 0}, "value": {"type": ["string", "number", "boolean"]}}}}}},

@@ -31,7 +31,7 @@ WHAT = {
     "kubernetes/serviceaccount.yml": "an identity without rights in the cluster", "kubernetes/deployment.yml": "the pods: limits, probes, no root",
     "kubernetes/service.yml": "one address for all pods", "kubernetes/scaling.yml": "how many pods, by load", "kubernetes/disruption.yml": "how many may be gone at once",
     "kubernetes/network.yml": "who may call; nobody is called", "argo/rollout.yml": "a canary by the stages of the problem file",
-    "argo/analysis.yml": "what stops it: errors, refusals, latency", "argo/scaling.yml": "how many pods, by load, while Argo has them",
+    "argo/analysis.yml": "what stops it: errors, refusals, latency, tested at every look", "argo/scaling.yml": "how many pods, by load, while Argo has them",
     "prometheus/alerts.yml": "when somebody is called: burn rates, slow answers, nobody there", "prometheus/scrape.yml": "who is asked for numbers, and how often",
 }
 
@@ -54,7 +54,9 @@ def provide(
         write_whole(folder / name, text)
     run.save("deploy/infrastructure", folder, timing=True)   # it names the package, which names its run
     run.require(title, not flaws, f"{len(files)} files, {len(flaws)} broken rules", "; ".join(f"{flaw.file}: {flaw.said}" for flaw in flaws[:3]), answers=["I3"])
+    outside = [] if "ci.yml" in files else [note("No CI workflow was written: the problem file lies outside the project, where a checkout would not find it.", "warn")]
     return stack(
+        *outside,
         table(pl.DataFrame([{"file": name, "what it is": WHAT.get(name, "a unit for a machine without containers")} for name in files]),
               f"{len(files)} files, none written by hand", rows=20),
         table(pl.DataFrame([vars(flaw) for flaw in flaws]), "Broken rules") if flaws else note("Every file passes its schema and its rules.", "info"),
@@ -67,10 +69,14 @@ def blueprint_of(run: Run, packed: Packed, base: str) -> Blueprint:
     file, root = run.problem_file.resolve(), run.settings.root.resolve()
     return Blueprint(
         run.problem.problem.name, packed.manifest["version"], digest_file(packed.folder / MANIFEST), base,
-        str(file.relative_to(root)) if file.is_relative_to(root) else file.name, ".".join(platform.python_version_tuple()[:2]),
+        _within(file, root) if file.is_relative_to(root) else "", _within(run.folder.resolve().parent.parent, root), ".".join(platform.python_version_tuple()[:2]),
         deploy.rss_mb, deploy.latency_p99_ms, deploy.throughput_rps, stages=tuple(rollout.stages), days_per_stage=rollout.days_per_stage, errors_max=rollout.errors_max,
-        uptime=deploy.uptime, region=deploy.region or "", false_alarms_per_month=run.problem.monitor.false_alarms_per_month,
+        uptime=deploy.uptime, region=deploy.region or "", false_alarms_per_month=run.problem.monitor.false_alarms_per_month, alpha=rollout.alpha,
     )
+
+
+def _within(path: Path, root: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def files_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from ..core import audit
 from ..core.display import Html, note, stack, table
 from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
 from ..core.run import Check, clock, overall, room_of
-from ..core.store import digest_file, locked
+from ..core.store import digest_bytes, digest_file, locked
 from ..data.network import fill_secrets, shown_url
 from .package import KEY, MANIFEST, verify_package
 
@@ -113,8 +114,8 @@ class Registry:
                 verdict = self._weigh(connection, manifest, digest, verdict, checks, run)
                 connection.execute(table.insert().values(
                     digest=digest, name=manifest["name"], version=manifest["version"], state="candidate", verdict=verdict, run=run,
-                    revision=1, changed=clock(), by=by or who(), reason=reason))
-                self._note(connection, manifest["name"], manifest["version"], digest, "", "candidate", by or who(), reason)
+                    revision=1, changed=clock(), by=who(by), reason=reason))
+                self._note(connection, manifest["name"], manifest["version"], digest, "", "candidate", who(by), reason)
             else:
                 self._judge(connection, found, manifest, verdict, checks, run, by)
         self.tell_moves()
@@ -200,7 +201,7 @@ class Registry:
         wanted = select(table).order_by(table.c.number)
         with _said_plainly(self.url), self.engine.connect() as connection:
             rows = connection.execute(wanted if name is None else wanted.where(table.c.name == name)).mappings().all()
-        return [Move(r["number"], r["name"], r["version"], r["came_from"], r["went_to"], r["by"], r["reason"], _utc(r["at"])) for r in rows]
+        return [Move(r["number"], r["name"], r["version"], r["came_from"], r["went_to"], r["by"], r["reason"], utc(r["at"])) for r in rows]
 
     def move(
         self,
@@ -242,8 +243,7 @@ class Registry:
         "A move; as the package was before it."
         if to not in STATES:
             raise InputError(f"{to!r} is no state of a package; states: {', '.join(STATES)}")
-        if not reason.strip():
-            raise InputError(f"moving {name} v{version} to {to} needs a reason; give one with --reason")
+        check_reason(f"moving {name} v{version} to {to}", reason)
         found = self._found(connection, name, version)
         if expected is not None and found.state != expected:
             raise InputError(f"{name} v{version} is {found.state}, not {expected}: {found.by} moved it at {found.changed:%Y-%m-%d %H:%M} UTC; look again")
@@ -254,12 +254,13 @@ class Registry:
             found, reason = self._waived(connection, found, to, reason)
         reason = self._judged(connection, found, to, reason, downgrade)
         if to in ALONE:
-            self._make_room(connection, name, to, found, by or who(), reason)
-        self._change(connection, found, to, by or who(), reason)
+            self._make_room(connection, name, to, found, who(by), reason)
+        self._change(connection, found, to, who(by), reason)
         return found
 
     def put_back(self, connection: Any, name: str, reason: str, by: str = "") -> Entry:
         "What was in production before is there again; raises `InputError` where nothing was."
+        check_reason(f"rolling {name} back", reason)
         before = self._before(connection, name)
         if before is None:
             current = self._in_state(connection, name, "production")
@@ -278,6 +279,7 @@ class Registry:
         back: bool = False,      # it answered before, and is brought back
     ) -> tuple[Entry, str]:      # as it is now; the reason as it will be written down
         "May it answer callers? Raises `InputError`, `GateFailed` for a no-go, `IntegrityError` for an older package."
+        check_reason(f"putting {name} live", reason)
         found = self._one(connection, self.tables.packages.c.digest == digest, self.tables.packages.c.name == name)
         if found is None:
             raise InputError(f"package {digest[:12]} of {name} is not registered; run the deploy phase of its run again, `pilothouse models {name}` lists what is")
@@ -298,14 +300,14 @@ class Registry:
         "What answers callers is in production, from whatever state; whoever was there makes room."
         found, reason = self.check_live(connection, name, digest, reason, downgrade, back)
         if found.state != "production":
-            self._make_room(connection, name, "production", found, by or who(), reason, back)
-            self._change(connection, found, "production", by or who(), reason)
+            self._make_room(connection, name, "production", found, who(by), reason, back)
+            self._change(connection, found, "production", who(by), reason)
 
     def tell_moves(self) -> None:
         "Moves that the audit trail does not hold yet."
         self.tell(self.tables.moves, EVENT, lambda row: {
             "move": row["number"], "name": row["name"], "version": row["version"], "package": row["digest"],
-            "from": row["came_from"], "to": row["went_to"], "by": row["by"], "reason": row["reason"]}, "move")
+            "from": row["came_from"], "to": row["went_to"], "by": row["by"], "reason": row["reason"], "at": utc(row["at"]).isoformat()}, "move")
 
     # what the promises above are made of
 
@@ -382,9 +384,9 @@ class Registry:
         table, checks = self.tables.failures, list(checks)
         model = manifest["created_from"].get("model") or digest
         failed = [c for c in checks if c.verdict == "no-go"] or ([WHOLE] if verdict == "no-go" else [])
-        met = {(c.title, c.limit) for c in checks if c.verdict in ("go", "inconclusive")}
+        met = {_criterion(c) for c in checks if c.verdict in ("go", "inconclusive")}
         held = connection.execute(table.select().where((table.c.name == manifest["name"]) & (table.c.model == model)).order_by(table.c.run, table.c.criterion)).mappings().all()
-        stands = {(r["criterion"], r["limit"]): r["run"] for r in held if (r["criterion"], r["limit"]) not in met} | {(c.title, c.limit): run for c in failed}
+        stands = {(r["criterion"], r["limit"]): r["run"] for r in held if (r["criterion"], r["limit"]) not in met} | {_criterion(c): run for c in failed}
         connection.execute(table.delete().where(table.c.digest == digest))
         for (criterion, limit), of in stands.items():
             connection.execute(table.insert().values(digest=digest, name=manifest["name"], model=model, criterion=criterion, limit=limit, run=of))
@@ -400,7 +402,7 @@ class Registry:
         if to not in ("staging", "canary", "production") or found.verdict != "no-go":
             raise InputError(f"{found.name} v{found.version} is {found.verdict} and nothing bars it from becoming {to}; leave --waive out")
         table, failures = self.tables.packages, self.tables.failures
-        what = "; ".join(self._failed(connection, found)) or "no-go"
+        what = fitting("; ".join(self._failed(connection, found)), 400) or "no-go"
         models = failures.select().with_only_columns(failures.c.model).where(failures.c.digest == found.digest)
         connection.execute(failures.delete().where((failures.c.name == found.name) & failures.c.model.in_(models.scalar_subquery())))
         connection.execute(table.update().where(table.c.digest == found.digest).values(verdict="waived"))
@@ -414,7 +416,7 @@ class Registry:
             return
         table = self.tables.packages
         connection.execute(table.update().where(table.c.digest == found.digest).values(verdict=verdict, run=run, revision=found.revision + 1, changed=clock()))
-        self._note(connection, found.name, found.version, found.digest, found.state, found.state, by or who(),
+        self._note(connection, found.name, found.version, found.digest, found.state, found.state, who(by),
                    f"judged {verdict} by the run {run or 'without a name'}; before: {found.verdict}, by {found.run or 'a run without a name'}")
 
     def _make_room(self, connection: Any, name: str, to: str, coming: Entry, by: str, reason: str, back: bool = False) -> None:
@@ -427,6 +429,7 @@ class Registry:
 
     def _change(self, connection: Any, entry: Entry, to: str, by: str, reason: str) -> None:
         table = self.tables.packages
+        reason = fitting(reason, REASON)
         done = connection.execute(table.update().where((table.c.digest == entry.digest) & (table.c.revision == entry.revision)).values(
             state=to, revision=entry.revision + 1, changed=clock(), by=by, reason=reason))
         if done.rowcount != 1:
@@ -452,15 +455,17 @@ class Registry:
         with locked(self.store / "registry.lock"), self.engine.connect() as connection:
             rows = connection.execute(table.select().where(table.c.audited.is_(False)).order_by(table.c.number)).mappings().all()
             connection.rollback()
-            told = {e["details"][key] for e in audit.entries(self.store) if e["event"] == event} if rows else set()
+            told = [e["details"] for e in audit.entries(self.store) if e["event"] == event] if rows else []
             for row in rows:
-                if row["number"] not in told:
-                    audit.append(self.store, event, told_of(row))
+                wanted = told_of(row)      # all of it: its number may be another database's, or one from before a backup came back
+                if not any(found[key] == row["number"] and found == wanted for found in told):
+                    audit.append(self.store, event, wanted)
                 with connection.begin():
                     connection.execute(table.update().where(table.c.number == row["number"]).values(audited=True))
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #b035e604
 EVENT = "model.moved"
+BY, REASON, CRITERION = 200, 2000, 300      # characters that a column takes; SQLite takes any number, PostgreSQL these
 
 
 @dataclass(frozen=True)
@@ -480,7 +485,7 @@ def _tables(engine: Any) -> _Tables:
         Column("digest", String(64), primary_key=True), Column("name", String(64), nullable=False), Column("version", Integer, nullable=False),
         Column("state", String(16), nullable=False), Column("verdict", String(16), nullable=False), Column("run", String(200), nullable=False),
         Column("revision", Integer, nullable=False), Column("changed", DateTime(timezone=True), nullable=False),
-        Column("by", String(200), nullable=False), Column("reason", String(2000), nullable=False),
+        Column("by", String(BY), nullable=False), Column("reason", String(REASON), nullable=False),
         UniqueConstraint("name", "version", name="one_package_a_version"),
     )
     for state in ALONE:
@@ -490,12 +495,12 @@ def _tables(engine: Any) -> _Tables:
         "moves", meta,
         Column("number", Integer, primary_key=True, autoincrement=True), Column("name", String(64), nullable=False), Column("version", Integer, nullable=False),
         Column("digest", String(64), nullable=False), Column("came_from", String(16), nullable=False), Column("went_to", String(16), nullable=False),
-        Column("by", String(200), nullable=False), Column("reason", String(2000), nullable=False),
+        Column("by", String(BY), nullable=False), Column("reason", String(REASON), nullable=False),
         Column("at", DateTime(timezone=True), nullable=False), Column("audited", Boolean, nullable=False),
     )
     failures = Table(
         "failures", meta,
-        Column("digest", String(64), primary_key=True), Column("criterion", String(300), primary_key=True), Column("limit", String(300), primary_key=True),
+        Column("digest", String(64), primary_key=True), Column("criterion", String(CRITERION), primary_key=True), Column("limit", String(CRITERION), primary_key=True),
         Column("name", String(64), nullable=False), Column("model", String(64), nullable=False), Column("run", String(200), nullable=False),
         Index("failures_of_a_model", "name", "model"),
     )
@@ -519,33 +524,70 @@ def _engine(url: str, store: Path) -> Any:
 
 @contextmanager
 def _said_plainly(url: str) -> Iterator[None]:
-    from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError as Broken, NoSuchModuleError, OperationalError
+    from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError as Broken, InternalError, NoSuchModuleError, OperationalError, ProgrammingError
 
     try:
         yield
     except Broken as error:
         raise InputError(f"the registry refused a second package in the same place ({str(error.orig).splitlines()[0]}); look again") from error
-    except OperationalError as error:
-        raise EnvironmentFault(f"the registry's database {shown_url(url)} does not answer ({str(error.orig).splitlines()[0]}); start it, or mend [store] database") from error
+    except (OperationalError, InternalError, ProgrammingError) as error:
+        why = str(error.orig).splitlines()[0]
+        refuses = not isinstance(error, OperationalError) or re.search("read-?only|is full|No space", why)      # of a disk, a standby server, a user without rights
+        raise EnvironmentFault(f"the registry's database {shown_url(url)} {f'refuses ({why}); see to its disk and to the rights of its user' if refuses else f'does not answer ({why}); start it'}, "
+                               "or mend [store] database") from error
     except DatabaseError as error:
         raise IntegrityError(f"the registry's database {shown_url(url)} cannot be read ({str(error.orig).splitlines()[0]}); restore it from a backup") from error
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InputError(f"settings.ini: [store] database = {shown_url(url)} cannot be used ({str(error).splitlines()[0]})") from error
 
 
-def _utc(at: dt.datetime) -> dt.datetime:
+def utc(
+    at: dt.datetime,    # as a database gave it
+) -> dt.datetime:
+    "With its time zone: SQLite keeps none."
     return at if at.tzinfo else at.replace(tzinfo=dt.UTC)
 
 
 def _entry(row: Any) -> Entry:
-    return Entry(row["name"], row["version"], row["digest"], row["state"], row["verdict"], row["run"], row["revision"], _utc(row["changed"]), row["by"], row["reason"])
+    return Entry(row["name"], row["version"], row["digest"], row["state"], row["verdict"], row["run"], row["revision"], utc(row["changed"]), row["by"], row["reason"])
 
 
-def who() -> str:
-    "The user at work, for the trail."
+def check_reason(
+    what: str,      # is to be done
+    reason: str,    # that a person gave for it
+) -> None:
+    "Can it be kept, word for word? Raises `InputError`."
+    if not reason.strip():
+        raise InputError(f"{what} needs a reason; give one with --reason")
+    if len(reason) > REASON - 500:      # the rest is for what is said with it
+        raise InputError(f"{what}: the reason has {len(reason):,} characters, at most {REASON - 500:,} are kept; say it shorter")
+    if _plain(reason) != reason:
+        raise InputError(f"{what}: the reason {_plain(reason)[:80]!r} holds bytes that are no text; write it in UTF-8, without NUL")
+
+
+def fitting(
+    text: str,
+    most: int,      # characters
+) -> str:           # another one for each text
+    "What a column of so many characters can keep."
+    return text if len(text) <= most else f"{text[:most - 14]}… ({digest_bytes(text.encode())[:10]})"
+
+
+def _criterion(check: Check) -> tuple[str, str]:
+    return fitting(check.title, CRITERION), fitting(check.limit, CRITERION)
+
+
+def _plain(text: str) -> str:
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
+
+
+def who(
+    by: str = "",    # the person who was named
+) -> str:
+    "Who did it, for the trail: by default the user at work."
     import getpass
 
-    return os.environ.get("PILOTHOUSE_USER") or getpass.getuser()
+    return fitting(_plain(by or os.environ.get("PILOTHOUSE_USER") or getpass.getuser()), BY)
 
 # %% ../../nbs/lib/deploy/19_registry.ipynb #ad18503b
 def enter(

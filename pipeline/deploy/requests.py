@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,24 +66,24 @@ def read_json(body: bytes) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         findings = _not_numbers(body)
         if findings:
-            raise Refused(422, "not a number", "NaN and infinity are not JSON; send null for a missing value", findings) from None
+            first = findings[0]
+            raise Refused(422, "not a number", f"row {first.row}, {first.field}: {first.value} is no finite number; send null for a missing value", findings) from None
         raise Refused(400, "not JSON", f"the body is not JSON: {str(error)[:200]}") from None
 
 # %% ../../nbs/lib/deploy/07_requests.ipynb #ff6e7f1a
 def _not_numbers(body: bytes) -> list[Finding]:
-    "Where a body says NaN or Infinity, by row and field."
-    odd = {w: type("Odd", (), {"word": w})() for w in ("NaN", "Infinity", "-Infinity")}
+    "Where a body says NaN, Infinity or a number that is none for a machine, as 1e400, by row and field."
     try:
-        value = json.loads(body, parse_constant=odd.__getitem__)
+        value = json.loads(body)
     except (ValueError, RecursionError):
         return []
     rows = value.get("rows") if isinstance(value, dict) else None
     return [
-        Finding(i, str(k)[:120], "is not a number", v.word, "a finite number or null")
+        Finding(i, str(k)[:120], "is not a number", "NaN" if math.isnan(v) else "Infinity" if v > 0 else "-Infinity", "a finite number or null")
         for i, row in enumerate(rows if isinstance(rows, list) else ())
         if isinstance(row, dict)
         for k, v in row.items()
-        if v in odd.values()
+        if isinstance(v, float) and not math.isfinite(v)
     ]
 
 # %% ../../nbs/lib/deploy/07_requests.ipynb #059cc295

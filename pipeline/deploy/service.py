@@ -11,6 +11,7 @@ import importlib
 import ipaddress
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ from ..core.store import digest_file, locked
 from .board import Board
 from .further import WISHES
 from .handler import Service
-from .http import Loop, Server
+from .http import CONNECTIONS, Loop, Server
 from .openapi import example_row
 from .process import Orphan, end, listen, supervise
 from .shedding import Pool, Queue, Rates
@@ -179,6 +180,9 @@ def answer(
 ) -> None:
     "What a worker does, until SIGTERM; it ends its process."
     server = load_server(serving)
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < (wanted := CONNECTIONS + 1024):      # where a shell gives fewer than there is room for connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
     async def run() -> None:
         loop = asyncio.get_running_loop()

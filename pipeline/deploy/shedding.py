@@ -196,6 +196,14 @@ class Queue:
         self.refused += 1
         return too_many(f"{self.waiting} requests wait already, some {expected:.1f} s; ask again later, or start more workers", expected)
 
+    def late(
+        self,
+        waited: float,        # seconds in the row, more than was expected
+    ) -> Refused:
+        "The answer for one whom those before it kept longer than they should: what they ask is known when it is read."
+        self.refused += 1
+        return too_many(f"those before this request took {waited:.1f} s; ask again later, or start more workers", self.waiting * self.mean)
+
     def enter(self) -> None:
         "Come in."
         self.waiting += 1

@@ -5,6 +5,7 @@
 # %% ../../nbs/lib/deploy/11_staging.ipynb #52659e0f
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
@@ -64,7 +65,15 @@ class Staged:
         import psutil
 
         parent = psutil.Process(self.process.pid)
-        return sum(sum(p.cpu_times()[:2]) for p in [parent, *parent.children(recursive=True)])
+        return sum(map(_cpu_s, [parent, *parent.children(recursive=True)]))
+
+
+def _cpu_s(process: Any) -> float:
+    "To the nanosecond where the system keeps a clock a process (see clock_getcpuclockid(3)): its table counts in hundredths, a fifth of what six hundred rows cost."
+    clock, asked = ctypes.c_int(), getattr(ctypes.CDLL(None), "clock_getcpuclockid", None)
+    if asked is None or asked(process.pid, ctypes.byref(clock)):
+        return sum(process.cpu_times()[:2])
+    return time.clock_gettime(clock.value)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import audit
 from ..core.errors import InputError, PilothouseError
 from ..core.run import clock
-from .registry import Entry, Registry, who
+from .registry import BY, REASON, Entry, Registry, check_reason, utc, who
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
@@ -144,9 +144,12 @@ class Plans:
         waive: bool = False,
     ) -> Entry:          # as it is now
         "`Registry.move`, and the traffic follows to what a person made production; where a trial goes on, its rollout sees to that."
+        digest = self.registry.entry(name, version).digest
         with self.registry.transaction(name) as connection:
-            digest = self.registry.put(connection, name, version, to, reason, by, downgrade=downgrade, waive=waive).digest
             plan = self._newest(connection, name)
+            if to == "retired" and plan is not None and digest == plan.live:
+                raise InputError(f"v{version} of {name} answers requests now; bring another version into production before it is retired")
+            self.registry.put(connection, name, version, to, reason, by, downgrade=downgrade, waive=waive)
             if to == "production" and plan is not None and plan.canary is None and plan.live != digest:
                 self._next(connection, plan, name, plan.revision, reason, by, {"live": digest})
         self.registry.tell_moves()
@@ -174,12 +177,11 @@ class Plans:
         return _plan(row) if row else None
 
     def _next(self, connection: Any, before: Plan | None, name: str, expected: int, reason: str, by: str, changes: dict[str, Any]) -> Plan:
-        if not reason.strip():
-            raise InputError(f"changing the traffic of {name} needs a reason; give one with --reason")
+        check_reason(f"changing the traffic of {name}", reason)
         before = before or Plan(name, changes.get("live", ""))
         if before.revision != expected:
             raise InputError(f"the traffic of {name} was changed by {before.by} ({before.reason}), revision {before.revision} and not {expected}; look again")
-        plan = replace(before, **changes, revision=expected + 1, changed=clock(), by=by or who(), reason=reason)
+        plan = replace(before, **changes, revision=expected + 1, changed=clock(), by=who(by), reason=reason)
         check_plan(plan)
         known = {k: v for k, v in asdict(plan).items() if k not in ("name", "revision", "changed", "by", "reason")}
         connection.execute(self.table.insert().values(name=name, revision=plan.revision, plan=json.dumps(known), changed=plan.changed,
@@ -188,7 +190,8 @@ class Plans:
 
     def _tell(self) -> None:
         self.registry.tell(self.table, "traffic.changed", lambda row: {
-            "plan": row["number"], "name": row["name"], "revision": row["revision"], **json.loads(row["plan"]), "by": row["by"], "reason": row["reason"]}, "plan")
+            "plan": row["number"], "name": row["name"], "revision": row["revision"], **json.loads(row["plan"]), "by": row["by"], "reason": row["reason"],
+            "at": utc(row["changed"]).isoformat()}, "plan")
 
 
 def _state(url: str) -> tuple[tuple[int, int], ...] | None:
@@ -228,15 +231,14 @@ def _table() -> Any:
     return Table(
         "plans", MetaData(),
         Column("number", Integer, primary_key=True, autoincrement=True), Column("name", String(64), nullable=False), Column("revision", Integer, nullable=False),
-        Column("plan", Text, nullable=False), Column("changed", DateTime(timezone=True), nullable=False), Column("by", String(200), nullable=False),
-        Column("reason", String(2000), nullable=False), Column("audited", Boolean, nullable=False),
+        Column("plan", Text, nullable=False), Column("changed", DateTime(timezone=True), nullable=False), Column("by", String(BY), nullable=False),
+        Column("reason", String(REASON), nullable=False), Column("audited", Boolean, nullable=False),
         UniqueConstraint("name", "revision", name="one_plan_a_revision"),
     )
 
 
 def _plan(row: Mapping[str, Any]) -> Plan:
-    changed = row["changed"] if row["changed"].tzinfo else row["changed"].replace(tzinfo=dt.UTC)
-    return Plan(row["name"], **json.loads(row["plan"]), revision=row["revision"], changed=changed, by=row["by"], reason=row["reason"])
+    return Plan(row["name"], **json.loads(row["plan"]), revision=row["revision"], changed=utc(row["changed"]), by=row["by"], reason=row["reason"])
 
 # %% ../../nbs/lib/deploy/21_versions.ipynb #1607ba22
 def matches(

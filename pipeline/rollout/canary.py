@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core.errors import InputError
 from pipeline.rollout.sequential import (
     Bet,
@@ -36,6 +34,7 @@ from pipeline.rollout.sequential import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
 
 # %% auto #0
@@ -93,6 +92,8 @@ class Requests:
 
     def within(self, window: int) -> slice:
         "Where the requests of a window stand; nowhere before the first."
+        import numpy as np
+
         start, end = np.searchsorted(self.window, [window, window + 1]) if window >= 0 else (0, 0)
         return slice(int(start), int(end))
 
@@ -275,6 +276,8 @@ def _check_running(state: State) -> None:
 
 def _look(state: State, requests: Requests, rules: Rules, now: int) -> Look:
     "A window of stored traffic, and the outcomes that became known in it."
+    import numpy as np
+
     here = requests.within(now)
     new = requests.place[here] < state.shares[now]
     then = now - rules.outcome_delay
@@ -286,6 +289,8 @@ def _look(state: State, requests: Requests, rules: Rules, now: int) -> Look:
 
 
 def _learn(state: State, look: Look, share: float) -> State:
+    import numpy as np
+
     assert state.worse and state.errors and state.limit and state.latency and state.slower and state.shift and state.split
     units = as_unit(look.differences)
     ratios, kpi = (np.zeros(0) if v is None else v for v in (look.ratios, look.kpi))
@@ -303,6 +308,8 @@ def _learn(state: State, look: Look, share: float) -> State:
 
 def _beyond(new: np.ndarray, old: np.ndarray | None) -> np.ndarray:
     "How often, beyond the old model in the same window; where that served nobody, how often at all."
+    import numpy as np
+
     return as_unit(np.asarray(new, dtype=float) if old is None or not len(old) else matched(new, old))
 
 
@@ -426,6 +433,8 @@ def interval(
     rules: Rules,
 ) -> tuple[float, float]:
     "The confidence sequence of the mean difference on everything that the new model served and whose outcome is known."
+    import numpy as np
+
     shares = course.state.shares
     share = np.array([shares[w] if w + rules.outcome_delay < len(shares) else -1.0 for w in range(requests.windows)])
     known = (requests.place < share[requests.window]) & ~requests.new_error & np.isfinite(requests.difference)

@@ -14,13 +14,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
 from ..core.run import clock
-from ..deploy.registry import Entry, Registry, who
+from ..deploy.registry import Entry, Registry, _said_plainly, who
 from ..deploy.versions import Plan, Plans
 from .canary import SPLIT, Decision, Rules, State, advanced, consider, standing, start
 from .sequential import Split, new_uplift
@@ -95,6 +96,10 @@ class Steering:
     ) -> None:
         self.registry, self.plans, self.rollouts = registry, Plans(registry), Rollouts(registry)
 
+    def plainly(self) -> AbstractContextManager[None]:
+        "Whatever the database does not answer is told in a sentence, a question too."
+        return _said_plainly(self.registry.url)
+
     def begin(
         self,
         name: str,
@@ -112,7 +117,9 @@ class Steering:
 
         by, entry, plan = by or who(), self.registry.entry(name, version), self.plans.current(name)
         if entry.state not in ("staging", "canary"):
-            raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging (pilothouse models {name} --move {version} --to staging --reason '…')")
+            way = {"candidate": f" (pilothouse models {name} --move {version} --to staging --reason '…')",
+                   "retired": "; what is retired comes back by a rollback alone, and a new run makes a new version"}.get(entry.state, "")
+            raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging{way}")
         if entry.verdict == "no-go":
             raise GateFailed(f"{name} v{version} comes from a run with the verdict no-go and cannot be tried; mend what failed and run again")
         tried = self.registry.holder(name, "canary")
@@ -222,14 +229,19 @@ class Steering:
             if self._came_since(seen):
                 return self.plans.roll_back(name, reason, by)
             if seen.status in ("rolled back", "aborted"):
-                raise InputError(f"there is no rollout of {name} to go back from: v{seen.version} was taken back already; "
-                                 f"“pilothouse models {name} --back” brings the version before into production")
+                raise InputError(f"there is no rollout of {name} to go back from: v{seen.version} was taken back already by {seen.by} ({seen.reason}), and v{self.live(name)} is live; "
+                                 f"“pilothouse models {name} --back” brings the version before that into production")
             try:
                 return self.take_back(seen, by or who(), reason, _numbers(seen.state))
             except InputError:
                 if tried == TRIES - 1:
                     raise
         raise AssertionError
+
+    def live(self, name: str) -> int:       # 0: nothing that is registered
+        "The version that answers whoever is not on trial."
+        plan = self.plans.current(name)
+        return next((e.version for e in self.registry.entries(name) if (e.digest == plan.live if plan else e.state == "production")), 0)
 
     def take_back(self, seen: Rollout, by: str, reason: str, numbers: dict[str, Any], state: State | None = None, facts: dict[str, Any] | None = None, holder: str | None = None) -> Rollout:
         "The traffic first, then the row, then the registry."
@@ -376,14 +388,15 @@ class Controller:
         try:
             while not stop.is_set():
                 try:
-                    decision = self.step()
-                    if decision is not None:
-                        told(decision)
-                    if self.other and self.other != other:
-                        waits(self.other)
-                    other = self.other
-                    if once and self.steering.rollouts.active(self.name) is None:
-                        break
+                    with self.steering.plainly():
+                        decision = self.step()
+                        if decision is not None:
+                            told(decision)
+                        if self.other and self.other != other:
+                            waits(self.other)
+                        other = self.other
+                        if once and self.steering.rollouts.active(self.name) is None:
+                            break
                     why = ""
                 except EnvironmentFault as error:
                     if str(error) != why:
@@ -391,9 +404,10 @@ class Controller:
                         failed(why)
                 stop.wait(every_s)
         finally:
-            seen = self.steering.rollouts.current(self.name)
-            if seen is not None:
-                self.steering.rollouts.release(seen.number, self.holder)
+            with self.steering.plainly():
+                seen = self.steering.rollouts.current(self.name)
+                if seen is not None:
+                    self.steering.rollouts.release(seen.number, self.holder)
 
     def _finish(self) -> None:
         "What a killed one left undone after its last decision."

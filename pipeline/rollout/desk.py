@@ -95,23 +95,25 @@ class Office:
 
     def state(self) -> dict[str, Any]:
         "Everything that the page shows."
-        rollout, plan = self.steering.rollouts.current(self.name), self.steering.plans.current(self.name)
-        versions = {e.digest: e.version for e in self.steering.registry.entries(self.name)}
+        with self.steering.plainly():
+            rollout, plan, events = self.steering.rollouts.current(self.name), self.steering.plans.current(self.name), self._events()
+            versions = {e.digest: e.version for e in self.steering.registry.entries(self.name)}
         now = self.clock()
         log = self.recent.look(now)
         told = None if rollout is None else {"version": rollout.version, "status": rollout.status, "share": rollout.share, "stages": list(rollout.rules.stages),
                                              "why": rollout.reason, "revision": rollout.revision,
                                              "alone": rollout.active and not rollout.leader}
         return {"problem": self.name, "subject": plan.subject if plan else None, "rollout": told, "plan": _shown(plan, versions), "traffic": traffic_rows(log, now),
-                "minutes": traffic_path(log, now), "tests": tests_of(rollout) if rollout is not None and rollout.state.shares else [], "events": self._events()}
+                "minutes": traffic_path(log, now), "tests": tests_of(rollout) if rollout is not None and rollout.state.shares else [], "events": events}
 
     def act(self, action: str, by: str, reason: str, revision: int | None) -> str:
         "hold, resume, promote or back; raises `InputError` when somebody was quicker."
-        if action == "back" and self.steering.rollouts.current(self.name) is None:
-            raise InputError(f"there is no rollout of {self.name} to go back from; “pilothouse models {self.name} --back” brings the version before into production")
         steering = self.steering
         words: dict[str, Callable[[str, str, str, int | None], Rollout | Entry]] = {"hold": steering.hold, "resume": steering.resume, "promote": steering.promote, "back": steering.back}
-        found = words[action](self.name, reason, by, revision)
+        with steering.plainly():
+            if action == "back" and steering.rollouts.current(self.name) is None:
+                raise InputError(f"there is no rollout of {self.name} to go back from; “pilothouse models {self.name} --back” brings the version before into production")
+            found = words[action](self.name, reason, by, revision)
         if isinstance(found, Entry):
             return f"Version {found.version} is in production again."
         return f"The rollout of version {found.version} is {found.status}, at {found.share:g} %."
