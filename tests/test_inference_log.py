@@ -230,6 +230,43 @@ def test_files_that_wait_are_looked_at_once(recorder: Recorder, tmp_path: Path, 
     assert len(inference_tables(tmp_path, "tiny")[1].parts()) == 3 and not list((tmp_path / "inferences/tiny").iterdir())
 
 
+STARVED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.deploy import inference_log as log
+read = log._read_outcomes
+def stands(*given):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return read(*given)
+log._read_outcomes = stands
+log.collect(Path(sys.argv[1]), "tiny", idly=True)
+"""
+
+
+def test_nobody_waits_for_one_who_gets_no_processor(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "The collector behind holds the table and stands still: whoever reads ends it and goes on from there."
+    note(recorder, 0, 10)
+    recorder.flush()
+    note_outcomes(tmp_path, "tiny", [{"request_id": "r1", "value": "yes"}], ["no", "yes"])
+    child = subprocess.Popen([sys.executable, "-c", STARVED, str(tmp_path)])
+    try:
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        behind = log.Behind(tmp_path / "inferences/.tiny.collector")
+        assert collect(tmp_path, "tiny", idly=True) == 0, "one is enough"
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "_here", lambda: "another machine")
+            assert not behind.end()
+        assert child.poll() is None
+        assert read_outcomes(tmp_path, "tiny")["request_id"].to_list() == ["r1"] and child.wait() == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.wait()
+    assert not behind.end() and collect(tmp_path, "tiny", idly=True) == 0
+    note(recorder, 10, 12)
+    recorder.flush()
+    assert collect(tmp_path, "tiny", idly=True) == 2 and read_inferences(tmp_path, "tiny").height == 12
+
+
 def test_a_file_that_did_not_get_its_name_gets_it_before_others_are_written(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

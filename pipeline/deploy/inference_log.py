@@ -12,13 +12,14 @@ import math
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,7 +218,7 @@ import site, sys
 from pathlib import Path
 site.main()
 from pipeline.deploy.inference_log import collect
-collect(Path(sys.argv[1]), sys.argv[2])
+collect(Path(sys.argv[1]), sys.argv[2], idly=True)
 """
 
 
@@ -386,15 +387,26 @@ def inference_tables(
 def collect(
     store: Path,
     name: str,
-) -> int:          # answers and outcomes that were taken
+    idly: bool = False,     # nobody waits for it: where a processor idles, and ended by the first who does wait
+) -> int:                   # answers and outcomes that were taken
     "Take every sealed file into the tables, each exactly once; raises `IntegrityError` for a file that was changed."
-    store, spool, taken = Path(store), Path(store) / "inferences" / check_name(name, "problem"), 0
+    store, spool = Path(store), Path(store) / "inferences" / check_name(name, "problem")
     if not spool.is_dir():
         return 0
+    behind = Behind(spool.with_name(f".{name}.collector"))
+    if not idly:
+        return _take(store, name, spool, behind.end)
+    with behind.own() as alone:
+        return _take(store, name, spool) if alone else 0
+
+# %% ../../nbs/lib/deploy/23_inference_log.ipynb #76dd5e0c
+def _take(store: Path, name: str, spool: Path, hurry: Callable[[], object] = lambda: None) -> int:
+    taken = 0
     for table, kind, read in zip(inference_tables(store, name), ("rows", "outcomes"), (_read_records, _read_outcomes)):
         waiting = sorted(spool.glob(f"*.{kind}"))
         if not waiting:
             continue
+        hurry()
         with table.turn():
             about = table.told().get("about", {})
             done = set(about.get("taken", ()))
@@ -414,7 +426,64 @@ def collect(
             _remove_unheld(left)
     return taken
 
-# %% ../../nbs/lib/deploy/23_inference_log.ipynb #76dd5e0c
+# %% ../../nbs/lib/deploy/23_inference_log.ipynb #8c0eb5f6
+def _here() -> str:
+    "Where a process's number means what it means here: this start of this system, and its namespace."
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""           # a system without them: nobody is ended, everybody waits
+
+
+class Behind:
+    """Who works behind everybody else, by a lock and a number in a file. Where no processor idles he may hold a table for ever, and
+    what he does can be broken off anywhere: each commit is whole, and a file is taken once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    @contextmanager
+    def own(self) -> Iterator[bool]:     # False: somebody else does it
+        "Be him, if nobody is."
+        with disk_errors(f"writing {self.file.name}"):
+            handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            free = _free(handle)
+            if free and _here():
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()} {_here()}".encode(), 0)
+            yield free
+        finally:
+            os.close(handle)
+
+    def end(self) -> bool:     # whether there was one
+        "End him, where his number is one of ours; his locks go with him."
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            handle = os.open(self.file, os.O_RDWR)
+            try:
+                number, _, where = os.pread(handle, 200, 0).decode("ascii", "replace").partition(" ")
+                if _free(handle) or not where or where != _here():
+                    return False
+                process = os.pidfd_open(int(number))
+                try:
+                    if not _free(handle):       # it is still he: nobody else has got his number meanwhile
+                        signal.pidfd_send_signal(process, signal.SIGKILL)
+                        return True
+                finally:
+                    os.close(process)
+            finally:
+                os.close(handle)
+        return False
+
+
+def _free(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _remove_unheld(left: Path) -> None:
     "Remove a file unless its writer lives: a clock that jumped makes a file of this moment look old."
     with suppress(FileNotFoundError, BlockingIOError):       # it has its name by now, or will have it
