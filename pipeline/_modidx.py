@@ -2859,6 +2859,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'pipeline.deploy.reading._Shared.add': ( 'lib/deploy/reading.html#_shared.add',
                                                                                   'pipeline/deploy/reading.py'),
                                          'pipeline.deploy.reading._both': ('lib/deploy/reading.html#_both', 'pipeline/deploy/reading.py'),
+                                         'pipeline.deploy.reading._check_cells': ( 'lib/deploy/reading.html#_check_cells',
+                                                                                   'pipeline/deploy/reading.py'),
                                          'pipeline.deploy.reading._csv_pieces': ( 'lib/deploy/reading.html#_csv_pieces',
                                                                                   'pipeline/deploy/reading.py'),
                                          'pipeline.deploy.reading._dated_styles': ( 'lib/deploy/reading.html#_dated_styles',

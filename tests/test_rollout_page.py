@@ -43,7 +43,7 @@ class Paper:
         at = [f"12:{i:02d}" for i in range(30)]
         return {"problem": "flights", "subject": "tailnum", "rollout": dict(self.rollout),
                 "plan": {"live": 2, "canary": 3, "share": 25.0, "slice": "origin = JFK", "revision": 12, "by": "controller"},
-                "traffic": [{"role": r, "version": v, "requests": n, "per_s": n / 900, "errors": e, "error_share": e / n, "p50_ms": .31, "p99_ms": 2.4}
+                "traffic": [{"role": r, "version": v, "requests": n, "per_s": n / 900, "refused": 2 * e, "errors": e, "error_share": e / n, "p50_ms": .31, "p99_ms": 2.4}
                             for r, v, n, e in (("live", 2, 41_310, 3), ("canary", 3, 13_702, 1))],
                 "minutes": [{"at": a, "live_rate": 46 + i % 5, "canary_rate": 15 + i % 3, "live_ms": 2.1, "canary_ms": None if i < 9 else 2.4, "live_failed": 0.0,
                              "canary_failed": None if i < 9 else .02} for i, a in enumerate(at)],
@@ -203,7 +203,7 @@ def test_everyone_can_read_it(browser: Any, office: dict[str, Any], width: int, 
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
         assert page.evaluate("() => document.querySelectorAll('h1').length") == 1 and page.evaluate("() => document.documentElement.lang") == "en"
         assert page.locator("[aria-current=step]").text_content() == "25 %" and page.locator("#tests tr").count() == 3
-        assert page.locator("#traffic tr").nth(1).text_content() == "canaryversion 313,70215.210.01 %0.312.4"
+        assert page.locator("#traffic tr").nth(1).text_content() == "canaryversion 313,70215.2210.01 %0.312.4"
         assert page.get_by_role("img", name="evidence 88 of 100 needed").count() == 1 and page.get_by_role("img", name="Answers a second").count() == 1
         told = [page.locator(f"#{name} svg").get_attribute("aria-label") for name in ("slow", "failed")]
         assert told == ["Milliseconds, 99th percentile: live 2.1, canary 2.4 now; at most 2.4 in the time shown", "Errors: live 0 %, canary 2 % now; at most 2 % in the time shown"]

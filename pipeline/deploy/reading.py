@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from ..core.errors import InputError, IntegrityError
-from ..data.sources import BROKEN, NULLS, check_object, flatten, guess_separator, has_decimal_commas, plain_names, tidy_names, unnest, without_thousands
+from ..data.sources import BROKEN, NULLS, check_object, count_cells, flatten, guess_separator, has_decimal_commas, plain_names, tidy_names, unnest, without_thousands
 
 # %% auto #0
 __all__ = ['BLOCK', 'JSON_BLOCK', 'HEAD', 'LOOKED_AT', 'MOST_SHARED', 'MOST_CELL', 'MOST_COLUMNS', 'DATED', 'read_pieces', 'cut',
@@ -165,7 +166,22 @@ def _csv_pieces(path: Path, columns: Sequence[str] | None, size: int, numbers: C
     dialect = dialect_of(path)
     wanted = _wanted(columns, dialect.names)
     yield pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
-    yield from (dialect.read(block, numbers).select(wanted) for block in csv_blocks(path, size))
+    passed = header = 0      # lines
+    for block in csv_blocks(path, size):
+        rows = dialect.read(block, numbers)
+        header = header or block.count(b"\n", 0, _first_row_end(block))
+        if rows.height and rows.to_series(-1).null_count():
+            _check_cells(path.name, block, dialect, passed)
+        passed += block.count(b"\n") - header
+        yield rows.select(wanted)
+
+
+def _check_cells(file: str, block: bytes, dialect: Dialect, passed: int) -> None:
+    "To the reader a line that ends too early ends in empty cells, and a file that was cut in its last line is whole."
+    cells, lines, _ = count_cells(block, dialect.separator)
+    odd = np.flatnonzero(cells != len(dialect.names))
+    if len(odd):
+        raise InputError(f"{file}:{passed + lines[odd[0]]}: {cells[odd[0]]} cells where the header has {len(dialect.names)}; the file may have been cut: get it again from its source")
 
 # %% ../../nbs/lib/deploy/09_reading.ipynb #7f8ca0ae
 def csv_blocks(

@@ -31,14 +31,14 @@ def traffic_rows(
     log: pl.DataFrame,             # at (seconds since 1970), version, role, status, ms; a row a request and role
     now: float,                    # seconds since 1970
     minutes: float = MINUTES,      # back from now
-) -> list[dict[str, Any]]:         # role, version, requests, per_s, errors, error_share, p50_ms, p99_ms
+) -> list[dict[str, Any]]:         # role, version, requests, per_s, refused (4xx: the callers' mistakes), errors, error_share, p50_ms, p99_ms
     "Answers of each version in that time."
     recent = log.filter((pl.col("at") > now - minutes * 60) & (pl.col("at") <= now))
     if not len(recent):
         return []
     span = max(min(minutes * 60, now - float(recent["at"].min())), 1.0)   # type: ignore[arg-type]
     found = recent.group_by("role", "version").agg(
-        requests=pl.len(), errors=(pl.col("status") >= 500).sum(), p50_ms=pl.col("ms").quantile(.5, "higher"), p99_ms=pl.col("ms").quantile(.99, "higher"))
+        requests=pl.len(), refused=pl.col("status").is_between(400, 499).sum(), errors=(pl.col("status") >= 500).sum(), p50_ms=pl.col("ms").quantile(.5, "higher"), p99_ms=pl.col("ms").quantile(.99, "higher"))
     order = pl.col("role").replace_strict({"live": 0, "canary": 1, "shadow": 2}, default=3)
     return found.with_columns(per_s=pl.col("requests") / span, error_share=pl.col("errors") / pl.col("requests")).sort(order, "version").to_dicts()
 

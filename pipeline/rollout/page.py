@@ -131,7 +131,7 @@ function show(s) {
     if (v === r.share) li.setAttribute('aria-current', 'step'); return li; })); }
   put('plan', plan ? `Live: version ${plan.live}` + (plan.canary ? ` · canary: version ${plan.canary} for ${num(plan.share)} % of ${s.subject || 'requests'}` : '') +
     (plan.slice ? ` where ${plan.slice}` : '') + ` · plan ${plan.revision}, changed by ${plan.by}` : 'The service answers with the package it was started with.');
-  fill('traffic', s.traffic.map(t => [t.role, 'version ' + t.version, {n: num(t.requests, 0)}, {n: num(t.per_s, 1)}, {n: num(t.errors, 0)}, {n: share(t.error_share)}, {n: num(t.p50_ms, 2)}, {n: num(t.p99_ms, 2)}]));
+  fill('traffic', s.traffic.map(t => [t.role, 'version ' + t.version, {n: num(t.requests, 0)}, {n: num(t.per_s, 1)}, {n: num(t.refused, 0)}, {n: num(t.errors, 0)}, {n: share(t.error_share)}, {n: num(t.p50_ms, 2)}, {n: num(t.p99_ms, 2)}]));
   chart('rate', 'Answers a second', 'rate', s.minutes, 1, v => num(v, v < 10 ? 1 : 0));
   chart('slow', 'Milliseconds, 99th percentile', 'ms', s.minutes, 1, v => num(v, v < 10 ? 1 : 0));
   chart('failed', 'Errors', 'failed', s.minutes, .01, share);
@@ -204,7 +204,7 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <figure><figcaption>Errors, share of answers</figcaption><div id="failed"></div></figure></div>
 <p class="key"><span>solid, blue: live</span><span>dashed, orange: canary</span></p>
 <div class="scroll" id="traffic-box" tabindex="0" role="region" aria-label="Table of answers by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
-<th scope="col" class="n">a second</th><th scope="col" class="n">errors</th><th scope="col" class="n">share</th><th scope="col" class="n">p50 ms</th><th scope="col" class="n">p99 ms</th></tr></thead><tbody id="traffic"></tbody></table></div>
+<th scope="col" class="n">a second</th><th scope="col" class="n">refused</th><th scope="col" class="n">errors</th><th scope="col" class="n">share</th><th scope="col" class="n">p50 ms</th><th scope="col" class="n">p99 ms</th></tr></thead><tbody id="traffic"></tbody></table></div>
 <p id="traffic-none" class="muted">No answers were logged in this time.</p></section>
 <section aria-labelledby="act"><h2 id="act" tabindex="-1">Act</h2><p id="reader" class="muted"></p>
 <div class="box"><label for="reason">Reason (goes into the audit trail with your name)</label><textarea id="reason" maxlength="1000"></textarea>
