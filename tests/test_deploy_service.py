@@ -451,7 +451,7 @@ def test_prometheus_reads_latency_and_predictions_by_version(service: Service) -
     found = {name: {s.name.rpartition("_")[2]: s.value for s in families[name].samples if s.labels.get("le", "+Inf") == "+Inf" and s.labels["version"] == "3"}
              for name in ("pilothouse_predict_seconds", "pilothouse_prediction")}
     assert found["pilothouse_predict_seconds"]["count"] == 3 == found["pilothouse_predict_seconds"]["bucket"] and found["pilothouse_prediction"]["count"] == 4
-    assert {s.labels["status"]: s.value for s in families["pilothouse_answers"].samples} == {"200": 2, "422": 1}
+    assert {s.labels["status"]: s.value for s in families["pilothouse_answers"].samples} == {"200": 2, "422": 1, "500": 0}
     assert families["pilothouse_package_expires_timestamp_seconds"].samples[0].value == 1_801_440_000   # the first second of February
 
 
