@@ -432,7 +432,8 @@ def first(server: Running) -> Iterator[None]:
     def order(policy: int, priority: int) -> None:
         for thread in [0, *(thread.id for process in server.tree() for thread in process.threads())]:     # 0: this one, which starts the load
             try:
-                os.sched_setscheduler(thread, policy, os.sched_param(priority))
+                if os.sched_getscheduler(thread) != os.SCHED_IDLE:       # it has stepped back behind everybody else, and stays there
+                    os.sched_setscheduler(thread, policy, os.sched_param(priority))
             except ProcessLookupError:     # it has ended meanwhile
                 continue
 
