@@ -357,6 +357,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'pipeline.core.audit._content': ('lib/core/audit.html#_content', 'pipeline/core/audit.py'),
                                      'pipeline.core.audit._last_entry': ('lib/core/audit.html#_last_entry', 'pipeline/core/audit.py'),
                                      'pipeline.core.audit._lines': ('lib/core/audit.html#_lines', 'pipeline/core/audit.py'),
+                                     'pipeline.core.audit._loaded': ('lib/core/audit.html#_loaded', 'pipeline/core/audit.py'),
                                      'pipeline.core.audit._parsed': ('lib/core/audit.html#_parsed', 'pipeline/core/audit.py'),
                                      'pipeline.core.audit._write_line': ('lib/core/audit.html#_write_line', 'pipeline/core/audit.py'),
                                      'pipeline.core.audit.append': ('lib/core/audit.html#append', 'pipeline/core/audit.py'),

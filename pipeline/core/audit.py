@@ -9,9 +9,10 @@ import base64
 import datetime as dt
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import IntegrityError
 from .store import digest_bytes, disk_errors, locked, write_whole
@@ -39,13 +40,7 @@ def signing_key(
             key = Ed25519PrivateKey.generate()
             write_whole(folder / f"{name}.pub", key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
             write_whole(file, key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()), 0o600)
-    try:
-        loaded = s.load_pem_private_key(file.read_bytes(), None)
-    except (ValueError, TypeError) as error:      # TypeError: it asks for a password
-        raise IntegrityError(f"{file} is damaged; restore it from a backup") from error
-    if not isinstance(loaded, Ed25519PrivateKey):
-        raise IntegrityError(f"{file} is no Ed25519 key; restore the one that signed")
-    return loaded
+    return _loaded(file, lambda pem: s.load_pem_private_key(pem, None), Ed25519PrivateKey)     # type: ignore[type-abstract]
 
 
 def public_key(store: Path, name: str = "audit") -> Ed25519PublicKey:
@@ -56,13 +51,7 @@ def public_key(store: Path, name: str = "audit") -> Ed25519PublicKey:
     file = store / "keys" / f"{name}.pub"
     if not file.exists():
         raise IntegrityError(f"no key {file}; without it no signature can be checked")
-    try:
-        loaded = s.load_pem_public_key(file.read_bytes())
-    except ValueError as error:
-        raise IntegrityError(f"{file} is damaged; restore it from a backup") from error
-    if not isinstance(loaded, Ed25519PublicKey):
-        raise IntegrityError(f"{file} is no Ed25519 key; restore the one that signed")
-    return loaded
+    return _loaded(file, s.load_pem_public_key, Ed25519PublicKey)     # type: ignore[type-abstract]
 
 
 def sign(store: Path, content: bytes, name: str = "audit") -> str:
@@ -81,6 +70,19 @@ def check_signature(store: Path, content: bytes, signature: str, name: str = "au
     return True
 
 # %% ../../nbs/lib/core/04_audit.ipynb #18f9c7aa
+_Key = TypeVar("_Key")
+
+
+def _loaded(file: Path, load: Callable[[bytes], object], kind: type[_Key]) -> _Key:
+    try:
+        key = load(file.read_bytes())
+    except (ValueError, TypeError) as error:      # TypeError: it asks for a password
+        raise IntegrityError(f"{file} is damaged; restore it from a backup") from error
+    if not isinstance(key, kind):
+        raise IntegrityError(f"{file} is no Ed25519 key; restore the one that signed")
+    return key
+
+
 def _canonical(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
 

@@ -486,11 +486,11 @@ def _free(handle: int) -> bool:
 
 def _remove_unheld(left: Path) -> None:
     "Remove a file unless its writer lives: a clock that jumped makes a file of this moment look old."
-    with suppress(FileNotFoundError, BlockingIOError):       # it has its name by now, or will have it
+    with suppress(FileNotFoundError):       # it has its name by now
         handle = os.open(left, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink(missing_ok=True)
+            if _free(handle):
+                left.unlink(missing_ok=True)
         finally:
             os.close(handle)
 
