@@ -43,7 +43,7 @@ class Paper:
         at = [f"12:{i:02d}" for i in range(30)]
         return {"problem": "flights", "subject": "tailnum", "rollout": dict(self.rollout),
                 "plan": {"live": 2, "canary": 3, "share": 25.0, "slice": "origin = JFK", "revision": 12, "by": "controller"},
-                "traffic": [{"role": r, "version": v, "requests": n, "per_s": n / 900, "refused": 2 * e, "errors": e, "error_share": e / n, "p50_ms": .31, "p99_ms": 2.4}
+                "log": "", "traffic": [{"role": r, "version": v, "requests": n, "per_s": n / 900, "refused": 2 * e, "errors": e, "error_share": e / n, "p50_ms": .31, "p99_ms": 2.4}
                             for r, v, n, e in (("live", 2, 41_310, 3), ("canary", 3, 13_702, 1))],
                 "minutes": [{"at": a, "live_rate": 46 + i % 5, "canary_rate": 15 + i % 3, "live_ms": 2.1, "canary_ms": None if i < 9 else 2.4, "live_failed": 0.0,
                              "canary_failed": None if i < 9 else .02} for i, a in enumerate(at)],
@@ -254,6 +254,26 @@ def test_back_from_the_page_and_a_move_that_came_too_late(browser: Any, office: 
 
 
 @needs_browser
+def test_a_log_that_is_still_read_keeps_nobody_from_acting(browser: Any, office: dict[str, Any]) -> None:
+    desk = office["desk"]
+    desk.extra |= {"log": "The log is being read; a long one takes a while.", "traffic": [], "minutes": []}
+    with Opened(browser, office["url"]) as opened:
+        opened.page.get_by_label("Bearer token").wait_for()
+        assert [opened.page.locator(f"#{name}-none").get_attribute("hidden") for name in ("traffic", "tests", "events")] == [""] * 3, "nothing is known yet"
+        page = opened.enter(office["ann"])
+        assert page.locator("#traffic-none").text_content() == desk.extra["log"] and page.locator("#traffic-box").is_hidden()
+        page.get_by_label("Reason").fill("wrong answers for JFK")
+        page.locator("#do-back").click()
+        page.locator("#sure-yes").click()
+        page.locator("#said", has_text="The rollout is rolled back now.").wait_for()
+        desk.extra |= {"log": ""}
+        page.locator("#traffic-none", has_text="No answers were logged in this time.").wait_for()
+        desk.extra.clear()
+        page.locator("#traffic-none").wait_for(state="hidden")
+        assert page.locator("#traffic tr").count() == 2
+
+
+@needs_browser
 def test_an_observer_looks_and_is_told_why_not_more(browser: Any, office: dict[str, Any]) -> None:
     with Opened(browser, office["url"]) as opened:
         page = opened.page
@@ -303,4 +323,4 @@ def test_the_state_is_plain_json(office: dict[str, Any]) -> None:
     status, headers, body = office["service"].handle("GET", "/operate/state", {"host": "127.0.0.1", "authorization": f"Bearer {office['bob']}"})
     found = json.loads(body)
     assert status == 200 and dict(headers)["content-type"] == "application/json"
-    assert set(found) == {"problem", "subject", "rollout", "plan", "traffic", "minutes", "tests", "events", "at", "reader", "actions"}
+    assert set(found) == {"problem", "subject", "rollout", "plan", "log", "traffic", "minutes", "tests", "events", "at", "reader", "actions"}

@@ -5,6 +5,8 @@
 # %% ../../nbs/lib/rollout/13_desk.ipynb #8daf1cdb
 from __future__ import annotations
 
+import datetime as dt
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
     from pipeline.deploy.tokens import Extension
 
 # %% auto #0
-__all__ = ['KEPT', 'EVENTS', 'EXTENSIONS', 'Recent', 'tests_of', 'Office', 'extensions']
+__all__ = ['KEPT', 'WAIT_S', 'OLD_S', 'EVENTS', 'EXTENSIONS', 'Recent', 'Reader', 'tests_of', 'Office', 'extensions']
 
 # %% ../../nbs/lib/rollout/13_desk.ipynb #9388eda6
 KEPT = 500_000     # answered rows at most; of a busier service the page shows less than its minutes
+_ANSWERS = pl.DataFrame(schema={"at": pl.Float64, "request_id": pl.String, "version": pl.Int64, "role": pl.String, "status": pl.Int64, "ms": pl.Float64})
 
 
 class Recent:
@@ -43,7 +46,7 @@ class Recent:
     ) -> None:
         self.read, self.minutes, self.newest = read, minutes, newest
         self._last = -1
-        self._held = pl.DataFrame(schema={"at": pl.Float64, "request_id": pl.String, "version": pl.Int64, "role": pl.String, "status": pl.Int64, "ms": pl.Float64})
+        self._held = _ANSWERS
 
     def look(
         self,
@@ -60,6 +63,42 @@ class Recent:
             self._held = pl.concat([self._held, new])
         self._held = self._held.filter(pl.col("at") > now - self.minutes * 60).tail(KEPT)
         return self._held
+
+# %% ../../nbs/lib/rollout/13_desk.ipynb #1f7ba0ef
+WAIT_S = 0.25     # for the log, with a page at hand
+OLD_S = 10.0      # answers read so long ago are said to be old
+
+
+class Reader:
+    "Reads the last minutes of a log beside those who ask."
+
+    def __init__(
+        self,
+        look: Callable[[float], pl.DataFrame],    # `Recent.look`
+        wait_s: float = WAIT_S,
+    ) -> None:
+        self._look, self.wait_s, self._thread = look, wait_s, threading.Thread()
+        self._held, self._at, self._why = _ANSWERS, -1e300, ""
+
+    def look(
+        self,
+        now: float,                    # seconds since 1970
+    ) -> tuple[pl.DataFrame, str]:     # what was read last, and what a reader of it must know
+        "What is known of the log within `wait_s`."
+        if not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._read, args=(now,), daemon=True)
+            self._thread.start()
+        self._thread.join(self.wait_s)
+        if self._why or now - self._at <= OLD_S:
+            return self._held, self._why
+        since = f"these answers are those until {dt.datetime.fromtimestamp(self._at, dt.UTC):%H:%M:%S}" if self._at > 0 else "a long one takes a while"
+        return self._held, f"The log is being read; {since}."
+
+    def _read(self, now: float) -> None:
+        try:
+            self._held, self._at, self._why = self._look(now), now, ""
+        except Exception as error:     # of a file, a key, a table: the page says so, and the rollout can still be taken back
+            self._why = f"The log cannot be read: {error}"
 
 # %% ../../nbs/lib/rollout/13_desk.ipynb #462ca4cc
 def tests_of(
@@ -91,7 +130,7 @@ class Office:
         from pipeline.deploy.inference_log import newest_numbers, read_inferences
 
         stored = Recent(lambda after: read_inferences(registry.store, name, after, outcomes=False), newest=lambda: newest_numbers(registry.store, name)[0])
-        self.recent = stored if read is None else Recent(read)
+        self.reader = Reader((stored if read is None else Recent(read)).look)
 
     def state(self) -> dict[str, Any]:
         "Everything that the page shows."
@@ -99,11 +138,11 @@ class Office:
             rollout, plan, events = self.steering.rollouts.current(self.name), self.steering.plans.current(self.name), self._events()
             versions = {e.digest: e.version for e in self.steering.registry.entries(self.name)}
         now = self.clock()
-        log = self.recent.look(now)
+        log, unread = self.reader.look(now)
         told = None if rollout is None else {"version": rollout.version, "status": rollout.status, "share": rollout.share, "stages": list(rollout.rules.stages),
                                              "why": rollout.reason, "revision": rollout.revision,
                                              "alone": rollout.active and not rollout.leader}
-        return {"problem": self.name, "subject": plan.subject if plan else None, "rollout": told, "plan": _shown(plan, versions), "traffic": traffic_rows(log, now),
+        return {"problem": self.name, "subject": plan.subject if plan else None, "rollout": told, "plan": _shown(plan, versions), "log": unread, "traffic": traffic_rows(log, now),
                 "minutes": traffic_path(log, now), "tests": tests_of(rollout) if rollout is not None and rollout.state.shares else [], "events": events}
 
     def act(self, action: str, by: str, reason: str, revision: int | None) -> str:

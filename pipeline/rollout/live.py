@@ -73,7 +73,7 @@ class Desk(Protocol):
     "Whoever steers the rollout."
 
     def state(self) -> dict[str, Any]:
-        "problem, subject, rollout, plan, traffic, minutes, tests, events: what the page shows."
+        "problem, subject, rollout, plan, log (what to know of it, else empty), traffic, minutes, tests, events: what the page shows."
 
     def act(self, action: str, by: str, reason: str, revision: int | None) -> str:
         "Do one of ACTIONS; what was done, in a sentence. Raises `InputError`."

@@ -138,6 +138,7 @@ function show(s) {
   fill('tests', s.tests.map(t => [t.name, {n: num(t.now)}, {n: t.low === null ? '–' : num(t.low) + ' to ' + num(t.high)}, {n: num(t.boundary)}, t.needed ? {bar: t.evidence, need: t.needed} : '–', t.state]));
   fill('events', s.events.map(e => [e.at, e.what, e.by, e.why]));
   for (const [id, rows] of [['tests', s.tests], ['traffic', s.traffic], ['events', s.events]]) { $(id + '-box').hidden = !rows.length; $(id + '-none').hidden = rows.length > 0; }
+  put('traffic-none', s.log || 'No answers were logged in this time.'); if (s.log) $('traffic-none').hidden = false;
   for (const a of s.actions) { const b = $('do-' + a.name); b.setAttribute('aria-disabled', String(!a.allowed)); b.dataset.why = a.why_not; }
   put('reader', s.reader.operator ? `You act as ${s.reader.name}, operator.` : s.reader.why);
   put('at', 'As of ' + s.at + ' UTC');
@@ -195,7 +196,7 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <input type="password" id="token" autocomplete="off" required aria-describedby="denied"><p id="denied" role="alert"></p>
 <div class="buttons"><button class="main" type="submit">Look</button></div></form>
 <div id="board">
-<div class="status" id="status"><b id="word">…</b><span id="why"></span></div>
+<div class="status" id="status"><b id="word">…</b><span id="why">reading what is live</span></div>
 <p id="alone" role="alert"></p>
 <ol class="stages" id="stages" aria-label="Stages: share of subjects that the new version answers"></ol>
 <p id="plan" class="muted"></p>
@@ -203,9 +204,9 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <div class="charts"><figure><figcaption>Answers a second</figcaption><div id="rate"></div></figure><figure><figcaption>Milliseconds, 99th percentile</figcaption><div id="slow"></div></figure>
 <figure><figcaption>Errors, share of answers</figcaption><div id="failed"></div></figure></div>
 <p class="key"><span>solid, blue: live</span><span>dashed, orange: canary</span></p>
-<div class="scroll" id="traffic-box" tabindex="0" role="region" aria-label="Table of answers by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
+<div class="scroll" id="traffic-box" hidden tabindex="0" role="region" aria-label="Table of answers by version"><table><caption>The last @MINUTES@ minutes, by version</caption><thead><tr><th scope="col">role</th><th scope="col">version</th><th scope="col" class="n">answers</th>
 <th scope="col" class="n">a second</th><th scope="col" class="n">refused</th><th scope="col" class="n">errors</th><th scope="col" class="n">share</th><th scope="col" class="n">p50 ms</th><th scope="col" class="n">p99 ms</th></tr></thead><tbody id="traffic"></tbody></table></div>
-<p id="traffic-none" class="muted">No answers were logged in this time.</p></section>
+<p id="traffic-none" class="muted" hidden></p></section>
 <section aria-labelledby="act"><h2 id="act" tabindex="-1">Act</h2><p id="reader" class="muted"></p>
 <div class="box"><label for="reason">Reason (goes into the audit trail with your name)</label><textarea id="reason" maxlength="1000"></textarea>
 <div class="buttons"><button id="do-hold" aria-disabled="true">Hold</button><button id="do-resume" aria-disabled="true">Resume</button>
@@ -213,12 +214,12 @@ BODY = """<a class="skip" href="#act">Skip to the buttons</a>
 <p id="said" class="said" role="status"></p></div></section></div>
 <section aria-labelledby="h-tests"><h2 id="h-tests">Sequential tests</h2>
 <p class="muted">Each may be looked at as often as one likes: all share one error budget. The red line is the evidence at which a test decides.</p>
-<div class="scroll" id="tests-box" tabindex="0" role="region" aria-label="Table of tests"><table><caption>New version against the live one in the same time</caption><thead><tr><th scope="col">test</th><th scope="col" class="n">now</th>
+<div class="scroll" id="tests-box" hidden tabindex="0" role="region" aria-label="Table of tests"><table><caption>New version against the live one in the same time</caption><thead><tr><th scope="col">test</th><th scope="col" class="n">now</th>
 <th scope="col" class="n">interval, valid at all times</th><th scope="col" class="n">boundary</th><th scope="col">evidence</th><th scope="col">says</th></tr></thead><tbody id="tests"></tbody></table></div>
-<p id="tests-none" class="muted">No review has been made yet.</p></section>
+<p id="tests-none" class="muted" hidden>No review has been made yet.</p></section>
 <section aria-labelledby="h-events"><h2 id="h-events">Timeline</h2>
-<div class="scroll" id="events-box" tabindex="0" role="region" aria-label="Table of events"><table><caption>Newest first; the audit trail holds all</caption><thead><tr><th scope="col">when, UTC</th><th scope="col">what</th><th scope="col">who</th><th scope="col">why</th></tr></thead><tbody id="events"></tbody></table></div>
-<p id="events-none" class="muted">Nothing has happened yet.</p></section>
+<div class="scroll" id="events-box" hidden tabindex="0" role="region" aria-label="Table of events"><table><caption>Newest first; the audit trail holds all</caption><thead><tr><th scope="col">when, UTC</th><th scope="col">what</th><th scope="col">who</th><th scope="col">why</th></tr></thead><tbody id="events"></tbody></table></div>
+<p id="events-none" class="muted" hidden>Nothing has happened yet.</p></section>
 </div>
 <dialog id="sure" aria-labelledby="sure-title" aria-describedby="sure-text"><h2 id="sure-title"></h2><p id="sure-text"></p>
 <div class="buttons"><button id="sure-yes" class="main"></button><button id="sure-no">Leave it</button></div></dialog>
