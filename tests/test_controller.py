@@ -208,6 +208,20 @@ def test_a_worse_one_goes_back_while_few_see_it(steering: Steering, world: dict[
     assert live(steering) == (1, 3, 5.0)
 
 
+class Repeating(World):
+    "All callers send one and the same request id."
+
+    def serve(self, plan: Plan, requests: int = 1500) -> None:
+        super().serve(plan, requests)
+        self.log = self.log.with_columns(request_id=pl.lit("x"))
+
+
+def test_callers_who_repeat_a_request_id_hide_no_failure(steering: Steering) -> None:
+    begin(steering)
+    decisions = follow(steering, Repeating(errors=.2, outcomes=0.0), 3)
+    assert decisions[-1].decision == "roll back" and decisions[0].new + decisions[0].old == 1500 and sum(d.new_errors for d in decisions) > 50
+
+
 def test_without_shadow_subjects_are_compared(steering: Steering) -> None:
     begin(steering, Rules(stages=(50.0, 100.0), windows_per_stage=2, worse_by=.05, outcome_delay=0), replace(READING, paired=False, kpi="outcome"))
     decisions = follow(steering, World(better=-.6), 12)
@@ -225,6 +239,21 @@ def test_little_traffic_is_never_promoted(steering: Steering, requests: int) -> 
         world.serve(steering.plans.current("late"), requests)
         assert leads.step().decision == "hold"
     assert live(steering) == (1, 2, 5.0)
+
+
+def test_a_share_that_nobody_saw_is_not_left(steering: Steering) -> None:
+    "What the last share has shown may be enough for the next two: a quiet night is no evidence that it stands them."
+    begin(steering)
+    world = World()
+    leads = controller(steering, world)
+    while live(steering)[2] == 5:
+        world.serve(steering.plans.current("late"))
+        leads.step()
+    for _ in range(6):
+        night = leads.step()
+    assert night.decision == "hold" and night.why == "0 requests at this share are too few to see that it answers them" and live(steering)[2] == 25
+    world.serve(steering.plans.current("late"))
+    assert leads.step().decision == "promote"
 
 
 def test_outcomes_that_do_not_come_and_subjects_that_are_lost_hold_it(steering: Steering) -> None:
@@ -251,6 +280,8 @@ def test_nothing_moves_forward_in_maintenance_and_a_clock_that_jumps_stops_nothi
         world.serve(steering.plans.current("late"))
         last = leads.step(night)
     assert last.why.startswith("maintenance: daily 03:00-04:00") and live(steering)[2] == 5
+    world.serve(steering.plans.current("late"))
+    assert leads.step(night.astimezone(dt.timezone(dt.timedelta(hours=5, minutes=30)))).why == last.why      # half past nine in Delhi
     world.serve(steering.plans.current("late"))
     assert leads.step(day).decision == "promote"
     yesterday = controller(steering, world)                      # a new process, a clock that was set back, a review an hour
@@ -423,6 +454,9 @@ def test_what_cannot_be_started_is_said(steering: Steering) -> None:
         begin(steering, reading=replace(READING, version=1))
     with pytest.raises(InputError, match="needs a reason"):
         steering.begin("late", 2, RULES, READING, " ", "ann")
+    with pytest.raises(InputError, match="covers the whole week"):
+        begin(steering, maintenance=["daily 06:00-18:00", "daily 18:00-06:00"])
+    assert steering.rollouts.current("late") is None and steering.registry.entry("late", 2).state == "staging"
     begin(steering)
     with pytest.raises(InputError, match="v2 is on trial already; promote it or take it back"):
         begin(steering, reading=replace(READING, version=3))
@@ -462,7 +496,7 @@ def test_a_start_that_somebody_thwarts_leaves_nothing_behind(steering: Steering,
 
 PROBLEM = {"problem": {"name": "late", "statement": "Will it be late, asked before it leaves?", "kpi": {"name": "late", "baseline": 0, "target": 1, "unit": ""}, "task": "binary", "target": "late"},
            "data": {"sources": [{"name": "t", "kind": "csv", "path": "t.csv"}]}, "monitor": {"outcome_delay_days": 0},
-           "rollout": {"stages": [25, 100], "subject": "who", "days_per_stage": .0001, "review_minutes": .005, "worse_by": .02, "maintenance": ["daily 00:00-23:59", "daily 23:59-00:00"]}}
+           "rollout": {"stages": [25, 100], "subject": "who", "days_per_stage": .0001, "review_minutes": .005, "worse_by": .02, "maintenance": [f"{dt.datetime.now(dt.UTC) + dt.timedelta(days=day):%a} 00:00-00:00" for day in range(2)]}}
 
 
 def say(project: Path, *words: str) -> tuple[int, dict]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,14 @@ def test_strangers_links_and_other_keys_are_refused(made: tuple[Path, Path], cop
         verify_package(made[1], audit.public_key(tmp_path / "other", KEY))
 
 
+def test_a_schema_that_is_not_the_models_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    told = contents(world.contract("binary"), "# another\n")
+    first, *others = told.schema["fields"]
+    folder = release(tmp_path / "store", tmp_path / "work", "tiny", made[0] / "model", replace(told, schema={**told.schema, "fields": others}))
+    with pytest.raises(IntegrityError, match=f"schema.json has no column {first['name']}, which the model reads"):
+        load_package(folder, audit.public_key(tmp_path / "store", KEY))
+
+
 def test_an_older_version_is_not_a_new_one(made: tuple[Path, Path]) -> None:
     with pytest.raises(IntegrityError, match="version 2 was live already"):
         load_package(made[1], audit.public_key(made[0] / "store", KEY), newest=2)
@@ -141,6 +150,10 @@ def test_an_older_signed_package_in_a_runs_place_is_refused(tmp_path: Path, made
     shutil.rmtree(run / "06_deploy" / "package")
     shutil.copytree(old, run / "06_deploy" / "package")
     with pytest.raises(IntegrityError, match="is not what the phase wrote"):
+        package_of(run)
+    (run / "06_deploy" / "package" / "card.json").unlink()
+    (run / "06_deploy" / "package" / "card.json").symlink_to("schema.json")
+    with pytest.raises(IntegrityError, match="card.json is a link or a special file; .* restore the package or build it again"):
         package_of(run)
     with pytest.raises(InputError, match="has no package"):
         package_of(tmp_path / "outputs" / "tiny" / "other")

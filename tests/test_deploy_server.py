@@ -32,11 +32,13 @@ from pipeline.data.contract import target_values
 from pipeline.deploy.http import CONNECTIONS
 from pipeline.deploy.inference_log import read_inferences
 from pipeline.deploy.package import KEY, Contents, load_package, release
+from pipeline.deploy.registry import Registry
 from pipeline.deploy.requests import Limits
 from pipeline.deploy.schema import make_schema
 from pipeline.deploy.service import free_port
 from pipeline.deploy.staging import Staged, as_rows, await_ready, bodies, compare, replay, staged
 from pipeline.deploy.tokens import make_token
+from pipeline.deploy.versions import Plans
 from pipeline.train.models import train_model
 from pipeline.train.protocol import Fitting
 
@@ -251,7 +253,7 @@ def test_a_served_run_answers_and_stops_by_ctrl_c(run_folder: Path) -> None:
 
 # A guarded service: TLS, tokens with roles, two workers, on IPv6.
 
-def certificate(place: Path) -> tuple[Path, Path]:
+def certificate(place: Path, called: str = "localhost") -> tuple[Path, Path]:
     "A certificate for this machine, and its key."
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -259,7 +261,7 @@ def certificate(place: Path) -> tuple[Path, Path]:
     from cryptography.x509.oid import NameOID
 
     key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, called)])
     names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("::1"))])
     made = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(7)
             .not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1)).add_extension(names, False)
@@ -410,6 +412,81 @@ def test_it_ends_without_dropping_a_request(guarded: Guarded) -> None:
         socket.create_connection((server.host, server.port))
     read = read_inferences(guarded.store, "tiny")
     assert len(read.filter(pl.col("status") == 200)) >= len(statuses) + 1     # the last of them, too, are in the log
+
+
+def test_who_comes_after_the_end_is_refused_at_once_and_a_successor_takes_the_port(package: tuple[Path, Path], guarded: Guarded) -> None:
+    "While a worker still waits for a body; those who knocked before are answered."
+    body, seen, ended = guarded.body, list[str](), threading.Event()
+    with running(package[0], package[1], workers=2, drain_s=0.1) as server:
+        slow = socket.create_connection((server.host, server.port), timeout=20)
+        slow.sendall(f"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body[:20])
+
+        def knock() -> None:
+            while not ended.wait(0.01):
+                try:
+                    seen.append(str(server.ask("POST", "/predict", body)[0]))
+                except OSError as error:
+                    seen.append(type(error).__name__)
+
+        thread = threading.Thread(target=knock)
+        thread.start()
+        try:
+            assert until(lambda: seen.count("200") > 5)
+            server.process.send_signal(signal.SIGTERM)
+            assert until(lambda: seen[-20:] == ["ConnectionRefusedError"] * 20, 8), seen[-20:]
+        finally:
+            ended.set()
+            thread.join()
+        assert set(seen) <= {"200", "ConnectionRefusedError", "ConnectionResetError"} and seen.count("ConnectionResetError") <= 1, seen    # one may come in the very moment
+        assert server.process.poll() is None, "the slow one is still waited for"
+        with running(package[0], package[1], port=server.port) as successor:
+            assert successor.ask("POST", "/predict", body)[0] == 200
+            slow.sendall(body[20:])
+            told = slow.recv(4000)
+            assert told.startswith(b"HTTP/1.1 200") and b"connection: close" in told
+            slow.close()
+            assert server.process.wait(20) == 0 and successor.ask("POST", "/predict", body)[0] == 200
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_tokens_and_certificate_are_read_anew_while_it_runs(package: tuple[Path, Path], guarded: Guarded, tmp_path: Path, stored: bool) -> None:
+    "With and without a store; half of a pair and a file that others may write change nothing, and hold up no plan."
+    (tmp_path / "next").mkdir()
+    store = str(package[0]) if stored else ""
+    cert, key = certificate(tmp_path)
+    later = certificate(tmp_path / "next", "next")
+    file = tmp_path / "tokens"
+    first = make_token(file, "first", ["operator"])
+    with running(package[0], package[1], cert, host="::1", tls_cert=str(cert), tls_key=str(key), tokens=str(file), store=store, drain_s=0.1) as server:
+        def shown() -> str:
+            return ssl.get_server_certificate((server.host, server.port))
+
+        def asks(token: str) -> int:
+            return server.ask("POST", "/predict", guarded.body, authorization=f"Bearer {token}")[0]
+
+        def faults() -> list[str]:
+            return [json.loads(line)["error"] for line in list(server.lines) if "has changed cannot be used" in line]
+
+        before = shown()
+        assert server.context
+        server.context.load_verify_locations(later[0])
+        os.replace(later[0], cert)
+        assert until(faults) and "cannot be used for TLS" in faults()[0] and shown() == before and asks(first) == 200
+        os.replace(later[1], key)
+        assert until(lambda: shown() != before) and until(lambda: server.records("certificate renewed")) and len(faults()) == 1
+        second = make_token(file, "second", ["operator"])
+        assert until(lambda: asks(second) == 200)
+        file.chmod(0o666)
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if '"first"' not in line))
+        assert until(lambda: len(faults()) == 2) and "can be written by others" in faults()[1] and asks(first) == asks(second) == 200
+        if stored:
+            plans = Plans(Registry(package[0]))
+            known = plans.current("tiny")
+            made_plan = plans.change("tiny", known.revision if known else 0, "while a file of tokens is open to all", live=package[1].name)
+            assert until(lambda: any(r["revision"] == made_plan.revision for r in server.records("traffic")))
+            plans.registry.close()
+        file.chmod(0o600)
+        assert until(lambda: asks(first) == 401) and asks(second) == 200
 
 
 class Collector(BaseHTTPRequestHandler):

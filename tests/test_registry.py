@@ -181,6 +181,16 @@ def test_an_older_package_is_not_a_new_one(world):
     assert (told["to"], told["by"], told["reason"]) == ("canary", "bob", "downgrade below v2: the auditors ask for it")
 
 
+def test_going_back_goes_further_back_and_never_forth(world):
+    registry, _, _ = world
+    for version in (1, 2, 3):
+        up(registry, version, "staging", "canary", "production")
+    assert [registry.rollback("late", "worse").version for _ in range(2)] == [2, 1]
+    with pytest.raises(InputError, match="nothing older to go back to"):
+        registry.rollback("late", "worse still")
+    assert registry.before("late") is None and registry.holder("late").version == 1
+
+
 def test_a_changed_package_is_not_registered(world):
     registry, _, packages = world
     model = packages[0] / "model" / "model.txt"
@@ -275,6 +285,22 @@ def test_another_database_has_numbers_of_its_own(world, tmp_path):
     moves = [e["details"] for e in audit.entries(registry.store)][told:]
     assert [(m["move"], m["version"], m["to"]) for m in moves] == [(1, 1, "candidate"), (2, 2, "candidate"), (3, 3, "candidate"), (4, 1, "staging")]
     other.close()
+
+
+@pytest.mark.parametrize("world", ["sqlite"], indirect=True)
+def test_a_database_that_is_gone_is_not_begun_anew(world, tmp_path):
+    "An empty one would say that nothing was ever live."
+    registry, _, _ = world
+    registry.close()
+    store, place = registry.store, registry.store / "pilothouse.db"
+    kept = place.rename(tmp_path / "moved.db")
+    with pytest.raises(EnvironmentFault, match=r"pilothouse\.db is not there, although the audit trail tells of 3 moves"):
+        Registry(store)
+    assert not place.exists()
+    kept.rename(place)
+    again = Registry(store)
+    assert len(again.entries("late")) == 3
+    again.close()
 
 
 def test_long_words_are_kept_by_every_database(world):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import deploy_world as world
 from pipeline.core.errors import InputError
 from pipeline.rollout.canary import TESTS, Look, Requests, Rules, State, consider, follow, from_frame, review, standing, start, to_frame
+from pipeline.rollout.gather import Reading, gather
 from pipeline.rollout.sequential import (
     Bet,
     Errors,
@@ -227,6 +228,33 @@ def test_lost_subjects_are_seen_and_none_where_none_are() -> None:
     assert held / 200 <= .01
 
 
+def refusals(seed: int, more: float = 0.0) -> tuple[Errors, Errors]:
+    "Refusals of a rollout as `gather` counts them, and request by request; the new model refuses `more` of its requests than the old one would."
+    r, salt, reading = np.random.default_rng(seed), f"salt{seed}", Reading("binary", ("no", "yes"), "yes", 2, sticks="subject")
+    fair, naive, first, n, subjects = Errors(.05), Errors(.05), 0, 600, 400
+    weight = 1 / np.arange(1, subjects + 1)
+    for share in (5.0, 5.0, 5.0, 25.0, 25.0, 25.0, 50.0, 50.0):
+        who = r.choice(subjects, n, p=weight / weight.sum())                    # few callers ask most
+        stray = r.random(n) < .3                                                # whose they are nobody knows: always the old one's, and hardly ever wrong
+        wrong = np.where(stray, r.random(n) < .002, (who * 7919 % 25 == 0) | (r.random(n) < .01))      # some callers are wrong every time
+        trial = np.array([routed(f"s{w}", share, salt) for w in who]) & ~stray
+        refused = wrong | (trial & (r.random(n) < more))
+        log = pl.DataFrame({"number": first + np.arange(n), "request_id": [f"{first + i}" for i in range(n)], "row": 0, "version": np.where(trial, 2, 1),
+                            "role": np.where(trial, "canary", "live"), "status": np.where(refused, 422, 200), "ms": 1.0, "prediction": "no", "p_no": .9, "p_yes": .1,
+                            "subject": [None if s else f"s{w}" for s, w in zip(stray, who)]})
+        look, reading, _ = gather(log, pl.DataFrame(), reading, RULES)
+        fair = count_errors(fair, *look.refusals)
+        naive = count_errors(naive, int(refused[trial].sum()), int(trial.sum()), int(refused[~trial].sum()), int((~trial).sum()))
+        first += n
+    return fair, naive
+
+
+def test_callers_who_are_wrong_again_and_again_take_no_model_back() -> None:
+    found = [refusals(seed) for seed in range(100)]
+    assert sum(fair.rejected for fair, _ in found) <= 5 and sum(naive.rejected for _, naive in found) >= 30, "counted by requests most rollouts would go back for nothing"
+    assert sum(refusals(seed, .2)[0].rejected for seed in range(20)) >= 18
+
+
 def test_a_kpi_without_a_difference_is_significant_in_at_most_a_twentieth() -> None:
     wrong = 0
     for seed in range(120):
@@ -241,7 +269,7 @@ def test_a_kpi_without_a_difference_is_significant_in_at_most_a_twentieth() -> N
 def test_the_parts_of_the_budget_are_the_budget() -> None:
     assert sum(budget(RULES.alpha, TESTS).values()) == pytest.approx(RULES.alpha)
     state = start(RULES)
-    used = [state.worse.alpha, state.errors.alpha, state.limit.alpha, state.latency.alpha, state.slower.alpha / 2, state.shift.alpha]
+    used = [state.worse.alpha, state.errors.alpha, state.limit.alpha, state.latency.alpha, state.slower.alpha / 2, state.shift.alpha, state.refused.alpha]
     assert sum(used) == pytest.approx(RULES.alpha)
     shown = {row["test"]: row for row in standing(state, RULES)}
     assert sum(1 / row["boundary"] for row in shown.values() if row["does"] == "roll back" and row["boundary"]) == pytest.approx(RULES.alpha - state.slower.alpha / 2)

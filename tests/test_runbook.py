@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ from pipeline.core import audit
 from pipeline.core.errors import InputError
 from pipeline.core.problem import Problem
 from pipeline.data.contract import target_values
+from pipeline.deploy.objectives import Objectives, rules_file
 from pipeline.deploy.package import Contents
 from pipeline.deploy.schema import make_schema
 from pipeline.deploy.tokens import make_token
+from pipeline.deploy.versions import Served, Traffic
 from pipeline.monitor.alerts import RULES, declare_rules
 from pipeline.rollout.canary import Rules
 from pipeline.rollout.controller import Steering
@@ -48,6 +52,17 @@ def test_each_alert_of_the_monitor_has_an_entry_of_its_severity() -> None:
     assert {r.name for r in declared} == set(RULES)
     for rule in declared:
         assert INCIDENTS[rule.name].severity == rule.severity, rule.name
+
+
+def test_each_alert_of_prometheus_names_its_entry() -> None:
+    alerts = [rule for group in rules_file(Objectives(0.99, 25), "tiny")["groups"] for rule in group["rules"] if "alert" in rule]
+    assert len(alerts) >= 7 and {rule["annotations"]["runbook"] for rule in alerts} <= set(INCIDENTS)
+    for rule in alerts:
+        severity = INCIDENTS[rule["annotations"]["runbook"]].severity
+        assert rule["labels"]["severity"] in (severity, "ticket"), rule["alert"]
+    told = Traffic(Served(SimpleNamespace(name="tiny", version=1, expires="2027-01-01"), "d" * 64)).text()
+    asked = {name for rule in alerts[-2:] for name in re.findall(r"pilothouse_\w+", rule["expr"])}
+    assert len(asked) == 2 and all(f"\n{name}" in told for name in asked)
 
 
 def test_an_alert_without_an_entry_fails(problem: Problem) -> None:
@@ -119,7 +134,7 @@ def type_in(office: Office, rules: Rules, reading: Reading) -> None:
     stage, callers, wrong = office.ground.stage, office.ground.callers, office.ground.stage.versions["wrong"]
     Steering(stage.registry).begin("tiny", wrong, rules, reading, "by mistake", "bob", subject="tailnum")
     assert callers.wait(lambda asked: any(a.version == wrong for a in asked[-50:]), 60)
-    commands = {key: STEPS[key].command.replace("@name@", "tiny") for key in ("look", "hold", "resume", "back", "models", "trail", "log", "before")}
+    commands = {key: STEPS[key].command.replace("@name@", "tiny") for key in ("look", "trial", "hold", "resume", "back", "after", "trail", "log", "before")}
     for key, command in commands.items():
         decided = time.monotonic()
         assert app(shlex.split(command)[1:], standalone_mode=False) in (0, None), command

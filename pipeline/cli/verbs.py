@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .run import drawn_pages, run_named, run_problem
-from ..core.errors import EnvironmentFault, InputError, IntegrityError, PilothouseError
+from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError, PilothouseError
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Debug', 'RunName', 'trail', 'rollouts', 'Problem', 'Reason', 'advice', 'deployments', 'Place', 'Token',
@@ -246,14 +246,15 @@ def versions(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    "The versions of a problem's table that are kept, oldest first."
+    "The versions of a problem's table, oldest first; rows of one that forgot somebody are kept no more."
     from pipeline.core.settings import load_settings
-    from pipeline.data.versions import list_versions
+    from pipeline.data.versions import is_kept, list_versions
 
     settings = load_settings()
     found = list_versions(settings.store, table)
     if not found:
         _known_problem(table, settings)
+    found = [{**row, "kept": is_kept(settings.store / "tables" / table, row["id"])} for row in found]      # of one that forgot somebody only the name is left
     shown = [{**row, "at": f"{dt.datetime.fromtimestamp(row['at'] / 1000, dt.UTC):%Y-%m-%d %H:%M:%S} UTC"} for row in found]
     say(found, partial(_show_rows, shown) if found else f"no version of {table} is kept yet", as_json)
     return 0
@@ -499,7 +500,8 @@ def _show_rollout(steering: Any, rollout: Any, as_json: bool, refused: str = "")
         if rollout.active:
             print(f"  reviewed by {told['leads']}" if told["leads"] else f"  nobody reviews it, so it goes neither forward nor back by itself; start: pilothouse rollout run {told['name']}")
         _show_rows([{"test": t["test"], "evidence": "" if t["evidence"] is None else f"{t['evidence']:.3g}", "acts at": "" if t["boundary"] is None else f"{t['boundary']:.3g}",
-                     "now": "" if t["estimate"] is None else f"{t['estimate']:.4g}", "tolerated": "" if t["tolerated"] is None else f"{t['tolerated']:.4g}", "then": t["does"]}
+                     "now": "" if t["estimate"] is None else f"{t['estimate']:.4g}",
+                     "interval": "" if t["low"] is None else f"{t['low']:.3g} to {t['high']:.3g}", "tolerated": "" if t["tolerated"] is None else f"{t['tolerated']:.4g}", "then": t["does"]}
                     for t in told["tests"]])
 
     say(told, show, as_json)
@@ -590,7 +592,7 @@ def rollout_back(problem: Problem, reason: Reason, as_json: Json = False, debug:
 @rollouts.command("run", epilog="Example: pilothouse rollout run flights --once")
 def rollout_run(
     problem: Problem,
-    once: Annotated[bool, typer.Option("--once", help="End with the rollout.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End with the rollout; exit code 1 where it did not end with the promotion.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -612,7 +614,8 @@ def rollout_run(
             sys.stdout.flush()
 
         lead(steering.registry, name).run(threading.Event(), once=once, told=told, waits=waits, failed=lambda why: print(f"pilothouse: {why}; trying again", file=sys.stderr))
-    return 0
+        ended = steering.rollouts.current(name)
+    return GateFailed.exit_code if once and ended is not None and ended.status != "promoted" else 0
 
 # %% ../../nbs/lib/cli/04_verbs.ipynb #a47e4228
 @app.command(epilog="Example: pilothouse monitor flights --url http://127.0.0.1:8000")

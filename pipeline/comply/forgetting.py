@@ -70,7 +70,7 @@ class Subject:
         return [f for f in files if f.suffix not in (".lock", ".db", ".db-wal", ".db-shm")]
 
 
-STORE_OWN = {"tables", "labels", "models", "keys", "inferences", "certificates", "audit.jsonl", "audit.head"}
+STORE_OWN = {"tables", "labels", "models", "keys", "inferences", "certificates", "audit.jsonl", "audit.head", ".room"}
 
 
 def subject_of(

@@ -66,4 +66,5 @@ def suggest(
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"
-    return f"; known here: {', '.join(known)}" if known else ""
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"; known here: {', '.join(known[:20])}{more}" if known else ""

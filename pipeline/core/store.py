@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['SUFFIX', 'digest_bytes', 'digest_file', 'digest', 'disk_errors', 'sync_path', 'locked', 'write_whole', 'swap_folder',
-           'to_json', 'Artifact', 'write_artifact', 'read_artifact', 'kind_of', 'write_frame', 'read_frame']
+__all__ = ['ROOM', 'SUFFIX', 'digest_bytes', 'digest_file', 'digest', 'disk_errors', 'sync_path', 'locked', 'write_whole',
+           'swap_folder', 'keep_room', 'give_room', 'to_json', 'Artifact', 'write_artifact', 'read_artifact', 'kind_of',
+           'write_frame', 'read_frame']
 
 # %% ../../nbs/lib/core/03_store.ipynb #3cf1ccf1
 def digest_bytes(content: bytes) -> str:
@@ -140,6 +141,24 @@ def swap_folder(
         os.rename(new, final)
         sync_path(final.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+# %% ../../nbs/lib/core/03_store.ipynb #3d99d371
+ROOM = 4 << 20     # bytes: a hundred times what a way back writes
+
+
+def keep_room(
+    store: Path,     # outputs/store
+) -> None:
+    "Take the room, unless it is taken already; raises `EnvironmentFault` where there is none."
+    file = store / ".room"
+    if not file.exists():
+        write_whole(file, os.urandom(ROOM), 0o600)      # zeros would be no room on a disk that compresses
+
+
+def give_room(store: Path) -> None:
+    "Give the room back to the disk, for what must be written now."
+    with disk_errors("giving room for the way back"):
+        (store / ".room").unlink(missing_ok=True)
 
 # %% ../../nbs/lib/core/03_store.ipynb #993608ae
 def to_json(

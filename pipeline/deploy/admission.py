@@ -42,7 +42,7 @@ def admit(
     if older and not downgrade.strip():
         raise IntegrityError(
             f"{called(folder)} is version {manifest['version']} of {manifest['name']}, version {newest} was in production; "
-            f"serve that one{f' (pilothouse serve {holder.run})' if holder and holder.run else ''}, or give a reason with --downgrade, which is written down"
+            f"serve {f'what is there now (pilothouse serve {holder.run})' if holder and holder.run else 'that one'}, or give a reason with --downgrade, which is written down"
         )
     if load:
         check_loads(folder, key)

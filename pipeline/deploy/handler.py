@@ -29,7 +29,7 @@ from .requests import Limits, Refused, peek, read_json, too_large
 from .schema import Finding
 from .shedding import Rates
 from .tokens import ANYBODY, OPEN, Extension, Holder, Reply, Tokens
-from .versions import Routing, Served, Traffic
+from .versions import Plan, Routing, Served, Traffic, matches
 
 if TYPE_CHECKING:
     import polars as pl
@@ -59,6 +59,7 @@ class Call:
     role: str = "live"                 # or canary
     kept: bytes | None = None          # the body as the record keeps it, where that is another
     said: bytes | None = None          # the answer as the record keeps it, where that is another
+    parted: tuple[Plan, Sequence[Mapping[str, Any]]] | None = None   # the plan by which it was assigned, and what its rows say of that
 
 
 class Recorder(Protocol):
@@ -308,10 +309,16 @@ class Service:
         if call.version is not None:
             self.counts.timed(call.version, call.role, status, seconds, now)
             if self.recorder is not None:
-                self.recorder.add(now, call.request, call.version, call.role, status, ms, call.body if call.kept is None else call.kept, out if call.said is None else call.said)
+                self.recorder.add(now, call.request, call.version, call.role, status, ms, self._kept(call, status), out if call.said is None else call.said)
         if self.log is not None:
             self.log(Entry(int(now * 1000) / 1000, call.request, method[:16], call.path[:200], status, int(ms * 1000) / 1000,
                            len(call.body), self.predictor.version if call.version is None else call.version, call.role))
+
+    def _kept(self, call: Call, status: int) -> bytes:
+        "The body as the record keeps it; of one that was not answered no more than what the traffic is split by."
+        if status < 400:
+            return call.body if call.kept is None else call.kept
+        return b"" if call.parted is None else self._encode(_in_common(*call.parted))
 
     def fault(self, error: BaseException, **where: Any) -> None:
         "A line in the log about a fault of ours."
@@ -347,6 +354,7 @@ class Service:
                 rows = [{}]
             if rows:
                 served, role, shadow = routing.pick(rows, call.request)
+                call.parted = plan, rows
         answerer = answerers[id(served)]
         call.version, call.role = answerer.version, role
         return answerer, None if shadow is None else answerers[id(shadow)]
@@ -421,7 +429,7 @@ class Service:
             seconds, now = time.perf_counter() - start, time.time()
             self.counts.timed(answerer.version, "shadow", status, seconds, now)
             if self.recorder is not None:
-                self.recorder.add(now, call.request, answerer.version, "shadow", status, seconds * 1000, call.body if call.kept is None else call.kept, out)
+                self.recorder.add(now, call.request, answerer.version, "shadow", status, seconds * 1000, self._kept(call, status), out)
 
         if not self.shadows.add(work):
             self.counts.dropped["too many wait"] += 1
@@ -532,6 +540,15 @@ def _about(answerer: Answerer, found: Found, served: Sequence[str]) -> dict[str,
         promise = answerer.predictor.further.promise
         about["sets"] = json.dumps({"promised": promise["level"], "held": promise.get("covered")})
     return about
+
+
+def _in_common(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    "Of what the traffic is split by: the subject of all rows, and the slice's fields in which they lie in it."
+    subject = plan.subject
+    whose = {None if row.get(subject) is None else str(row[subject]) for row in rows} if subject else {None}
+    one = whose.pop() if len(whose) == 1 else None
+    return {"subject": {} if subject is None or one is None else {subject: one},
+            "slice": {name: value for name, value in plan.slice.items() if all(matches(row.get(name), value) for row in rows)}}
 
 
 def _rows_of(columns: Mapping[str, Sequence[Any]], needed: Sequence[str]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import httptools
 
+from ..core.errors import PilothouseError
 from .requests import Refused, too_large
 from .shedding import Queue, too_many
 from .tokens import OPEN
@@ -41,6 +42,7 @@ HEADS = 1024            # of these that are remembered
 DROPPED = 64_000_000    # bytes that are taken and dropped after a refusal
 HEADERS_S = 20.0        # for a request's headers to arrive, for a connection to idle, for an answer to be read
 LINGER_S = 5.0          # for a refusal to be read
+NEW_S = 0.5             # in which a newcomer asks
 CONNECTIONS = 4096      # of a worker; others wait in the kernel's queue
 AHEAD = 16              # requests that one connection may ask before the first is answered
 SLOW = 64               # answers in threads at once
@@ -52,7 +54,7 @@ GATHER_S = 0.0005       # in which answers are gathered to leave together
 READY = ("/ready", "/v2/health/ready")
 
 # %% auto #0
-__all__ = ['SMALL', 'READ', 'PIECE', 'HEAD', 'HEADS', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'CONNECTIONS', 'AHEAD', 'SLOW',
+__all__ = ['SMALL', 'READ', 'PIECE', 'HEAD', 'HEADS', 'DROPPED', 'HEADERS_S', 'LINGER_S', 'NEW_S', 'CONNECTIONS', 'AHEAD', 'SLOW',
            'LOOK_S', 'SLICE_S', 'SPIN_S', 'LATE_S', 'GATHER_S', 'READY', 'head', 'path_of', 'Connection', 'Head',
            'Request', 'Awake', 'Loop', 'Server']
 
@@ -361,6 +363,10 @@ class Connection(asyncio.Protocol):
         elif self.transport is not None and heard:
             self.transport.close()
 
+    def busy(self, now: float) -> bool:
+        "Whether an answer is due, or a request has begun to arrive or is about to: who has just come is asking."
+        return self.asked > 0 or not self.closing and (self.unread > 0 or self.awaited == "body" or now - self.since < NEW_S)
+
     def look(self, now: float, read_s: float) -> None:
         "End what takes too long."
         waited = now - (self.blocked or self.since)
@@ -451,9 +457,11 @@ class Server:
         closers: Sequence[Callable[[], Any]] = (),   # called when it has answered its last request
         traces: Telemetry | None = None,
         orphan: Orphan | None = None,
+        looks: Sequence[Callable[[], Any]] = (),     # called now and then: files that may have changed
     ):
         self.service, self.queue, self.starts, self.closers = service, queue or Queue(), tuple(starts), tuple(closers)
-        self.traces, self.orphan = traces, orphan
+        self.traces, self.orphan, self.looks = traces, orphan, list(looks)
+        self.unread: dict[Callable[[], Any], str] = {}                # looks that failed, and why
         self.slow = {path for _, path in service.extensions}
         self.known = {path for _, path in service.routes} | self.slow
         self.connections: set[Connection] = set()
@@ -465,25 +473,25 @@ class Server:
         self.heads: dict[bytes, Head] = {}                            # by lines and headers as they were sent
         self.tasks: set[asyncio.Task[None]] = set()
         self.now, self.date = 0.0, ""
-        self.listening: list[tuple[socket.socket, ssl.SSLContext | None]] = []
+        self.context: ssl.SSLContext | None = None                    # of newcomers; another one may take its place
 
     async def run(
         self,
-        listening: socket.socket,                # bound, not blocking; it may be shared with other workers
+        listening: socket.socket,                # bound, not blocking; it may be shared with other workers; closed at the end
         context: ssl.SSLContext | None = None,   # speak TLS
         stop_s: float = 10.0,                    # for requests in flight to be answered once told to end
     ) -> None:
         "Answer until `end` is called; every request that has begun to arrive by then is answered."
         self.loop, self.ended = asyncio.get_running_loop(), asyncio.Event()
-        self.listening = [(listening, context)]
+        self.listening, self.context = listening, context
         if isinstance(self.loop, Loop):
             self.loop.awake.heard, self.loop.awake.answer = self.heard, self.work
         self.look()
         self.listen()
         await self.ended.wait()
-        self.deaf()
+        self.shut()
         deadline = self.loop.time() + stop_s
-        while self.loop.time() < deadline and (self.tasks or any(c.asked or not c.closing and (c.unread or c.awaited == "body") for c in self.connections)):
+        while self.loop.time() < deadline and (self.tasks or any(c.busy(self.loop.time()) for c in self.connections)):
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             if connection.transport is not None:
@@ -505,31 +513,39 @@ class Server:
     def listen(self) -> None:
         "Take connections, one at a time: with several workers, who is idle takes the next."
         if not (self.listens or self.ending) and len(self.connections) + len(self.tasks) < CONNECTIONS:
-            for sock, context in self.listening:
-                self.loop.add_reader(sock, self.accept, sock, context)
+            self.loop.add_reader(self.listening, self.accept)
             self.listens = True
 
     def deaf(self) -> None:
-        for sock, _ in self.listening:
-            self.loop.remove_reader(sock)
-        self.listens = False
+        if self.listens:
+            self.loop.remove_reader(self.listening)
+            self.listens = False
 
-    def accept(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+    def shut(self) -> None:
+        "Take who waits at the door, and close it: when the last worker has, newcomers are refused at once, and a successor may take the port."
+        self.now = self.loop.time()
+        while len(self.connections) + len(self.tasks) < CONNECTIONS and self.accept():
+            pass
+        self.deaf()
+        self.listening.close()
+
+    def accept(self) -> bool:       # whether somebody was there
         try:
-            accepted, _ = sock.accept()
+            accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
+            return False
         except OSError as error:       # no more descriptors: those who are here are answered first
             self.service.fault(error, what="a connection could not be taken")
             self.deaf()
             self.loop.call_later(1.0, self.listen)
-            return
+            return False
         accepted.setblocking(False)
-        task = self.loop.create_task(self.greet(accepted, context))
+        task = self.loop.create_task(self.greet(accepted, self.context))
         self.tasks.add(task)
         task.add_done_callback(self.done)
         if len(self.connections) + len(self.tasks) >= CONNECTIONS:
             self.deaf()
+        return True
 
     async def greet(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         try:
@@ -683,12 +699,24 @@ class Server:
 
     # -- the clock
 
+    def look_at(self, look: Callable[[], Any]) -> None:
+        "What cannot be used is told once; what was read before it holds."
+        try:
+            look()
+            self.unread.pop(look, None)
+        except (PilothouseError, OSError) as error:
+            if self.unread.get(look) != str(error):
+                self.unread[look] = str(error)
+                self.service.fault(error, what="a file that has changed cannot be used; what was read before holds")
+
     def look(self) -> None:
         "Now and then: what time it is, who takes too long, and whether the parent lives."
         self.loop.call_later(LOOK_S, self.look)
         self.now, self.date = self.loop.time(), f"date: {formatdate(usegmt=True)}\r\n"
         if self.orphan:
             self.orphan.look(self.now)
+        for look in self.looks:
+            self.look_at(look)
         read_s = self.service.limits.read_s
         for connection in list(self.connections):
             connection.look(self.now, read_s)

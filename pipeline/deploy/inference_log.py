@@ -559,6 +559,9 @@ class _Lines:
                 self.unread += 1
             if len(inputs) not in (0, len(answers)):
                 self.unread, inputs = self.unread + 1, ()
+        else:
+            with suppress(*self.faults):     # nobody knows whom it was about
+                inputs = [_parted(body, layout.subject)]
         for name in layout.classes:
             if name not in self.classes:
                 self.classes.append(name)
@@ -625,6 +628,14 @@ def _stand_in(master: bytes, column: str | None, subject: str, key: bytes | None
     return token(key) if key is not None else named(master, f"{column}\0{subject}")
 
 
+def _parted(body: bytes, subject: str | None) -> dict[str, Any]:
+    "What the service keeps of a request that was not answered: whose it is, and the fields of a slice where it lies in it."
+    import msgspec
+
+    told = msgspec.json.decode(body)
+    return told["slice"] | {n: v for n, v in told["subject"].items() if n == subject}
+
+
 def _inputs(body: bytes) -> Sequence[Mapping[str, Any]]:
     "Rows of a request."
     import msgspec
@@ -678,20 +689,21 @@ def read_outcomes(
     store: Path,
     name: str,
     after: int = -1,            # the highest `outcome_number` that is known already
+    inputs: bool = False,       # with what was asked
 ) -> pl.DataFrame:              # outcome_number, then as `read_inferences`, again: whether another was said of this row before
     "Outcomes in the order in which they came, each beside every answer that it is about; one that says nothing new is left out."
     collect(store, name)
     table, outcomes = inference_tables(store, name)
     key, fresh = ["request_id", "row"], outcomes.read(after)
     if fresh.is_empty():
-        return _beside(fresh.with_columns(again=pl.lit(False)), table.read(2**62), _classes(table))
+        return _beside(fresh.with_columns(again=pl.lit(False)), table.read(2**62), _classes(table), inputs)
     told = outcomes.find(fresh.select(key), ["number", *key, "label", "value"]).with_columns(again=pl.int_range(pl.len()).over(key) > 0)
     new = told.filter(pl.struct("label", "value").ne_missing(pl.struct("label", "value").shift(1)).over(key) | ~pl.col("again"))
     news = fresh.join(new.select("number", "again"), on="number", how="inner", maintain_order="left")
     rows = table.find(news.select(key))
     young = news.filter(pl.col("at").dt.timestamp("us") / 1e6 > time.time() - SETTLED).join(rows.select(key), on=key, how="anti")
     settled = news.filter(pl.col("number") < young["number"].min()) if young.height else news     # the rest when its answer has landed
-    return _beside(settled, rows, _classes(table))
+    return _beside(settled, rows, _classes(table), inputs)
 
 
 def newest_numbers(
@@ -712,9 +724,9 @@ def _told(outcomes: pl.DataFrame, classes: Sequence[str]) -> pl.DataFrame:
     return outcomes.select("request_id", "row", pl.col("label" if classes else "value").alias("outcome"), pl.col("at").alias("outcome_at"), pl.col("number").alias("outcome_number"))
 
 
-def _beside(settled: pl.DataFrame, rows: pl.DataFrame, classes: Sequence[str]) -> pl.DataFrame:
+def _beside(settled: pl.DataFrame, rows: pl.DataFrame, classes: Sequence[str], inputs: bool) -> pl.DataFrame:
     joined = _told(settled, classes).with_columns(settled["again"]).join(rows, on=["request_id", "row"], how="inner", maintain_order="left")
-    return pl.DataFrame([joined["outcome_number"], *_shown(joined, classes, False).iter_columns(), joined["again"]])
+    return pl.DataFrame([joined["outcome_number"], *_shown(joined, classes, inputs).iter_columns(), joined["again"]])
 
 
 def _shown(rows: pl.DataFrame, classes: Sequence[str], inputs: bool) -> pl.DataFrame:

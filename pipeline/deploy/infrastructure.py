@@ -242,6 +242,7 @@ EnvironmentFile=/etc/{b.service}/environment
 Environment=PYTHONPATH=/opt/{b.service}/release/app PYTHONDONTWRITEBYTECODE=1 OMP_WAIT_POLICY=PASSIVE NUMBA_CACHE_DIR=/tmp/numba
 WorkingDirectory=/opt/{b.service}/release
 Restart=on-failure
+RestartPreventExitStatus=2 3
 RestartSec=2
 KillMode=mixed
 TimeoutStopSec=30

@@ -318,9 +318,9 @@ def _canary(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _counted() -> set[str]:
-    "What a service counts, as Prometheus names it."
+    "What a service counts, as Prometheus names it; plans and last days are told by `versions.Traffic`."
     heads = re.findall(r"^# TYPE (\w+) (\w+)$", Counts().text(), re.MULTILINE)
-    return {"up"} | {name + end for name, kind in heads for end in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
+    return {"up", "pilothouse_plan_refused", "pilothouse_package_expires_timestamp_seconds"} | {name + end for name, kind in heads for end in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",))}
 
 
 def _asks_for(expression: str) -> set[str]:

@@ -127,9 +127,10 @@ def tell(
     "One line with numbers, and what is not met."
     gap = largest_difference(rehearsal.replayed, "measured_")
     sample = rehearsal.latencies.filter(pl.col("counts"))
-    p99 = latency_quantile(sample, 0.99).value
+    p99 = latency_quantile(sample, 0.99)
     same = "the same answers as measured" if gap <= 1e-9 else f"answers that differ from what was measured by up to {gap:.3g}"
-    slow = f"99 % of single-row requests take under {p99:.3g} ms" if np.isfinite(p99) else "more than 1 % of single-row requests got no answer"
+    until = "" if p99.high is None else f", at most {p99.high:.3g}"
+    slow = f"99 % of single-row requests take under {p99.value:.3g} ms{until}" if np.isfinite(p99.value) else "more than 1 % of single-row requests got no answer"
     return (
         f"{packed.manifest['name']} version {packed.manifest['version']} gives {same} on {rehearsal.rows:,} holdout rows over HTTP; "
         f"{slow} (limit {run.problem.deploy.latency_p99_ms:g} ms), {failed_share(sample):.1%} fail; "

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pipeline.core.problem import Problem
 
 # %% auto #0
-__all__ = ['MONTH_S', 'SLOW_SHARE', 'FOUND', 'LOOKS', 'BURNS', 'MOST_FAILING', 'SCRAPE_S', 'BASE_S', 'Burn', 'Objectives',
-           'objectives_of', 'rules_file', 'scrape_file', 'edge_of', 'short']
+__all__ = ['MONTH_S', 'SLOW_SHARE', 'FOUND', 'LOOKS', 'BURNS', 'MOST_FAILING', 'SCRAPE_S', 'EXPIRES_DAYS', 'BASE_S', 'Burn',
+           'Objectives', 'objectives_of', 'rules_file', 'scrape_file', 'edge_of', 'short']
 
 # %% ../../nbs/lib/deploy/15_objectives.ipynb #346c504d
 MONTH_S = 30 * 86_400.0      # in which the budget may be spent
@@ -92,6 +92,7 @@ def objectives_of(
 
 # %% ../../nbs/lib/deploy/15_objectives.ipynb #f0d2036b
 SCRAPE_S = 15
+EXPIRES_DAYS = 14    # before a package's last day that somebody is told
 BASE_S = 60.0        # of the share that all longer windows are the mean of
 
 
@@ -114,6 +115,9 @@ def rules_file(
     alerts.append(_alert(job, "LatencyOverTheLimit", f'pilothouse:slow_share{{job="{job}"}} > on() ({SLOW_SHARE} + {margin:.6g} / sqrt({requests} > 0))', "page",
                          f"more than 1 % of requests take longer than {objectives.latency_p99_ms:g} ms", "latency over the limit", window=window))
     alerts.append(_alert(job, "ServiceDown", f'(max(up{{job="{job}"}}) or vector(0)) == 0', "page", "nobody is answered", "service down", wait="1m"))
+    alerts.append(_alert(job, "PackageRefused", f'max(pilothouse_plan_refused{{job="{job}"}}) == 1', "page", "what was to answer is refused; the version before goes on", "package refused", wait="1m"))
+    alerts.append(_alert(job, "PackageExpires", f'min(pilothouse_package_expires_timestamp_seconds{{job="{job}"}}) - time() < {EXPIRES_DAYS * 86_400}', "ticket",
+                         f"within {EXPIRES_DAYS} days a service that is started again is refused", "package expires", wait="1h"))
     return {"groups": [{"name": f"{job}-objectives", "interval": f"{SCRAPE_S}s", "rules": [*records, *alerts]}]}
 
 

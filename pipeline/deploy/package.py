@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import audit
-from ..core.errors import InputError, IntegrityError
+from ..core.errors import InputError, IntegrityError, PilothouseError
 from ..core.store import digest_bytes, digest_file, disk_errors, locked, to_json, write_whole
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
     from pipeline.deploy.schema import Schema
+    from pipeline.train.models import Model
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEY', 'MANIFEST', 'SIGNATURE', 'LOCK', 'SBOM', 'SUFFIXES', 'Contents', 'fill', 'seal', 'content_digest',
@@ -111,7 +112,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not path.is_dir() and not path.is_file():
-            raise IntegrityError(f"{called(folder)}: {name} is a link or a special file; only plain files are packed")
+            raise IntegrityError(f"{called(folder)}: {name} is a link or a special file; only plain files are packed, restore the package or build it again")
         if path.is_file() and name not in (MANIFEST, SIGNATURE):
             found[name] = {"sha256": digest_file(path), "bytes": path.stat().st_size}
     return found
@@ -207,20 +208,24 @@ def load_package(
     folder = Path(folder)
     manifest = verify_package(folder, public_key, newest)
     schema = Schema.from_dict(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
-    _same_features(schema, folder)
+    model = load_model(folder / "model")
+    _same_features(schema, model, folder)
     told = json.loads((folder / "threshold.json").read_text(encoding="utf-8"))
     rule = GroupRule.from_dict(told["by_group"]) if told.get("by_group") else None
     further = read_further(folder, told)
-    return Predictor(load_model(folder / "model"), schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule, manifest.get("expires"), further)
+    return Predictor(model, schema, told.get("threshold"), manifest["name"], manifest["version"], digest_file(folder / MANIFEST), rule, manifest.get("expires"), further)
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #9b6b8432
-def _same_features(schema: Schema, folder: Path) -> None:
+def _same_features(schema: Schema, model: Model, folder: Path) -> None:
     from pipeline.data.features import load_expressions
 
     try:
         load_expressions(schema.derived)
     except IntegrityError as error:
         raise IntegrityError(f"{called(folder)}: {error}; nothing was loaded") from error
+    missing = [name for name in model.contract["features"] if name not in {*schema.names, *(d.name for d in schema.derived)}]
+    if missing:
+        raise IntegrityError(f"{called(folder)}: schema.json has no column {missing[0]}, which the model reads; they are not of one run, build the package again")
 
 # %% ../../nbs/lib/deploy/06_package.ipynb #d6be23ae
 def release(
@@ -283,7 +288,11 @@ def package_of(
         wanted = read_receipt(phase)["outputs"].get("deploy/package") if room_of(phase.name) == "deploy" else None
         if wanted:
             folder = phase / wanted["file"]
-            if digest(folder) != wanted["sha256"]:
+            try:
+                whole = digest(folder) == wanted["sha256"]
+            except PilothouseError:      # a link or a pipe, which the next line names
+                whole = False
+            if not whole:
                 verify_package(folder, audit.public_key(run_folder.parent.parent / "store", KEY))   # names the file where it can
                 raise IntegrityError(f"{folder.parent.name}/package is not what the phase wrote; run phase {phase.name} again")
             return folder, audit.public_key(run_folder.parent.parent / "store", KEY)

@@ -63,7 +63,7 @@ class Deaths:
 
 # %% ../../nbs/lib/deploy/27_process.ipynb #db9f76e2
 def supervise(
-    listening: socket.socket,
+    listening: socket.socket,               # closed at the end
     work: Callable[[socket.socket], Any],   # what a worker does, until SIGTERM; it travels to a new process
     workers: int = 1,
     drain_s: float = 0.5,                   # between saying that it ends and ending
@@ -99,6 +99,7 @@ def supervise(
         if any(process.is_alive() for process in family):
             time.sleep(drain_s)
     finally:
+        listening.close()
         _signal(family, signal.SIGTERM)
         deadline = time.monotonic() + stop_s + 2
         for process in family:
@@ -127,6 +128,7 @@ class _Shared:
 
 def _received(duplicate: Any) -> socket.socket:
     sock = socket.socket(fileno=duplicate.detach())
+    sock.set_inheritable(False)      # a child of this worker would keep the port
     sock.setblocking(False)
     return sock
 

@@ -19,7 +19,7 @@ from ..core import audit
 from ..core.display import Html, note, stack, table
 from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
 from ..core.run import Check, clock, overall, room_of
-from ..core.store import digest_bytes, digest_file, locked
+from ..core.store import digest_bytes, digest_file, give_room, keep_room, locked
 from ..data.network import fill_secrets, shown_url
 from .package import KEY, MANIFEST, verify_package
 
@@ -85,6 +85,9 @@ class Registry:
         database: str = "",    # an SQLAlchemy url, secrets as {env:NAME}; empty: SQLite in the store
     ) -> None:
         self.store, self.url = Path(store), database or f"sqlite:///{Path(store) / 'pilothouse.db'}"
+        file = self.store / "pilothouse.db"
+        if not database and not file.exists() and (told := sum(e["event"] == EVENT for e in audit.entries(self.store))):
+            raise EnvironmentFault(f"the registry's database {file} is not there, although the audit trail tells of {told} moves of its versions; restore it from a backup, or mend [store] database")
         self.engine = _engine(self.url, self.store)
         self.tables = _tables(self.engine)
         with _said_plainly(self.url):
@@ -104,7 +107,8 @@ class Registry:
         reason: str = "released by the deploy phase",
         checks: Iterable[Check] = (),   # of the run so far
     ) -> Entry:
-        "Take a signed package in as a candidate; the same package twice is one entry."
+        "Take a signed package in as a candidate, and room for the way back; the same package twice is one entry."
+        keep_room(self.store)
         manifest = verify_package(package, audit.public_key(self.store, KEY))
         digest = digest_file(Path(package) / MANIFEST)
         table = self.tables.packages
@@ -232,6 +236,7 @@ class Registry:
         by: str = "",
     ) -> Entry:          # what is in production now
         "Back to the package that was in production before; the one that is there now is retired."
+        give_room(self.store)
         with self.transaction(name) as connection:
             before = self.put_back(connection, name, reason, by)
         self.tell_moves()
@@ -346,18 +351,17 @@ class Registry:
         return self._one(connection, table.c.name == name, table.c.state == state)
 
     def _before(self, connection: Any, name: str) -> Entry | None:
-        "The package that left production last because the one that is there came, and was not rolled back itself."
-        current = self._in_state(connection, name, "production")
-        if current is None:
-            return None
+        "The package that was in production before the one that is there; what was left by a rollback is none: going back twice must not bring it back."
         table = self.tables.moves
-        rows = connection.execute(table.select().where(
-            (table.c.name == name) & (table.c.came_from == "production") & (table.c.digest != current.digest)).order_by(table.c.number.desc())).mappings().all()
-        for row in rows:
-            found = self._one(connection, self.tables.packages.c.digest == row["digest"])
-            if found is not None and found.state == "retired" and not row["reason"].startswith(ROLLBACK):
-                return found
-        return None
+        path: list[str] = []
+        for row in connection.execute(table.select().where((table.c.name == name) & (table.c.went_to == "production")).order_by(table.c.number)).mappings():
+            digest = row["digest"]
+            path = path[:path.index(digest)] if digest in path and row["reason"].startswith(ROLLBACK) else [other for other in path if other != digest]
+            path.append(digest)
+        if self._in_state(connection, name, "production") is None:
+            return None
+        entries = (self._one(connection, self.tables.packages.c.digest == digest) for digest in reversed(path[:-1]))
+        return next((found for found in entries if found is not None and found.state == "retired"), None)
 
     def _judged(self, connection: Any, found: Entry, to: str, reason: str, downgrade: bool) -> str:
         "Raise for what must not come near callers; the reason as it is written down."

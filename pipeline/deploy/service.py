@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from pipeline.deploy.journal import Journal
 
 # %% auto #0
-__all__ = ['SWITCH_S', 'STOP_S', 'Serving', 'serve', 'serve_package', 'answer', 'load_server', 'load_served', 'is_loopback',
-           'check_binding', 'read_secret', 'free_port']
+__all__ = ['SWITCH_S', 'STOP_S', 'Serving', 'serve', 'serve_package', 'answer', 'Renewal', 'load_server', 'load_served',
+           'is_loopback', 'check_binding', 'read_secret', 'free_port']
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #2433abba
 SWITCH_S = 0.0005    # after which what runs in the background lets a request go on
@@ -194,11 +194,33 @@ def answer(
         gc.freeze()                             # what was loaded stays; looking through all of it again and again takes tens of milliseconds
         gc.set_threshold(20_000, 20, 50)
         sys.setswitchinterval(SWITCH_S)
+        if serving.tls_cert:
+            server.looks.append(Renewal(serving, server))
         await server.run(listening, serving.tls(), STOP_S)
 
     with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(run())
     end(*server.closers)
+
+
+class Renewal:
+    "The certificate that lies there now, for newcomers; one that cannot be used takes the place of none."
+
+    def __init__(self, serving: Serving, server: Server) -> None:
+        self.serving, self.server = serving, server
+        self._used = self._seen = self._state()
+
+    def __call__(self) -> None:
+        "Look once; raises what `Serving.tls` raises."
+        before, self._seen = self._seen, self._state()
+        if self._seen != self._used and self._seen == before:      # not between its two files
+            self.server.context, self._used = self.serving.tls(), self._seen
+            if self.server.service.log is not None:
+                self.server.service.log({"at": round(time.time(), 3), "event": "certificate renewed"})
+
+    def _state(self) -> tuple[tuple[int, int, int], ...]:
+        stats = [os.stat(file) for file in (self.serving.tls_cert, self.serving.tls_key) if file]
+        return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
 
 
 def load_server(
@@ -238,7 +260,7 @@ def load_server(
     if serving.extensions:
         module, _, function = serving.extensions.partition(":")
         service.extensions = getattr(importlib.import_module(module), function)(service, Path(serving.store), live.predictor.name, serving.database)
-    return Server(service, queue, starts, closers, traces, orphan)
+    return Server(service, queue, starts, closers, traces, orphan, [service.tokens.refresh] if service.tokens else [])
 
 
 def load_served(
@@ -341,7 +363,7 @@ def _follower(serving: Serving, service: Service, recorder: Recorder, key: Any, 
         return found.digest if found else None
 
     service.traffic.load = load
-    return Follower(service.traffic, current, note=note, also=[service.tokens.refresh] if service.tokens else [], before=before)
+    return Follower(service.traffic, current, note=note, before=before)
 
 # %% ../../nbs/lib/deploy/09_service.ipynb #bff45b92
 def is_loopback(host: str) -> bool:

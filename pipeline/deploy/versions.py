@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import audit
 from ..core.errors import InputError, PilothouseError
+from ..core.store import give_room, keep_room
 from ..core.run import clock
 from .registry import BY, REASON, Entry, Registry, check_reason, utc, who
 
@@ -126,6 +127,7 @@ class Plans:
         back: bool = False,       # it answered before, and is brought back
     ) -> Plan:
         "The package answers and is in production: traffic and registry in one transaction; raises what `Registry.move` raises."
+        (give_room if back else keep_room)(self.registry.store)
         with self.registry.transaction(name) as connection:
             self.registry.put_live(connection, name, digest, reason, by, downgrade, back)
             plan = self._next(connection, self._newest(connection, name), name, expected, reason, by, {"live": digest})
@@ -163,6 +165,7 @@ class Plans:
         by: str = "",
     ) -> Entry:          # what is in production now
         "The package before, in the registry and, where there is a plan, in the traffic: one transaction, so that nothing is half done."
+        give_room(self.registry.store)
         with self.registry.transaction(name) as connection:
             before = self.registry.put_back(connection, name, reason, by)
             plan = self._newest(connection, name)
@@ -396,14 +399,13 @@ class Follower:
         current: Callable[[], Plan | None],                 # the newest plan; see `Plans.current`
         every_s: float = 0.2,
         note: Callable[[dict[str, Any]], Any] | None = None,  # what happened, a record each
-        also: Sequence[Callable[[], Any]] = (),             # looked after as often: files that may have changed
         before: Callable[[], str | None] = lambda: None,    # the package that going back would bring
     ) -> None:
-        self.traffic, self.current, self.every_s, self.also = traffic, current, every_s, tuple(also)
+        self.traffic, self.current, self.every_s = traffic, current, every_s
         self.note = note or (lambda record: print(json.dumps(record), file=sys.stderr, flush=True))
         self.before = before
-        self.fault = ""              # why the database or a file could not be read
-        self._behind = ""            # the live package for which the one before it was fetched
+        self.fault = ""              # why the database could not be read
+        self._behind = ("", 0)       # the live package and the plan for which the one before it was fetched
         self._seen = 0               # the revision that was tried last
         self._again = 0.0            # when a plan that could not be followed is tried again
         self._ended = threading.Event()
@@ -423,10 +425,8 @@ class Follower:
         "Look once."
         try:
             plan = self.current()
-            for look in self.also:
-                look()
             self.fault = ""
-        except Exception as error:     # of the database, of a file: what is live stays live, and the next look tries again
+        except Exception as error:     # of the database: what is live stays live, and the next look tries again
             if not self.fault:
                 self.note({"event": "plan not read", "error": f"{type(error).__name__}: {error}"})
             self.fault = str(error)
@@ -441,11 +441,12 @@ class Follower:
         return followed
 
     def look_behind(self) -> None:
-        "Fetch the package before the live one, once for each that goes live: going back must not wait for a model to be read."
+        """Fetch the package before the live one, once for each plan: going back must not wait for a model to be read. A release that
+        is about to go live answers before its plan is made, and only then the registry knows what was before it."""
         live = self.traffic.routing.live
-        if live.digest == self._behind:
+        if (live.digest, self._seen) == self._behind:
             return
-        self._behind = live.digest
+        self._behind = (live.digest, self._seen)
         try:
             digest = self.before()
             if digest is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..core.errors import InputError, IntegrityError, suggest
 from ..core.run import phase_folders, read_claims, read_receipt
-from ..core.store import Artifact, read_artifact
+from ..core.store import Artifact, digest_file, read_artifact
 from .manifest import read_manifest
 
 # %% auto #0
@@ -154,6 +154,10 @@ def _by_digest(receipts: Receipts, asked: str) -> Step | None:
     if re.fullmatch(r"[0-9a-f]{6,64}", asked):
         for name, (_, artifact) in receipts.artifacts.items():
             if artifact.sha256.startswith(asked):
+                return receipts.artifact(name)
+        for name, (phase, artifact) in receipts.artifacts.items():      # a package's digest is that of its manifest
+            manifest = receipts.run / phase / artifact.file / "MANIFEST.json"
+            if artifact.kind == "path" and manifest.is_file() and digest_file(manifest).startswith(asked):
                 return receipts.artifact(name)
         return next((step for phase in receipts.phases for step in receipts.phase(phase).sources
                      if step.kind == "file" and step.facts["sha256"].startswith(asked)), None)

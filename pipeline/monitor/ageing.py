@@ -42,9 +42,9 @@ def model_age(
     due, leaves = (learned_until + dt.timedelta(days=d) for d in (retrain_every_days, retire_after_days))
     state = "retire" if days >= retire_after_days else "stale" if days > retrain_every_days else "fresh"
     told = {
-        "fresh": f"It is {days:.0f} days old and due for retraining on {due:%d %b %Y}.",
-        "stale": f"It is {days:.0f} days old and has been due for retraining since {due:%d %b %Y} ({retrain_every_days:g} days are promised).",
-        "retire": f"It is {days:.0f} days old and should have been withdrawn on {leaves:%d %b %Y} ({retire_after_days:g} days are promised).",
+        "fresh": f"It is {days:.0f} days old and due for retraining on {due:%Y-%m-%d}.",
+        "stale": f"It is {days:.0f} days old and has been due for retraining since {due:%Y-%m-%d} ({retrain_every_days:g} days are promised).",
+        "retire": f"It is {days:.0f} days old and should have been withdrawn on {leaves:%Y-%m-%d} ({retire_after_days:g} days are promised).",
     }
     return Age(days, state, due, leaves, told[state])
 

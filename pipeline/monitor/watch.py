@@ -142,7 +142,7 @@ class Look:
             "answers come from": self.served,
             "production": f"{self.windows['n'].sum():,} rows, {span}",
             "windows": f"{self.windows.height} of {length}{longer}; {int((~self.windows['judged']).sum())} too short to be judged",
-            "learned until": "not told by the rows" if self.learned_until is None else f"{self.learned_until:%d %b %Y}",
+            "learned until": "not told by the rows" if self.learned_until is None else f"{self.learned_until:%Y-%m-%d}",
             "normal is": "what windows of the training time show" if self.how == "windows" else "what random parts of the training rows show: too few windows lie in that time",
             "alarm when less likely than": f"{self.chance:.2%} for a family of numbers in a window",
         }, "What is watched")._repr_html_())

@@ -43,7 +43,7 @@ __all__ = ['TESTS', 'SPLIT', 'SLOW_SHARE', 'FEWEST', 'Rules', 'Requests', 'State
            'follow', 'interval']
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #3357f78e
-TESTS = {"worse": 0.2, "errors": 0.6, "limit": 0.05, "latency": 0.05, "slower": 0.05, "shift": 0.05}   # who may roll back, and their parts of alpha
+TESTS = {"worse": 0.2, "errors": 0.6, "limit": 0.04, "refused": 0.04, "latency": 0.04, "slower": 0.04, "shift": 0.04}   # who may roll back, and their parts of alpha
 SPLIT = 0.005            # risk that a stage is held for a split that is fine
 SLOW_SHARE = 0.01        # a p99 limit: so many requests may take longer
 FEWEST = 20              # outcomes, and requests answered, below which a stage says nothing
@@ -105,6 +105,7 @@ class State:
     stage: int = 0                          # index of the share
     status: str = "running"                 # running, promoted, rolled back
     since: int = 0                          # window in which the stage began
+    before: int = 0                         # requests that the new model had answered by then
     shares: tuple[float, ...] = ()          # the share of each window so far, percent
     served: int = 0                         # requests that the new model answered
     outcomes: int = 0                       # of these, with a known outcome
@@ -120,6 +121,7 @@ class State:
     shift: Shift | None = None
     split: Split | None = None              # of this stage
     uplift: Uplift | None = None            # of a KPI, where there is one
+    refused: Errors | None = None           # subjects that were refused (4xx); None: the rollout began before there was this test
     mirrored: int = 0                       # requests that the new model was asked in shadow: they show its errors, and serve nobody
 
     @property
@@ -141,6 +143,7 @@ def start(rules: Rules) -> State:
         better=tuple(Bet((1 + rules.margin(i)) / 2, True, rules.part) for i in range(len(rules.stages))),
         errors=Errors(parts["errors"]),
         limit=Bet((1 + rules.errors_max) / 2, False, parts["limit"]),
+        refused=Errors(parts["refused"]),
         latency=Bet((1 + SLOW_SHARE) / 2, False, parts["latency"]),
         slower=Mean(2 * parts["slower"]),          # an interval has two ends, one of them may roll back
         shift=Shift(parts["shift"], rules.shift_max),
@@ -159,8 +162,8 @@ def from_json(text: str) -> State:
     try:
         told = json.loads(text)
         made = {k: revived(kind, told[k]) for k, kind in kinds.items()}
-        uplift = revived(Uplift, told["uplift"]) if told["uplift"] else None
-        return State(**{**told, **made, "uplift": uplift, "shares": tuple(told["shares"]), "better": tuple(Bet(**b) for b in told["better"])})
+        made |= {k: revived(kind, told[k]) if told.get(k) else None for k, kind in {"uplift": Uplift, "refused": Errors}.items()}
+        return State(**{**told, **made, "shares": tuple(told["shares"]), "better": tuple(Bet(**b) for b in told["better"])})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"this is no rollout's state ({error!r}); start the rollout again") from error
 
@@ -198,6 +201,7 @@ class Look:
     subjects: int = 0                      # of the new model, seen for the first time in this stage
     old_subjects: int = 0
     mirrored: int = 0                      # requests that the new model was asked in shadow
+    refusals: tuple[int, int, int, int] = (0, 0, 0, 0)   # subjects that the new model refused (4xx), that asked it; the same of the old one
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,9 @@ class Decision:
     slower: float = 1.0          # the new model takes so many times as long
     evidence_shift: float = 1.0  # of the answers
     evidence_split: float = 1.0  # of subjects that are missing
+    new_refused: int = 0         # subjects, each when it was refused (4xx) for the first time
+    old_refused: int = 0
+    evidence_refused: float = 1.0
 
 
 def review(
@@ -251,6 +258,7 @@ def consider(
         int(look.failed.sum()), int(look.old_failed.sum()), max(state.errors.evidence, state.limit.evidence),
         "over" if state.latency.rejected or _too_slow(state, rules) else "within", decision, why,
         ratio_of(state.slower.value), state.shift.evidence, state.split.evidence,
+        look.refusals[0], look.refusals[2], state.refused.evidence if state.refused else 1.0,
     )
     if decision == "roll back":
         return replace(state, status="rolled back", stage=0), record
@@ -266,7 +274,7 @@ def advanced(
     "One stage further, or promoted after the last."
     if state.stage == len(rules.stages) - 1:
         return replace(state, status="promoted", since=len(state.shares))
-    return replace(state, stage=state.stage + 1, since=len(state.shares), split=Split(SPLIT, rules.stages[state.stage + 1]))
+    return replace(state, stage=state.stage + 1, since=len(state.shares), before=state.served, split=Split(SPLIT, rules.stages[state.stage + 1]))
 
 # %% ../../nbs/lib/rollout/03_canary.ipynb #57659d6a
 def _check_running(state: State) -> None:
@@ -300,6 +308,7 @@ def _learn(state: State, look: Look, share: float) -> State:
         known=state.known + (len(units) if look.known is None else look.known),
         worse=place(state.worse, units), better=tuple(place(b, units) if i >= state.stage else b for i, b in enumerate(state.better)),
         errors=count_errors(state.errors, int(look.failed.sum()), len(look.failed), int(look.old_failed.sum()), len(look.old_failed)),
+        refused=count_errors(state.refused, *look.refusals) if state.refused else None,
         limit=place(state.limit, _beyond(look.failed, look.old_failed)), latency=place(state.latency, _beyond(look.over, look.old_over)),
         slower=observe(state.slower, as_ratio(ratios)), shift=shift, split=count_subjects(state.split, look.subjects, look.old_subjects),
         uplift=count_kpi(state.uplift, kpi) if state.uplift else None,
@@ -329,6 +338,8 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
         )
     if state.limit.rejected:
         return "roll back", f"{state.errors.new:,} errors in {state.asked:,} requests, {rules.errors_max:.2%} are tolerated"
+    if state.refused and state.refused.rejected:
+        return "roll back", f"{state.refused.new:,} subjects refused (4xx), more than its share beside {state.refused.old:,} of the old model in the same windows"
     if state.latency.rejected:
         return "roll back", f"more than {SLOW_SHARE:.0%} of requests take longer than the limit"
     if _too_slow(state, rules):
@@ -345,8 +356,8 @@ def _decide(state: State, rules: Rules, now: int, still: str) -> tuple[str, str]
     if lasted < rules.windows_per_stage:
         return "hold", f"review {lasted} of {rules.windows_per_stage} of this stage"
     margin = rules.margin(state.stage)
-    if state.served < FEWEST:
-        return "hold", f"{state.served:,} requests are too few to see that it answers them"
+    if state.served - state.before < FEWEST:
+        return "hold", f"{state.served - state.before:,} requests at this share are too few to see that it answers them"
     if state.outcomes < FEWEST:
         return "hold", f"{state.outcomes:,} outcomes do not show yet that it is at most {margin:.4g} worse"
     if state.known < rules.outcomes_min * state.due:
@@ -376,13 +387,14 @@ def standing(
         row("good enough for the next share", better, "promote", state.mean, rules.margin(state.stage), "loss, new minus old"),
         row("errs more often", errors, "roll back", errors.new / asked, rules.errors_max, "share of its requests"),
         row("errs too often", state.limit, "roll back", errors.new / asked, rules.errors_max, "share of its requests"),
+        *([row("refuses more often", state.refused, "roll back", state.refused.new, None, "subjects refused")] if state.refused else []),
         row("over the limit", state.latency, "roll back", None, SLOW_SHARE, "share of its requests"),
         row("answers otherwise", state.shift, "roll back", None, rules.shift_max, "share of answers"),
         row("subjects are missing", state.split, "hold", state.split.new / max(state.split.new + state.split.old, 1) * 100, None, f"% of subjects, {state.split.share:g} asked"),
     ]
     slower = state.slower
     low, mid, high = (ratio_of(v) for v in (slower.low, slower.value, slower.high))
-    rows.insert(5, {"test": "slower", "evidence": None, "boundary": None, "estimate": mid if slower.n else None, "low": low, "high": high,
+    rows.insert(-2, {"test": "slower", "evidence": None, "boundary": None, "estimate": mid if slower.n else None, "low": low, "high": high,
                     "tolerated": 1 + rules.slower_by, "unit": "times as long", "does": "roll back", "crossed": _too_slow(state, rules)})
     if state.uplift:
         low, high = state.uplift.interval

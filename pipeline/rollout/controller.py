@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EnvironmentFault, GateFailed, InputError, IntegrityError
+from ..core.store import give_room, keep_room
 from ..core.run import clock
 from ..deploy.registry import Entry, Registry, _said_plainly, who
 from ..deploy.versions import Plan, Plans
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from pipeline.rollout.gather import Reading
 
 # %% auto #0
-__all__ = ['SETTLED', 'TRIES', 'LEASE_S', 'rules_for', 'reading_for', 'in_maintenance', 'Steering', 'Controller', 'describe',
-           'begin_rollout', 'lead']
+__all__ = ['SETTLED', 'TRIES', 'LEASE_S', 'rules_for', 'reading_for', 'in_maintenance', 'check_open', 'Steering', 'Controller',
+           'describe', 'begin_rollout', 'lead']
 
 # %% ../../nbs/lib/rollout/09_controller.ipynb #a8cbaf12
 SETTLED = -1             # a rollout's plan when it has ended and everything followed from that
@@ -74,9 +75,10 @@ def reading_for(
 
 def in_maintenance(
     windows: Sequence[str],    # rollout.maintenance: "Sat 22:00-02:00", "daily 03:00-03:30", UTC
-    now: dt.datetime,
+    now: dt.datetime,          # in any zone
 ) -> str:                      # the window that it lies in; empty: none
     "Whether the share must not grow because people are at work on the systems."
+    now = now.astimezone(dt.UTC)
     minute = now.hour * 60 + now.minute
     for window in windows:
         day, _, span = window.partition(" ")
@@ -85,6 +87,15 @@ def in_maintenance(
         if (now.weekday() in days and begin <= minute < (end if end > begin else 24 * 60)) or (end <= begin and (now.weekday() - 1) % 7 in days and minute < end):
             return window
     return ""
+
+# %% ../../nbs/lib/rollout/09_controller.ipynb #d25685b1
+def check_open(
+    windows: Sequence[str],    # as above
+) -> None:
+    "Raise `InputError` where no minute of a week lies outside of them."
+    monday = dt.datetime(2026, 1, 5, tzinfo=dt.UTC)
+    if windows and all(in_maintenance(windows, monday + dt.timedelta(minutes=minute)) for minute in range(7 * 24 * 60)):
+        raise InputError(f"rollout.maintenance ({', '.join(windows)}) covers the whole week, so that the share could never grow; leave some time open")
 
 # %% ../../nbs/lib/rollout/09_controller.ipynb #f1057350
 class Steering:
@@ -122,6 +133,7 @@ class Steering:
             raise InputError(f"{name} v{version} is {entry.state}; a rollout tries what is in staging{way}")
         if entry.verdict == "no-go":
             raise GateFailed(f"{name} v{version} comes from a run with the verdict no-go and cannot be tried; mend what failed and run again")
+        check_open(maintenance)
         tried = self.registry.holder(name, "canary")
         if tried is not None and tried.version != version:
             raise InputError(f"{name} v{tried.version} is on trial already; promote it or take it back before v{version} is tried")
@@ -138,6 +150,7 @@ class Steering:
         first = start(rules)
         if reading.kpi != "none":
             first = replace(first, uplift=new_uplift(rules.alpha, reading.kpi_scale))
+        keep_room(self.registry.store)
         rollout = self.rollouts.start(name, version, entry.digest, old, rules, facts, plan.revision if plan else 0, by, reason, first)
         try:
             return self.settle(rollout)
@@ -245,6 +258,7 @@ class Steering:
 
     def take_back(self, seen: Rollout, by: str, reason: str, numbers: dict[str, Any], state: State | None = None, facts: dict[str, Any] | None = None, holder: str | None = None) -> Rollout:
         "The traffic first, then the row, then the registry."
+        give_room(self.registry.store)
         promoted = seen.status == "promoted"
         self._withdraw(seen, by, reason, promoted)
         ended = self.rollouts.change(seen, "rolled back", by, reason, numbers, "rolled back", state or replace(seen.state, status="rolled back", stage=0), facts, holder)
@@ -304,7 +318,7 @@ class Steering:
             return self.settle(self.rollouts.change(rollout, status, plan.by or "unknown", plan.reason, {"plan": plan.revision}, status,
                                                     replace(rollout.state, status="rolled back", stage=0)))
         stage = max((i for i, share in enumerate(rollout.rules.stages[: rollout.state.stage + 1]) if share <= plan.share), default=0)
-        state = replace(rollout.state, stage=stage, since=len(rollout.state.shares), split=start(replace(rollout.rules, stages=rollout.rules.stages[stage:])).split)
+        state = replace(rollout.state, stage=stage, since=len(rollout.state.shares), before=rollout.state.served, split=start(replace(rollout.rules, stages=rollout.rules.stages[stage:])).split)
         self.rollouts.planned(rollout.number, plan.revision)
         held = self.rollouts.change(rollout, "held", plan.by or "unknown", f"its traffic was changed to {plan.share:g} %: {plan.reason}", {"plan": plan.revision}, "held", state,
                                     _resettled(rollout.facts))
@@ -503,4 +517,4 @@ def lead(
     from pipeline.deploy.inference_log import read_inferences, read_outcomes
 
     return Controller(Steering(registry), name, lambda after, inputs: read_inferences(registry.store, name, after, inputs, outcomes=False),
-                      lambda after: read_outcomes(registry.store, name, after), holder)
+                      lambda after: read_outcomes(registry.store, name, after, inputs=True), holder)

@@ -258,6 +258,13 @@ def claim_rollout(
     )
 
 # %% ../../nbs/lib/rollout/06_course.ipynb #e12b5f28
+def _beside(mean: float, low: float, high: float) -> str:
+    "A difference with its interval; one that holds zero says neither better nor worse."
+    if low < 0 < high:
+        return f"{mean:+.4f} beside the live model, {low:+.4f} to {high:+.4f}: not told apart,"
+    return f"{abs(mean):.4f} {'better' if mean < 0 else 'worse'} than the live model"
+
+
 def tell(
     trial: Trial,
     outcome: Outcome,
@@ -279,6 +286,6 @@ def tell(
         if mean is None
         else "it answers exactly as the live model does"
         if same
-        else f"{trial.loss.split(' as ')[0]} {abs(mean):.4f} {'better' if mean < 0 else 'worse'} than the live model on {course.state.outcomes:,} outcomes"
+        else f"{trial.loss.split(' as ')[0]} {_beside(mean, *interval(requests_of(trial.requests), course, trial.rules))} on {course.state.outcomes:,} outcomes"
     )
     return f"{word} on {trial.label(last.window)} after {len(course.decisions)} reviews: {difference}; it answered {n:,} of {len(trial.requests):,} requests."

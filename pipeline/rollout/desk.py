@@ -58,7 +58,7 @@ class Recent:
         if len(new):
             self._last = int(new["number"].max())   # type: ignore[arg-type]
             at = pl.col("at").dt.epoch("us") / 1e6 if new.schema["at"].is_temporal() else pl.col("at")
-            new = new.with_columns(at=at).unique(["request_id", "role"], keep="first", maintain_order=True).select(
+            new = new.filter(pl.col("row") == 0).with_columns(at=at).select(
                 pl.col(name).cast(kind) for name, kind in self._held.schema.items())
             self._held = pl.concat([self._held, new])
         self._held = self._held.filter(pl.col("at") > now - self.minutes * 60).tail(KEPT)

@@ -55,6 +55,7 @@ class Reading:
     values: tuple[float, ...] = ()        # different answers of the old model, as far as they have to be told apart
     came: str = ""                        # who came in this stage: `mark`
     counted: str = ""                     # whose outcomes count already
+    refused: str = ""                     # who was refused already
 
     @property
     def after(self) -> int:
@@ -105,9 +106,9 @@ def gather(
     log, why = _sided((log if log.width else pl.DataFrame(schema=_EMPTY)).filter(pl.col("number") > reading.after), reading)
     top = max(int(log["number"].max() or -1), reading.read) if len(log) else reading.read   # type: ignore[arg-type]
     fresh = log.filter(pl.col("number") > reading.read)
-    asked = fresh.filter(pl.col("side").is_in(["new", "old"]) & ~pl.col("status").is_between(400, 499)).unique("request_id", keep="first", maintain_order=True)
+    asked = fresh.filter(pl.col("side").is_in(["new", "old"]) & ~pl.col("status").is_between(400, 499)).unique("call", keep="first", maintain_order=True)
     new, old = (asked.filter(pl.col("side") == side) for side in ("new", "old"))
-    mirrored = fresh.filter(pl.col("side") == "shadow").unique("request_id", keep="first", maintain_order=True)
+    mirrored = fresh.filter(pl.col("side") == "shadow").unique("call", keep="first", maintain_order=True)
     tried = pl.concat([new, mirrored]).sort("number")        # in the order of arrival
     failed = (tried["status"] >= 500) | ((tried["side"] == "shadow") & (tried["status"] >= 400))
     timed = [frame.filter(pl.col("status") < 400) for frame in (new, old)]
@@ -116,6 +117,7 @@ def gather(
     reading = _varied(fresh, reading)
     answers = _answers(log, reading)
     subjects, came = _subjects(fresh, reading)
+    refusals, refused = _refusals(fresh, reading)
     stage = reading.stage
     if stage < -1 and len(new):              # the traffic follows: a version that is not loaded yet loses nobody
         stage = top if stage == -2 else stage + 1
@@ -127,8 +129,8 @@ def gather(
         failed.to_numpy(), (old["status"] >= 500).to_numpy(), differences, (timed[0]["ms"] > reading.limit_ms).to_numpy().astype(float),
         dues[0] if len(dues) > rules.outcome_delay else 0, known,
         (timed[1]["ms"] > reading.limit_ms).to_numpy().astype(float), by_size(*((f["ms"].clip(1e-3).log().to_numpy(), f["size"].to_numpy()) for f in timed)),
-        answers[0], answers[1], kpi, *subjects, mirrored=len(mirrored))
-    return look, replace(reading, read=top, tops=(*reading.tops, top)[-2:], dues=dues, came=came, stage=stage), why
+        answers[0], answers[1], kpi, *subjects, mirrored=len(mirrored), refusals=refusals)
+    return look, replace(reading, read=top, tops=(*reading.tops, top)[-2:], dues=dues, came=came, refused=refused, stage=stage), why
 
 
 def by_size(
@@ -153,22 +155,24 @@ _EMPTY = {"number": pl.Int64, "request_id": pl.String, "row": pl.Int64, "version
 
 
 def _sided(log: pl.DataFrame, reading: Reading) -> tuple[pl.DataFrame, str]:
-    "With `side` (new, old, shadow, or none of these), `size` (rows of its request) and `who` (the unit)."
+    "With `side` (new, old, shadow, or none of these), `call` (the request: an id is the caller's and may come again), `size` (rows of it) and `who` (the unit)."
     inside, why = pl.lit(True), ""
     if reading.slice:
-        answered = log.filter((pl.col("role") == "live") & (pl.col("status") == 200))
-        if "inputs" not in log.columns or answered["inputs"].null_count() == len(answered) > 0:
-            why = "the inference log does not hold the fields of rollout.slice, so nobody knows which other requests may be compared; set deploy.log_inputs: minimised"
-            inside = pl.lit(False)
-        else:
-            for column, value in reading.slice:
-                sent = log.select(inside=pl.col("inputs").str.json_path_match(f"$['{column}']"))["inside"]
-                inside = inside & pl.lit(sent.is_in([text for text in sent.drop_nulls().unique() if _told_as(text, value)]).fill_null(False))
+        inputs = log["inputs"] if "inputs" in log.columns else pl.Series([None] * len(log), dtype=pl.String)
+        held = pl.DataFrame({column: inputs.str.json_path_match(f"$[{json.dumps(column, ensure_ascii=False)}]") for column, _ in reading.slice})
+        answered = held.filter(log.select((pl.col("role") == "live") & (pl.col("status") == 200)).to_series())
+        lacks = [column for column, _ in reading.slice if answered[column].null_count() == len(answered) > 0]
+        if lacks:
+            why = (f"the inference log holds {', '.join(lacks)} of no answered request, so nobody knows which of them lie in rollout.slice and may be compared; "
+                   "a slice asks for fields that the live model reads, and for deploy.log_inputs: minimised")
+        for column, value in reading.slice:
+            inside = inside & pl.lit(held[column].is_in([text for text in held[column].drop_nulls().unique() if _told_as(text, value)]).fill_null(False))
     role, version = pl.col("role"), pl.col("version")
     side = (pl.when((role == "canary") & (version == reading.version)).then(pl.lit("new")).when((role == "live") & (version != reading.version) & inside).then(pl.lit("old"))
             .when((role == "shadow") & (version == reading.version) & inside).then(pl.lit("shadow")).otherwise(pl.lit("")))
     who = pl.col("request_id") if reading.sticks != "subject" else pl.coalesce("subject", "request_id")
-    return log.with_columns(side=side, who=who, size=pl.len().over("request_id", "role")).sort("number"), why
+    call = pl.col("number") - pl.col("row")
+    return log.with_columns(side=side, who=who, inside=inside, call=call, size=pl.len().over(call)).sort("number"), why
 
 
 def _told_as(text: str, wanted: str) -> bool:
@@ -207,7 +211,7 @@ def _answers(log: pl.DataFrame, reading: Reading) -> tuple[np.ndarray, np.ndarra
     new, old = (good.filter(pl.col("side") == side) for side in (("shadow", "old") if reading.paired else ("new", "old")))
     if reading.paired:
         key = ["request_id", "row"]
-        sides = [side.select(*key, "number", answer=pl.Series(_number(side, reading))) for side in (new, old)]
+        sides = [side.select(*key, "number", answer=pl.Series(_number(side, reading))).unique(key, keep="none", maintain_order=True) for side in (new, old)]
         pairs = sides[0].join(sides[1], on=key, how="inner", maintain_order="left")
         pairs = pairs.filter(pl.max_horizontal("number", "number_right") > reading.read)      # a shadow's answer may land after the window of the other
         return pairs["answer"].to_numpy(), pairs["answer_right"].to_numpy()
@@ -226,6 +230,21 @@ def _subjects(fresh: pl.DataFrame, reading: Reading) -> tuple[tuple[int, int], s
         newcomer, came = mark(came, first["who"].to_list())
         first = first.filter(pl.Series(newcomer, dtype=pl.Boolean))
     return (int((first["side"] == "new").sum()), int((first["side"] == "old").sum())), came
+
+
+def _refusals(fresh: pl.DataFrame, reading: Reading) -> tuple[tuple[int, int, int, int], str]:
+    "Who was refused (4xx) for the first time, of those who asked: new and old. Only requests that could have gone either way: one subject, in the slice."
+    if reading.sticks == "unknown":
+        return (0, 0, 0, 0), reading.refused
+    one = pl.lit(True) if reading.sticks == "request" else (pl.col("subject").n_unique() == 1) & (pl.col("subject").null_count() == 0)
+    asked = fresh.filter(pl.col("side").is_in(["new", "old"])).group_by("call", "side", maintain_order=True).agg(
+        pl.col("who").first(), either=pl.col("inside").all() & one, refused=pl.col("status").first().is_between(400, 499))
+    units, seen = asked.filter("either").group_by("who", "side", maintain_order=True).agg(pl.col("refused").any()), reading.refused
+    if reading.sticks == "subject":          # one caller's mistake, repeated, is one
+        units = units.filter(pl.Series(mark(seen, units["who"].to_list())[0], dtype=pl.Boolean))
+        seen = mark(seen, units.filter("refused")["who"].to_list())[1]
+    new, old = (units.filter(pl.col("side") == side)["refused"] for side in ("new", "old"))
+    return (int(new.sum()), len(new), int(old.sum()), len(old)), seen
 
 
 def _outcomes(news: pl.DataFrame, reading: Reading) -> tuple[Reading, np.ndarray, int, np.ndarray]:

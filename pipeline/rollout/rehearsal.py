@@ -144,7 +144,7 @@ def rehearse(
     rows = pl.DataFrame([row for replay in replays for row in replay.rows], infer_schema_length=None)
     run.save("rollout/replay", rows, timing=True)
     run.save("rollout/exercises", exercise_table(exercises), timing=True)
-    passed = sum(len(r.rows) for r in replays)
+    passed = sum(bool(day.bodies) for day in days[:sum(len(r.rows) for r in replays)])
     found = Rehearsed("", tuple(replays), tuple(exercises), passed, rules.stages, begins.why)
     _judge(run, found)
     return replace(found, shown=_shown(found, rows))
@@ -194,11 +194,17 @@ def _judge(run: Run, found: Rehearsed) -> None:
     up, back = found.replays
     failed, sent = sum(r.failed for r in found.replays), sum(r.sent for r in found.replays)
     run.require("No request failed while versions changed", not failed, f"{failed} of {sent:,} requests failed", "look into the service's log", answers=["I6"])
-    mixed = sum(r.mixed for r in found.replays)
-    run.require("A subject stays with its version while the share grows", not mixed, f"{mixed} of {sent:,} answers went back to the old one", "mend the routing", answers=["I6"])
-    last = back.rows[-1] if back.rows else None
-    run.require("A worse version never gets all traffic of the live service", back.outcome != "promoted",
-                f"{back.outcome} after {len(back.rows)} days: {last['why']}" if last else "no day was left to try it on", "look at the rules of the rollout", answers=["I7"])
+    mixed, grew = sum(r.mixed for r in found.replays), len({row["share"] for row in up.rows}) > 1
+    stays, todo = "A subject stays with its version while the share grows", "take more of production (data.split.production_from), or fewer stages (rollout.stages)"
+    if grew or mixed:
+        run.require(stays, not mixed, f"{mixed} of {sent:,} answers went back to the old one", "mend the routing", answers=["I6"])
+    else:
+        run.pending(stays, "the share did not grow in the days there are", "–", todo, answers=["I6"])
+    worse = "A worse version never gets all traffic of the live service"
+    if back.rows:
+        run.require(worse, back.outcome != "promoted", f"{back.outcome} after {len(back.rows)} days: {back.rows[-1]['why']}", "look at the rules of the rollout", answers=["I7"])
+    else:
+        run.pending(worse, "no day was left to try it on", "–", todo, answers=["I7"])
     for e in found.exercises:
         run.require(f"Drill: {e.exercise}", e.failed <= e.tolerated and not (e.wrong and e.seconds > SLOWEST), f"{e.seconds:.2f} s, {e.failed} of {e.asked:,} requests failed; {e.told}",
                     f"{e.limit_s:g} s are promised; look into rollout/exercises", limit=f"{e.limit_s:g} s, at most {e.tolerated} failed", answers=["I7"])

@@ -22,6 +22,7 @@ from .controller import Controller, Steering
 from .gather import Reading
 from .rig import OPERATOR, Stage
 from .state import Rollout
+from .trial import after_last
 
 if TYPE_CHECKING:
     from pipeline.deploy.staging import Staged
@@ -82,7 +83,7 @@ def make_days(
     made = []
     for day in range(last + 1):
         mine = np.flatnonzero(days == day)
-        label = labels[day] if day < len(labels) else f"{labels[-1]} + {day - len(labels) + 1}"
+        label = labels[day] if day < len(labels) else after_last(labels[-1], day - len(labels) + 1)
         who = [plain[i].get(subject) if subject else None for i in mine]
         ids = tuple(f"row-{taken[i]}" for i in mine)
         bodies = tuple(json.dumps({"rows": [plain[i]]}).encode() for i in mine)
@@ -108,7 +109,7 @@ class Reader:
         from pipeline.deploy.inference_log import read_inferences, read_outcomes
 
         rows = read_inferences(self.stage.store, self.stage.name, self._last, self.inputs, outcomes=False)
-        heard = read_outcomes(self.stage.store, self.stage.name, self._last_heard)
+        heard = read_outcomes(self.stage.store, self.stage.name, self._last_heard, self.inputs)
         if len(rows):
             self._rows.append(rows)
             self._last = int(rows["number"].max())           # type: ignore[arg-type]

@@ -29,20 +29,23 @@ class Step:
 
 
 STEPS = {
-    "look": Step("See stage, evidence and errors; the same is on the page /operate", "pilothouse rollout status @name@"),
-    "hold": Step("Stop the share from growing", "pilothouse rollout hold @name@ --reason 'incident'"),
-    "back": Step("Give all traffic back to the live version", "pilothouse rollout back @name@ --reason 'incident'"),
-    "before": Step("Bring back the version that was in production before", "pilothouse models @name@ --back --reason 'incident'"),
-    "resume": Step("When the cause is found and gone, go on", "pilothouse rollout resume @name@ --reason 'cause removed'"),
-    "serve": Step("Verify the package and start the service; exit code 3: it was changed, restore it and never force it", "pilothouse serve @run@"),
+    "look": Step("See which version is in production and which on trial; answers, errors and latency of each are on the page /operate", "pilothouse models @name@"),
+    "trial": Step("See stage, evidence and traffic of the trial", "pilothouse rollout status @name@"),
+    "hold": Step("If a version is on trial, stop its share from growing (the command says if none is)", "pilothouse rollout hold @name@ --reason 'incident'"),
+    "back": Step("Take back the version on trial; where none is on trial, the one in production: then the one before it answers again", "pilothouse rollout back @name@ --reason 'incident'"),
+    "after": Step("See which version answers now", "pilothouse models @name@"),
+    "before": Step("Only if that one is bad too: go one version further back", "pilothouse models @name@ --back --reason 'incident'"),
+    "resume": Step("If it was held: when the cause is found and gone, go on", "pilothouse rollout resume @name@ --reason 'cause removed'"),
+    "serve": Step("Start it as it was started (its unit, its container, “deploy up” with its place), or by hand; exit code 3: the package was changed, restore it and never force it", "pilothouse serve @run@"),
     "verify": Step("Recompute every claim and digest of the run", "pilothouse verify @run@"),
-    "models": Step("See which version is in production and which on trial", "pilothouse models @name@"),
-    "trail": Step("Check the audit trail and read what was done last", "pilothouse audit verify"),
+    "trail": Step("Check that the audit trail is whole", "pilothouse audit verify"),
     "log": Step("Read who did what, newest last", "pilothouse audit log --last 20"),
+    "keep": Step("Keep a copy of outputs/store/audit.jsonl as it is and tell the auditor; change nothing until it is explained", ""),
     "status": Step("See which phase is stale or interrupted", "pilothouse status @run@"),
-    "data": Step("Take in the sources again, with all their checks", "pilothouse run @file@ --from 02_data"),
+    "data": Step("Take in the sources again, with all their checks", "pilothouse run @file@ --run @called@ --from 02_data"),
+    "pack": Step("What is damaged, has expired or is about to is packed again, as a version to be deployed", "pilothouse run @file@ --run @called@ --from 06_deploy"),
     "retrain": Step("Train and judge a candidate on newer rows, as a run of its own", "pilothouse run @file@ --run next"),
-    "room": Step("Free the disk under outputs/ (old runs first, never outputs/store); the service goes on answering meanwhile", ""),
+    "room": Step("Free the disk under outputs/ (old runs first, never outputs/store); the service goes on answering meanwhile, and no version can be changed before there is room", ""),
     "source": Step("Ask the owner of the source what has changed; its name and owner stand in the problem file", ""),
     "split": Step("Compare no numbers until the routing is mended: subjects are missing on one side", ""),
 }
@@ -60,30 +63,31 @@ class Incident:
 
 INCIDENTS: dict[str, Incident] = {
     # raised by the monitor, from stored windows
-    "scores unusable": Incident("page", "an answer that is missing or the same for everybody is no answer", ("look", "back", "before", "verify"), "production back"),
+    "scores unusable": Incident("page", "an answer that is missing or the same for everybody is no answer", ("look", "back", "after", "before", "verify"), "production back"),
     "rows missing": Incident("page", "a source is lost, or the log", ("look", "hold", "source", "status", "resume"), "hold"),
     "inputs drifted": Incident("ticket", "the model is asked about cases unlike those it learned from", ("look", "hold", "source", "retrain"), "hold"),
-    "scores drifted": Incident("ticket", "decisions change in number although nobody decided so", ("look", "hold", "models", "retrain"), "hold"),
+    "scores drifted": Incident("ticket", "decisions change in number although nobody decided so", ("look", "hold", "log", "retrain"), "hold"),
     "outcomes drifted": Incident("ticket", "what is predicted has become more or less frequent", ("look", "source", "retrain"), "hold"),
-    "loss unusual": Incident("page", "answers are worse than in any window that is normal", ("look", "back", "before", "data"), "production back"),
+    "loss unusual": Incident("page", "answers are worse than in any window that is normal", ("look", "back", "after", "before", "data"), "production back"),
     "loss risen": Incident("ticket", "retraining is likely to pay", ("look", "retrain"), "hold"),
-    "metric too low": Incident("page", "the promise made to the business is broken", ("look", "back", "before", "retrain"), "production back"),
-    "metric too high": Incident("page", "the promise made to the business is broken", ("look", "back", "before", "retrain"), "production back"),
+    "metric too low": Incident("page", "the promise made to the business is broken", ("look", "back", "after", "before", "retrain"), "production back"),
+    "metric too high": Incident("page", "the promise made to the business is broken", ("look", "back", "after", "before", "retrain"), "production back"),
     # raised by whoever watches the service
-    "service down": Incident("page", "nobody is answered", ("serve", "models", "log"), "lost worker"),
+    "service down": Incident("page", "nobody is answered", ("serve", "look", "log"), "lost worker"),
     "worker lost": Incident("ticket", "requests in flight failed; a new worker has taken over", ("look", "log"), "lost worker"),
-    "errors risen": Incident("page", "callers get no answer", ("look", "back", "before"), "roll back"),
-    "error budget burning": Incident("page", "the month's time without answers is being spent too fast", ("look", "back", "serve", "log"), "lost worker"),
-    "latency spike": Incident("ticket", "some answers take three times as long as the slowest usually do, within what was promised", ("look", "models", "log"), "roll back"),
-    "latency over the limit": Incident("page", "answers come too late to be used", ("look", "back", "before"), "roll back"),
+    "errors risen": Incident("page", "callers get no answer", ("look", "back", "after", "before"), "roll back"),
+    "error budget burning": Incident("page", "the month's time without answers is being spent too fast", ("look", "back", "after", "serve", "log"), "lost worker"),
+    "latency spike": Incident("ticket", "some answers take three times as long as the slowest usually do, within what was promised", ("look", "log"), "roll back"),
+    "latency over the limit": Incident("page", "answers come too late to be used", ("look", "back", "after", "before"), "roll back"),
     "disk full": Incident("page", "answers go on, but are no longer written down", ("room", "trail", "look"), "full disk"),
-    "package refused": Incident("page", "a damaged, expired or older package was to be served; the old version goes on", ("models", "verify", "trail"), "bad model"),
-    "audit trail broken": Incident("page", "nobody can say any more who did what", ("trail", "log"), "audit trail"),
+    "package refused": Incident("page", "a damaged, expired or older package was to be served; the old version goes on", ("look", "log", "verify", "pack"), "bad model"),
+    "package expires": Incident("ticket", "from its last day on a service that is started again is refused, and nobody is answered", ("look", "pack"), "bad model"),
+    "audit trail broken": Incident("page", "nobody can say any more who did what", ("trail", "log", "keep"), "audit trail"),
     # raised by the rollout
-    "wrong model live": Incident("page", "a version answers that should not", ("back", "before", "models"), "roll back"),
-    "rolled back": Incident("ticket", "the candidate was worse, failing or slow", ("look", "log", "models"), "roll back"),
-    "split broken": Incident("page", "no comparison can be believed", ("hold", "split", "back", "resume"), "hold"),
-    "rollout stands still": Incident("ticket", "without evidence nothing moves; more traffic or a wider slice brings it", ("look", "models"), "hold"),
+    "wrong model live": Incident("page", "a version answers that should not", ("back", "after", "before"), "roll back"),
+    "rolled back": Incident("ticket", "the candidate was worse, failing or slow", ("trial", "log", "look"), "roll back"),
+    "split broken": Incident("page", "no comparison can be believed", ("hold", "split", "back", "after"), "hold"),
+    "rollout stands still": Incident("ticket", "without evidence nothing moves; more traffic or a wider slice brings it", ("trial", "look"), "hold"),
 }
 WITHIN = {"page": "15 minutes", "ticket": "2 working days"}
 
@@ -113,7 +117,7 @@ def make_runbook(
         if alert not in INCIDENTS:
             raise InputError(f"alert {alert!r} has no entry in the runbook{suggest(alert, INCIDENTS)}; add severity, owner, steps and an exercise to INCIDENTS")
     name = problem.problem.name
-    words = {"@name@": name, "@run@": run, "@file@": shlex.quote(file or f"params/{name}.yml")}
+    words = {"@name@": name, "@run@": run, "@called@": run.rpartition("/")[2], "@file@": shlex.quote(file or f"params/{name}.yml")}
     acts, decides = who_may(problem.comply.roles, "run"), who_may(problem.comply.roles, "promote")
     return [
         Entry(alert, i.severity, acts, decides, WITHIN[i.severity], i.damage, tuple(_filled(STEPS[s], words) for s in i.steps), i.exercise)
@@ -145,7 +149,7 @@ def as_text(
     drilled: Mapping[str, str] | None = None,   # exercise -> what it took, in words
 ) -> str:                            # Markdown
     "The runbook as a text file."
-    lines = [f"# Runbook: {name}", "", f"{len(entries)} alerts. `page`: act within {WITHIN['page']}; `ticket`: within {WITHIN['ticket']}. Every command leaves an entry in the audit trail.", ""]
+    lines = [f"# Runbook: {name}", "", f"{len(entries)} alerts. `page`: act within {WITHIN['page']}; `ticket`: within {WITHIN['ticket']}. Every command that changes something leaves an entry in the audit trail.", ""]
     for e in entries:
         lines += [f"## {e.alert} ({e.severity})", "", f"{e.damage[0].upper()}{e.damage[1:]}. Acts: {e.owner}, within {e.within}. Decides about versions: {e.decides}.", ""]
         lines += [f"{i}. {s.say}{f': `{s.command}`' if s.command else ''}" for i, s in enumerate(e.steps, 1)]

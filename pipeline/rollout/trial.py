@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pipeline.core.run import Run
 
 # %% auto #0
-__all__ = ['SLACK', 'TIMED', 'WINDOWS', 'WORSE', 'Trial', 'prepare', 'difference_seen', 'compare_answers', 'time_requests']
+__all__ = ['SLACK', 'TIMED', 'WINDOWS', 'WORSE', 'Trial', 'after_last', 'prepare', 'difference_seen', 'compare_answers',
+           'time_requests']
 
 # %% ../../nbs/lib/rollout/04_trial.ipynb #fb3b4edc
 SLACK = 1.5         # times the planned length, so that a stage may wait for evidence
@@ -54,7 +55,12 @@ class Trial:
 
     def label(self, window: int) -> str:
         "The day of a window."
-        return self.days[window] if window < len(self.days) else f"{self.days[-1]} + {window - len(self.days) + 1}"
+        return self.days[window] if window < len(self.days) else after_last(self.days[-1], window - len(self.days) + 1)
+
+
+def after_last(day: str, reviews: int) -> str:
+    "When outcomes are awaited that no new traffic comes with."
+    return f"{day} + {reviews} review{'s' * (reviews > 1)}"
 
 
 def prepare(
