@@ -375,6 +375,11 @@ def test_a_table_is_answered_with_a_table(service: Service) -> None:
     found = pa.ipc.open_stream(body).read_all()
     assert status == 200 and dict(headers)["content-type"] == ARROW and found.schema.metadata[b"version"] == b"3"
     assert pl.from_arrow(found).equals(made.predict(frame))    # type: ignore[union-attr]
+    views = io.BytesIO()
+    frame.write_ipc_stream(views)         # as polars writes by itself: texts as views
+    assert pa.types.is_string_view(pa.ipc.open_stream(views.getvalue()).schema.field("carrier").type)
+    status, _, again = service.handle("POST", "/predict", {"content-type": ARROW, "prefer": "handling=lenient"}, views.getvalue())
+    assert status == 200 and pl.from_arrow(pa.ipc.open_stream(again).read_all()).equals(made.predict(frame))    # type: ignore[union-attr]
     bad = frame.to_arrow().set_column(0, "hour", pa.array(["late"] * 50))
     out = io.BytesIO()
     with pa.ipc.new_stream(out, bad.schema) as writer:

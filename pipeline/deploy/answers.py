@@ -218,7 +218,7 @@ def _is_plain(kind: Any) -> bool:
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(test(kind) for test in (types.is_boolean, types.is_integer, types.is_floating, types.is_string, types.is_large_string, types.is_date, types.is_timestamp, types.is_null))
+    return any(test(kind) for test in (types.is_boolean, types.is_integer, types.is_floating, types.is_string, types.is_large_string, types.is_string_view, types.is_date, types.is_timestamp, types.is_null))
 
 
 def _plain(column: Any) -> list[Any]:

@@ -468,13 +468,13 @@ class Service:
         return 200, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], (self.shared_page or self.page)().encode()
 
     def _openapi(self, call: Call) -> Reply:
-        return self._json(openapi(self.predictor, self.outcomes is not None))
+        return self._json(openapi(self.predictor, self.outcomes is not None, bool(self.tokens)))
 
     def _docs(self, call: Call) -> Reply:
         predictor, host, row = self.predictor, call.headers.get("host", ""), example_row(self.predictor)
         found = predictor.predict_rows([row], lenient=True).frame
         answer = None if found is None else {"model": predictor.name, "version": predictor.version, "request_id": call.request, "predictions": predictions(found)}
-        out = page(openapi(predictor, self.outcomes is not None), row, answer, host if _HOST.fullmatch(host) else "127.0.0.1:8000", bool(self.tokens))
+        out = page(openapi(predictor, self.outcomes is not None, bool(self.tokens)), row, answer, host if _HOST.fullmatch(host) else "127.0.0.1:8000", bool(self.tokens))
         return 200, [("content-type", "text/html; charset=utf-8"), ("content-security-policy", CSP), ("referrer-policy", "no-referrer")], out
 
     # -- Open Inference Protocol

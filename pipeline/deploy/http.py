@@ -656,7 +656,7 @@ class Server:
             self.aside(request, method)
             return False
         if self.draining and path in READY:
-            self.send(request, *self.refusal(Refused(503, "draining", "this worker answers what it has and ends; ask another"), request.method, path))
+            self.send(request, *self.refusal(Refused(503, "draining", "this worker answers what it has and ends; ask another", headers=[("retry-after", "1")]), request.method, path))
             return False
         self.send(request, *self.service.handle(method, path, headers, request.body))
         return True

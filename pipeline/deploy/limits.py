@@ -63,7 +63,7 @@ def claim_limits(
         "model_mb": limits.model_mb,
         "rss_mb": limits.rss_mb,
         "throughput_rps": limits.throughput_rps,
-        "answered_share": limits.uptime,
+        "uptime": limits.uptime,
     }
     attempts = int(rehearsal.latencies["attempt"].n_unique())
     tries = "" if attempts == 1 else f" The machine was busy: {attempts} samples were taken and the calmest counts; all are kept."
@@ -109,11 +109,12 @@ def show_latency(rehearsal: Rehearsal, limit: float) -> Any:
     "How latencies are spread, and where the limit stands."
     from pipeline.core.display import histogram
 
-    good = rehearsal.latencies.filter(pl.col("counts") & (pl.col("status") == 200))["latency_ms"].to_numpy()
+    sample = rehearsal.latencies.filter(pl.col("counts"))
+    good = sample.filter(pl.col("status") == 200)["latency_ms"].to_numpy()
     if not len(good):
         return note("No request was answered.", "no-go")
     cut = float(np.quantile(good, 0.995))
-    marks = {"median": float(np.median(good)), "99th percentile": float(np.quantile(good, 0.99))}
+    marks = {name: value for name, q in (("median", 0.5), ("99th percentile", 0.99)) if np.isfinite(value := latency_quantile(sample, q).value)}
     if limit <= 3 * cut:
         marks["limit"] = float(limit)
     return histogram(good[good <= cut], f"Half of all answers take under {np.median(good):.2g} ms", "latency of one row, ms", marks, ylabel="requests")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from .further import WISHES, can_say
 from .requests import Limits
 from .schema import Field, json_schema
+from .tokens import OPEN
 
 if TYPE_CHECKING:
     from pipeline.deploy.predict import Predictor
 
 # %% auto #0
-__all__ = ['REFUSED', 'PREFERRED', 'CSP', 'tensor_type', 'openapi', 'page', 'example_row']
+__all__ = ['REFUSED', 'GETS', 'PREFERRED', 'CSP', 'tensor_type', 'openapi', 'page', 'example_row']
 
 # %% ../../nbs/lib/deploy/07_openapi.ipynb #dfc855af
 def tensor_type(spec: Field) -> str:
@@ -27,10 +28,13 @@ def tensor_type(spec: Field) -> str:
     return {"number": "INT64" if whole else "FP64", "bool": "BOOL"}.get(spec.type, "BYTES")
 
 
-REFUSED = {"400": "the body cannot be read", "401": "no token, or one that nobody knows", "403": "the token's role may not ask this", "413": "too many bytes or rows",
-           "415": "a body with a content encoding; send it as it is",
+REFUSED = {"400": "the body cannot be read", "401": "no token, or one that nobody knows", "403": "the token's role may not ask this", "408": "the request did not come to its end in time",
+           "413": "too many bytes or rows",
+           "415": "a body with a content encoding; send it as it is", "421": "another host than this service answers for",
            "422": "values, fields or columns that cannot be answered, each named with its row", "429": "too often; Retry-After says when to come back",
+           "500": "a fault of this service; its log tells of it by the request's id", "501": "a body of unknown transfer coding",
            "503": "not now: it ends, or has no disk; Retry-After says when to come back"}
+GETS = ("401", "403", "421", "503")      # of these, what a question without a body may meet
 PREFERRED = {"explain": "explain: what each column added to the score (JSON: explanations; tensors and tables: explain_of, explain_score, explain_base, added_COLUMN)",
              "sets": "sets: what cannot be ruled out (JSON: sets; tensors and tables: set_CLASS, or set_low and set_high)",
              "targets": "targets: answers to further questions (JSON: targets; tensors and tables: target_NAME, target_NAME_p_CLASS)"}
@@ -39,6 +43,7 @@ PREFERRED = {"explain": "explain: what each column added to the score (JSON: exp
 def openapi(
     predictor: Predictor,
     outcomes: bool = False,     # whether late outcomes are taken
+    token: bool = False,        # whether one is needed
 ) -> dict[str, Any]:
     "The service as OpenAPI 3.1."
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -57,7 +62,7 @@ def openapi(
             "responses": {"200": {"description": "predictions in the order of the rows", "content": {
                 "application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}, "application/vnd.apache.arrow.stream": {"schema": table}}}, **wrong}}},
         f"/v2/models/{predictor.name}/infer": {"post": {
-            "operationId": "infer", "summary": "The same by the Open Inference Protocol, a tensor a column, JSON or binary; a missing number is NaN, a missing text is empty", "parameters": [prefer, known],
+            "operationId": "infer", "summary": "The same by the Open Inference Protocol, a tensor a column, JSON or binary; a missing number is null (NaN in binary), a missing text is empty", "parameters": [prefer, known],
             "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Tensors"}}}},
             "responses": {"200": {"description": "a tensor for each column of the answer", "content": {"application/json": {"schema": {"type": "object"}}}}, **wrong}}},
     }
@@ -70,10 +75,11 @@ def openapi(
              "/v2/health/ready": "A model is loaded", f"/v2/models/{predictor.name}": "Inputs and outputs by name and type", f"/v2/models/{predictor.name}/ready": "The model is loaded"}
     for path, summary in about.items():
         paths[path] = {"get": {"operationId": path.strip("/").replace("/", "_"), "summary": summary,
-                               "responses": {"200": {"description": "fine", "content": {"application/json": {"schema": {"type": "object"}}}}}}}
+                               **({"security": []} if path in OPEN else {}),
+                               "responses": {"200": {"description": "fine", "content": {"application/json": {"schema": {"type": "object"}}}}, **{code: wrong[code] for code in GETS}}}}
     paths["/metrics"] = {"get": {"operationId": "metrics", "summary": "Counters and histograms by version, for Prometheus",
-                                 "responses": {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}}}}
-    return {"openapi": "3.1.0", "info": {"title": predictor.name, "version": str(predictor.version)}, "paths": paths,
+                                 "responses": {"200": {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}, **{code: wrong[code] for code in GETS}}}}
+    return {"openapi": "3.1.0", "info": {"title": predictor.name, "version": str(predictor.version)}, "paths": paths, "security": [{"token": []}] if token else [],
             "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}}
 
 # %% ../../nbs/lib/deploy/07_openapi.ipynb #1ab102cd
@@ -104,7 +110,8 @@ def _schemas(predictor: Predictor) -> dict[str, Any]:
             "properties": {"request_id": {"type": "string"}, "row": {"type": "integer", "minimum": 0}, "value": {"type": ["string", "number", "boolean"]}}}}}},
         "Problem": {"type": "object", "required": ["type", "title", "status", "detail"], "properties": {
             "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"}, "request_id": {"type": "string"},
-            "errors": {"type": "array", "items": fault}}},
+            "instance": {"type": "string", "format": "uri"}, "errors": {"type": "array", "items": fault}, "errors_found": {"type": "integer", "description": "of which errors tells the first"},
+            "error": {"type": "string", "description": "detail, as the Open Inference Protocol has it"}}},
     }
 
 # %% ../../nbs/lib/deploy/07_openapi.ipynb #d172807f

@@ -45,7 +45,7 @@ STEPS = {
     "data": Step("Take in the sources again, with all their checks", "pilothouse run @file@ --run @called@ --from 02_data"),
     "pack": Step("What is damaged, has expired or is about to is packed again, as a version to be deployed", "pilothouse run @file@ --run @called@ --from 06_deploy"),
     "retrain": Step("Train and judge a candidate on newer rows, as a run of its own", "pilothouse run @file@ --run next"),
-    "room": Step("Free the disk under outputs/ (old runs first, never outputs/store); the service goes on answering meanwhile, and no version can be changed before there is room", ""),
+    "room": Step("Free the disk under outputs/ (old runs first, never outputs/store); the service goes on answering meanwhile. The way back has room that was kept for it (outputs/store/.room); nothing else can be changed before", ""),
     "source": Step("Ask the owner of the source what has changed; its name and owner stand in the problem file", ""),
     "split": Step("Compare no numbers until the routing is mended: subjects are missing on one side", ""),
 }
