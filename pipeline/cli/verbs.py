@@ -248,13 +248,12 @@ def versions(
 ) -> int:
     "The versions of a problem's table, oldest first; rows of one that forgot somebody are kept no more."
     from pipeline.core.settings import load_settings
-    from pipeline.data.versions import is_kept, list_versions
+    from pipeline.data.versions import list_versions
 
     settings = load_settings()
     found = list_versions(settings.store, table)
     if not found:
         _known_problem(table, settings)
-    found = [{**row, "kept": is_kept(settings.store / "tables" / table, row["id"])} for row in found]      # of one that forgot somebody only the name is left
     shown = [{**row, "at": f"{dt.datetime.fromtimestamp(row['at'] / 1000, dt.UTC):%Y-%m-%d %H:%M:%S} UTC"} for row in found]
     say(found, partial(_show_rows, shown) if found else f"no version of {table} is kept yet", as_json)
     return 0

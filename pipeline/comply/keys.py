@@ -17,7 +17,7 @@ from ..core.display import estimates, note, stack, table
 from ..core.errors import InputError
 from ..core.run import Run
 from ..data.privacy import open_columns
-from ..data.versions import is_kept, list_versions, stream_version
+from ..data.versions import list_versions, stream_version
 
 # %% auto #0
 __all__ = ['OPENED', 'MOST', 'copy_keys', 'cells_of', 'try_key', 'count_open', 'drill_key']
@@ -61,7 +61,7 @@ def try_key(
     token: str,
 ) -> pl.DataFrame:     # OPENED: a line a version
     "How many of the subject's sealed values open before and after the key is erased; raises `InputError` where there is no such key."
-    known = [v["id"] for v in list_versions(store, name) if is_kept(store / "tables" / name, v["id"])]     # of one that forgot somebody only the name is left
+    known = [v["id"] for v in list_versions(store, name) if v["kept"]]
     known = known if len(known) <= MOST else [known[0], *known[1 - MOST:]]
     held = {v: cells_of(store, name, v, subject, token) for v in known}
     before = {v: _open(rows, keys, name, subject) for v, rows in held.items()}

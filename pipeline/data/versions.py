@@ -29,7 +29,7 @@ from ..core.store import digest_file, disk_errors, sync_path, write_whole
 
 # %% auto #0
 __all__ = ['RETRIES', 'GROUP_CELLS', 'PATIENCE_S', 'Fingerprint', 'version_id', 'save_version', 'read_version', 'check_version',
-           'stream_version', 'list_versions', 'is_kept', 'Difference', 'diff_versions', 'diff_frames', 'forget_rows']
+           'stream_version', 'list_versions', 'Difference', 'diff_versions', 'diff_frames', 'forget_rows']
 
 # %% ../../nbs/lib/data/09_versions.ipynb #40d404ce
 class Fingerprint:
@@ -134,7 +134,7 @@ def _save(folder: Path, rows: pl.DataFrame | Iterable[pl.DataFrame]) -> dict[str
     "Write, name, commit; the caller holds the lock."
     if isinstance(rows, pl.DataFrame):
         version = version_id(rows)
-        if is_kept(folder, version):
+        if _is_kept(folder, version):
             return _said(folder, version, rows.height, rows.width)
         rows = [rows]
     temporary = folder / f".writing-{os.getpid()}.parquet"
@@ -142,7 +142,7 @@ def _save(folder: Path, rows: pl.DataFrame | Iterable[pl.DataFrame]) -> dict[str
         with disk_errors(f"writing table {folder.name}"):
             fingerprint = _write_parquet(temporary, rows)
         version, schema = fingerprint.name(), fingerprint.schema or {}
-        if not is_kept(folder, version):
+        if not _is_kept(folder, version):
             digest = digest_file(temporary)
             final = folder / f"{version}-{digest[:12]}.parquet"
             with disk_errors(f"writing table {folder.name}"):
@@ -359,25 +359,13 @@ def stream_version(
 def list_versions(
     store: Path,
     name: str,
-) -> list[dict[str, Any]]:     # id, version, at (milliseconds), rows; oldest first
-    "Every version that was kept."
-    history = _history(store / "tables" / check_name(name, "table"))
+) -> list[dict[str, Any]]:     # id, version, at (milliseconds), rows, kept; oldest first
+    "Every version that was kept; of one that forgot somebody only the name is left (`kept` is False)."
+    folder = store / "tables" / check_name(name, "table")
+    history, there = _history(folder), {file.name.partition("-")[0] for file in folder.glob("*.parquet")}
     newest = {h["content"]: h for h in sorted(history, key=lambda h: h["version"]) if "content" in h}
-    return [{"id": h["content"], "version": h["version"], "at": h.get("timestamp"), "rows": h.get("rows", (h.get("operationMetrics") or {}).get("num_added_rows"))}
+    return [{"id": h["content"], "version": h["version"], "at": h.get("timestamp"), "rows": h.get("rows", (h.get("operationMetrics") or {}).get("num_added_rows")), "kept": h["content"] in there}
             for h in sorted(newest.values(), key=lambda h: h["version"])]
-
-
-def is_kept(
-    folder: Path,     # store/tables/name
-    version: str,     # its id
-) -> bool:
-    "Is a version there with its file? One that was erased is not."
-    from deltalake import DeltaTable
-
-    if not any(folder.glob(f"{version}-*.parquet")):    # the file is named so before its commit; a long log need not be read
-        return False
-    found = _find(folder, version)
-    return found is not None and all(_local(uri).is_file() for uri in DeltaTable(str(folder), version=found["version"]).file_uris())
 
 # %% ../../nbs/lib/data/09_versions.ipynb #91220033
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -394,6 +382,16 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 def _find(folder: Path, version: str) -> dict[str, Any] | None:
     return next((h for h in _history(folder) if h.get("content") == version), None)
+
+
+def _is_kept(folder: Path, version: str) -> bool:
+    "Is a version there with its file? One that was erased is not."
+    from deltalake import DeltaTable
+
+    if not any(folder.glob(f"{version}-*.parquet")):    # the file is named so before its commit; a long log need not be read
+        return False
+    found = _find(folder, version)
+    return found is not None and all(_local(uri).is_file() for uri in DeltaTable(str(folder), version=found["version"]).file_uris())
 
 
 def _local(uri: str) -> Path:
